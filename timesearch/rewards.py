@@ -1,0 +1,133 @@
+"""The GRPO-CSV reward of one episode, as pure functions over its messages (paper, Section 3.2).
+
+- *format*: every assistant turn is one thought followed by exactly one tool call or one answer and nothing else, and
+  the last turn answers.
+- *accuracy*: the answer is right, by the question's type: the option's letter, the judge, or interval IoU.
+- *completeness*: accuracy times the accuracy of the *re-answer*, which the same policy gave when it saw nothing but
+  the searched frames; each factor counts as 1 above 0.5. An episode without searched frames has no re-answer (None)
+  and is not complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from timesearch.messages import Message, final_answer, text_of
+
+Judge = Callable[[str, str], float]
+"""(reference answer, candidate answer) -> score in [0, 1]"""
+
+_TURN = re.compile(
+    r"\s*<think>(?:(?!</?(?:think|answer|tool_call)>).)*</think>\s*"
+    r"(?P<act><tool_call>(?:(?!</?(?:think|answer|tool_call)>).)*</tool_call>"
+    r"|<answer>(?:(?!</?(?:think|answer|tool_call)>).)*</answer>)\s*",
+    re.DOTALL,
+)
+_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*)?", re.DOTALL)
+_PAIR = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:s|,|-|to|\s)+\s*(-?\d+(?:\.\d+)?)")
+
+
+def format_reward(messages: Sequence[Message]) -> float:
+    """1.0 if the episode keeps the format above, else 0.0."""
+    turns = [_TURN.fullmatch(text_of(message)) for message in messages if message["role"] == "assistant"]
+    if not turns or not all(turns):
+        return 0.0
+    acts = [turn.group("act") for turn in turns if turn]
+    return float(acts[-1].startswith("<answer>") and not any(act.startswith("<answer>") for act in acts[:-1]))
+
+
+def choice_letter(answer: str) -> str | None:
+    """The capital letter that an answer is, or begins with as an option does (``B``, ``(B)``, ``B. a dog``)."""
+    match = _LETTER.fullmatch(answer.strip())
+    return match.group(1) if match else None
+
+
+def parse_intervals(text: str) -> list[tuple[float, float]]:
+    """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20, 31-40``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return [(float(start), float(end)) for start, end in _PAIR.findall(text)]
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, (int, float)) for item in value):
+        value = [value]
+    if not isinstance(value, list):
+        return []
+    pairs = [item for item in value if isinstance(item, list) and len(item) == 2]
+    return [(float(a), float(b)) for a, b in pairs if isinstance(a, (int, float)) and isinstance(b, (int, float))]
+
+
+def interval_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    """Intersection over union of the unions of two lists of [start, end] intervals; 0 where both are empty."""
+    union_a, union_b = _union(a), _union(b)
+    shared = sum(
+        max(0.0, min(end_a, end_b) - max(start_a, start_b)) for start_a, end_a in union_a for start_b, end_b in union_b
+    )
+    total = sum(end - start for start, end in union_a) + sum(end - start for start, end in union_b) - shared
+    return shared / total if total > 0 else 0.0
+
+
+def _union(intervals: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted((float(pair[0]), float(pair[1])) for pair in intervals):
+        if end <= start:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def rule_judge(reference: str, candidate: str) -> float:
+    """1.0 if two answers are the same words: case, punctuation, articles and spaces do not count."""
+    return float(bool(_normalise(reference)) and _normalise(reference) == _normalise(candidate))
+
+
+def _normalise(text: str) -> str:
+    words = re.sub(r"[^\w\s]", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def accuracy(candidate: str | None, answer: str, question_type: str, judge: Judge = rule_judge) -> float:
+    """Score of one answer in [0, 1]: letter match, interval IoU, or the judge, by the question's type."""
+    if candidate is None or not candidate.strip():
+        return 0.0
+    if question_type == "multiple_choice":
+        return float(choice_letter(candidate) == choice_letter(answer) is not None)
+    if question_type == "grounding":
+        return interval_iou(parse_intervals(candidate), parse_intervals(answer))
+    return judge(answer, candidate)
+
+
+def score_episode(
+    messages: Sequence[Message],
+    answer: str,
+    type: str,
+    reanswer: str | None,
+    judge: Judge = rule_judge,
+) -> dict[str, float]:
+    """Score an episode.
+
+    Args:
+        messages: the episode's messages; only assistant turns are read.
+        answer: the right answer.
+        type: ``multiple_choice``, ``open_ended`` or ``grounding``.
+        reanswer: the answer from the searched frames alone; None if no frame was searched or it was not asked.
+        judge: scores open-ended answers.
+
+    Returns:
+        ``format``, ``accuracy`` and ``completeness``, each in [0, 1].
+    """
+    right = accuracy(final_answer(messages), answer, type, judge)
+    again = accuracy(reanswer, answer, type, judge) if right > 0 else 0.0
+    return {
+        "format": format_reward(messages),
+        "accuracy": right,
+        "completeness": _decided(right) * _decided(again),
+    }
+
+
+def _decided(score: float) -> float:
+    return 1.0 if score > 0.5 else score

@@ -1,0 +1,215 @@
+"""What a run is made of: the typed form of `params.yaml`, one section a stage.
+
+Defaults are the paper's (arXiv 2511.05489, Section 4 and its released configuration) unless a comment says otherwise;
+profiles state what differs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from timesearch.errors import RequestError
+
+
+class Section(BaseModel):
+    """A group of settings in which an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Paths(Section):
+    """Where stages read and write, relative to the folder of `params.yaml`."""
+
+    train_samples: Path = Path("data/train.jsonl")
+    test_samples: Path = Path("data/test.jsonl")
+    videos: Path = Path("cache/videos")
+    frames: Path = Path("cache/frames")
+    features: Path = Path("cache/features")
+    models: Path = Path("models")
+    coldstart: Path = Path("runs/coldstart")
+    train: Path = Path("runs/train")
+    results: Path = Path("results")
+
+
+class Download(Section):
+    """Stage `download`: sources to `cache/videos`."""
+
+    workers: int = Field(4, ge=1, description="videos fetched at the same time")
+    retries: int = Field(4, ge=0, description="further tries for each video, with backoff")
+
+
+class Models(Section):
+    """Stage `models`: the encoder and the base policy are brought to `models/encoder` and `models/policy`."""
+
+    encoder: str = Field("ViT-SO400M-14-SigLIP-384", description="open_clip model name, local folder, or 'pocket'")
+    pretrained: str = Field("webli", description="open_clip pretrained tag or weights file")
+    policy: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="model folder or hub name")
+    encoder_steps: int = Field(330, ge=1, description="training steps of the pocket encoder")
+
+
+class Frames(Section):
+    """Stage `frames`: videos to frame caches."""
+
+    fps: float = Field(2.0, gt=0, description="frames a second of video")
+    factor: int = Field(28, ge=1, description="width and height are multiples of this many pixels")
+    min_pixels: int = Field(4 * 28 * 28, ge=1)
+    max_pixels: int = Field(256 * 28 * 28, ge=1, description="256 tokens of 28 x 28 pixels a frame")
+    quality: int = Field(90, ge=1, le=100, description="JPEG quality")
+    workers: int = Field(2, ge=1)
+    ray_address: str | None = Field(None, description="address of a Ray cluster, 'local' to start one, or null")
+
+
+class Features(Section):
+    """Stage `features`: frame caches to feature caches."""
+
+    batch_size: int = Field(64, ge=1)
+    workers: int = Field(1, ge=1)
+    url: str | None = Field(None, description="an OpenAI-compatible embeddings endpoint instead of the local encoder")
+    ray_address: str | None = None
+
+
+class Search(Section):
+    """The search environment and its budgets, shared by training and inference (paper, Section 3.1)."""
+
+    method: Literal["dpp", "topk", "uniform", "aks", "gated_logdet"] = "dpp"
+    max_turns: int = Field(8, ge=1, description="assistant turns an episode, the answer included")
+    max_frames_per_turn: int = Field(8, ge=1, description="frames that one tool call returns at most")
+    total_video_tokens: int = Field(10_240, ge=1, description="vision tokens of the whole preview")
+    max_frames: int = Field(768, ge=1, description="frames of the preview at most")
+    min_tokens: int = Field(12, ge=1, description="vision tokens a frame at least")
+    max_tokens: int = Field(256, ge=1, description="vision tokens a frame at most")
+    patch: int = Field(28, ge=1, description="pixels along the side of one vision token: 28 Qwen2.5-VL, 32 Qwen3-VL")
+    max_new_tokens: int = Field(256, ge=1, description="tokens that the policy writes a turn at most")
+    prompts: str = Field("default", description="name of a prompt set of the package, or a folder of text files")
+    protocol: Literal["template", "text"] = Field(
+        "template", description="tools rendered by the chat template, or as text in the system prompt"
+    )
+
+
+class ColdStart(Section):
+    """Stage `coldstart`: supervised fine-tuning on search episodes (paper, Section 4.1)."""
+
+    traces: str = Field("pocket", description="'pocket', 'teacher', or a file of episodes")
+    teacher_url: str | None = None
+    teacher_model: str | None = None
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(1e-6, gt=0)
+    reanswer_share: float = Field(0.25, ge=0, le=1, description="share of re-answer examples in the mix")
+
+
+class Train(Section):
+    """Stage `train`: GRPO with completeness self-verification (paper, Section 3.2)."""
+
+    steps: int = Field(1000, ge=1)
+    learning_rate: float = Field(1e-6, gt=0)
+    beta: float = Field(0.005, ge=0, description="weight of the KL penalty")
+    num_generations: int = Field(8, ge=2, description="episodes a question")
+    prompts_per_step: int = Field(8, ge=1, description="questions an optimiser step, over all processes")
+    temperature: float = Field(1.0, gt=0)
+    loss_type: str = "grpo"
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    format_weight: float = 1.0
+    accuracy_weight: float = 0.5
+    completeness_weight: float = Field(0.5, description="0 gives plain GRPO: no re-answer is generated")
+    zero_advantage: Literal["keep", "replay", "resample"] = "replay"
+    mask_truncated: bool = Field(False, description="episodes cut by the length limit carry no loss")
+    max_completion_length: int = Field(8192, ge=16, description="tokens of an episode after its prompt")
+    lora_rank: int = Field(0, ge=0, description="0 trains all weights")
+    gradient_checkpointing: bool = False
+    bf16: bool = True
+    generation: Literal["transformers", "vllm_colocate", "vllm_server"] = "vllm_colocate"
+    vllm_url: str | None = None
+    launcher: Literal["single", "zero2", "zero3", "fsdp"] = "single"
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(1, ge=0)
+    save_steps: int = Field(50, ge=1)
+    log_episodes_every: int = Field(20, ge=1)
+
+
+class Judge(Section):
+    """Who decides whether an open-ended answer is right."""
+
+    kind: Literal["rule", "server"] = "server"
+    url: str = "http://127.0.0.1:8765/v1"
+    model: str = "Qwen/Qwen2.5-72B-Instruct"
+    command: list[str] = Field(default_factory=list, description="starts the server; empty: vllm serve MODEL")
+    start: bool = Field(True, description="start the server if none answers at `url`")
+    start_timeout: float = Field(1800.0, gt=0, description="seconds")
+    concurrency: int = Field(32, ge=1)
+    max_candidate_chars: int = Field(100, ge=1, description="a longer answer is scored 0, as the paper's code does")
+
+
+class Infer(Section):
+    """Stage `infer`: episodes on the test samples."""
+
+    engine: Literal["transformers", "openai"] = "openai"
+    urls: list[str] = Field(default_factory=list)
+    model: str | None = None
+    temperature: float = Field(0.0, ge=0)
+    concurrency: int = Field(32, ge=1, description="episodes in flight")
+    timeout: float = Field(600.0, gt=0, description="seconds a call")
+    baselines: list[str] = Field(default_factory=lambda: ["uniform", "one_shot", "coldstart"])
+    uniform_frames: int = Field(8, ge=1)
+
+
+class Evaluate(Section):
+    """Stage `evaluate`: T* metrics and answers."""
+
+    thresholds: list[float] = Field(default_factory=lambda: [5.0], description="seconds; the first is the headline")
+    visual: bool = True
+    bootstrap: int = Field(1000, ge=0, description="resamples of each 95% interval")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str = Field("sqlite:///mlflow.db", description="relative SQLite paths are under the project folder")
+    experiment: str = "timesearch"
+    traced_episodes: int = Field(12, ge=0, description="episodes of each inference that become MLflow traces")
+
+
+class Settings(Section):
+    """All of `params.yaml`."""
+
+    profile: str = "pocket"
+    seed: int = 0
+    paths: Paths = Field(default_factory=Paths)
+    download: Download = Field(default_factory=Download)
+    models: Models = Field(default_factory=Models)
+    frames: Frames = Field(default_factory=Frames)
+    features: Features = Field(default_factory=Features)
+    search: Search = Field(default_factory=Search)
+    coldstart: ColdStart = Field(default_factory=ColdStart)
+    train: Train = Field(default_factory=Train)
+    judge: Judge = Field(default_factory=Judge)
+    infer: Infer = Field(default_factory=Infer)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    tracking: Tracking = Field(default_factory=Tracking)
+
+
+def load_settings(path: Path | str = "params.yaml") -> Settings:
+    """Read and check a parameter file.
+
+    Raises:
+        RequestError: the file is missing, is not YAML, or has an unknown name or a wrong value (named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist: run in the project folder, or name a parameter file by --params")
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    try:
+        return Settings.model_validate(values or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise RequestError(f"{path}: unknown parameter {name!r}") from error
+        raise RequestError(f"{path}: parameter {name!r}: {first['msg']}") from error
