@@ -81,7 +81,7 @@ def _parse_call(body: str) -> ToolCall:
             value = json_repair.loads(body[:10_000])
         except (ValueError, RecursionError):
             value = None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return ToolCall("", {}, 'not a JSON object with "name" and "arguments"')
     arguments = value.get("arguments", {})
     if isinstance(arguments, str):

@@ -1,0 +1,111 @@
+"""Sample files and the messages of an episode."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from timesearch.errors import ItemError, RequestError
+from timesearch.files import atomic_path, inside, json_digest, write_jsonl
+from timesearch.messages import final_answer, format_seconds, parse_turn, searched_seconds, tool_frames
+from timesearch.samples import Prediction, Sample, read_samples
+
+ROW = {"id": "a", "video": "a.mp4", "question": "What?", "answer": "red", "type": "open_ended"}
+
+
+def test_read_samples_keeps_fields(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    write_jsonl(path, [{**ROW, "gt_spans": [[1.0, 2.5]]}, {**ROW, "id": "b"}])
+    first, second = read_samples(path)
+    assert first.gt_spans == [(1.0, 2.5)]
+    assert second.id == "b"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([json.dumps(ROW), '{"id": '], ["line 2", "not JSON"]),
+        ([json.dumps(ROW), "[1, 2]"], ["line 2", "object"]),
+        ([json.dumps({**ROW, "type": "riddle"})], ["line 1", "'type'"]),
+        ([json.dumps(ROW), json.dumps(ROW)], ["'a'", "more than once"]),
+    ],
+)
+def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path, lines: list[str], words: list[str]) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(RequestError) as raised:
+        read_samples(path)
+    assert all(word in str(raised.value) for word in [str(path), *words])
+
+
+def test_a_missing_file_is_a_wrong_request(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="does not exist"):
+        read_samples(tmp_path / "none.jsonl")
+
+
+def test_a_prediction_is_a_sample_with_an_episode() -> None:
+    prediction = Prediction(**ROW, prediction=[{"role": "assistant", "content": "<answer>red</answer>"}])
+    assert Prediction.model_validate_json(prediction.model_dump_json()) == prediction
+    assert isinstance(prediction, Sample)
+
+
+def test_paths_stay_inside_their_root(tmp_path: Path) -> None:
+    assert inside(tmp_path, "a/../b.mp4") == tmp_path / "b.mp4"
+    for outside in ("../b.mp4", "/etc/passwd", ".", "a/../../b"):
+        with pytest.raises(ItemError) as raised:
+            inside(tmp_path, outside)
+        assert raised.value.reason == "unsafe_path"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "value.txt"
+    target.write_text("old")
+    with pytest.raises(ValueError, match="stop"), atomic_path(target) as partial:
+        partial.write_text("half")
+        raise ValueError("stop")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json_digest_ignores_key_order() -> None:
+    assert json_digest({"a": 1, "b": [2]}) == json_digest({"b": [2], "a": 1}) != json_digest({"a": 1, "b": [3]})
+
+
+def test_parse_turn_reads_thought_call_and_answer() -> None:
+    call = parse_turn('<think>look</think>\n<tool_call>\n{"name": "f", "arguments": {"query": "x"}}\n</tool_call>')
+    assert (call.thought, call.answer) == ("look", None)
+    assert (call.calls[0].name, call.calls[0].arguments) == ("f", {"query": "x"})
+    assert parse_turn("<think>seen</think><answer> B </answer>").answer == "B"
+
+
+def test_a_turn_that_calls_does_not_answer() -> None:
+    assert parse_turn('<tool_call>{"name": "f", "arguments": {}}</tool_call><answer>B</answer>').answer is None
+
+
+def test_damaged_json_is_repaired_where_its_meaning_is_plain() -> None:
+    (call,) = parse_turn("<tool_call>{'name': 'f', 'arguments': {'query': 'red star',}").calls
+    assert (call.name, call.arguments, call.error) == ("f", {"query": "red star"}, None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='<>/{}[]":,tool_callansweriknm\\ 019', max_size=120))
+def test_any_text_parses_to_something(text: str) -> None:
+    turn = parse_turn(f"<think>a</think><tool_call>{text}")
+    assert all(call.error or call.name for call in turn.calls)
+
+
+def test_searched_frames_are_read_from_tool_messages_only() -> None:
+    image = {"type": "image", "frame": 3}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "0.0s"}, image]},
+        {"role": "assistant", "content": "<think>a</think>"},
+        {"role": "tool", "content": [{"type": "text", "text": format_seconds(12.54)}, image, image]},
+        {"role": "assistant", "content": [{"type": "text", "text": "<answer>B</answer>"}]},
+    ]
+    assert searched_seconds(messages) == [12.5]
+    assert tool_frames(messages) == [(0, 12.5, image)]
+    assert final_answer(messages) == "B"
