@@ -1,0 +1,44 @@
+"""Secrets are taken out of every text that leaves a process: logs, artifacts, records and error messages."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+_HIDDEN = "***"
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|AUTH_STRING", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_QUERY = re.compile(
+    r"([?&;](?:[\w.-]*(?:token|secret|signature|password|api_?key|access_?key|credential)[\w.-]*|sig|key|auth)=)"
+    r"[^&;\s'\"#<>]+",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}")
+_SHORTEST = 6
+"""Values of secret variables below this length (such as ``1``) are words, not secrets."""
+
+
+def redact(text: str) -> str:
+    """Replace secrets in `text` by ``***``.
+
+    Secrets are the user part of URLs, query parameters and authorisation headers that carry a credential, and the
+    value of every environment variable whose name says that it holds one (``HF_TOKEN``, ``AWS_SECRET_ACCESS_KEY``).
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and value in text:
+            text = text.replace(value, _HIDDEN)
+    text = _USER_INFO.sub(f"{_HIDDEN}@", text)
+    text = _QUERY.sub(rf"\1{_HIDDEN}", text)
+    return _HEADER.sub(rf"\1 {_HIDDEN}", text)
+
+
+def redact_value(value: Any) -> Any:
+    """`redact` in all strings of a JSON value."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: redact_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_value(item) for item in value]
+    return value

@@ -1,0 +1,344 @@
+"""What a run did, recorded in MLflow: a parent run for a flow, a run for each stage, a trace for a sampled episode.
+
+MLflow is a record, never a condition: what cannot be written at once is kept in order and tried again, it is said once,
+and the computing goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.files import file_digest, write_text
+from timesearch.messages import parse_turn, text_of
+from timesearch.redaction import redact, redact_value
+from timesearch.samples import Prediction
+from timesearch.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LiveSpan
+
+logger = logging.getLogger(__name__)
+
+PARENT_RUN = "TIMESEARCH_PARENT_RUN"
+"""Environment variable with the id of the run that stage runs are nested in."""
+
+_RETRY_AFTER = 20.0
+"""Seconds between tries to reach an MLflow that did not answer."""
+_PENDING_LIMIT = 20_000
+_SHARED_SECTIONS = {
+    "coldstart": ("search",),
+    "train": ("search", "judge"),
+    "infer": ("search",),
+    "evaluate": ("judge",),
+}
+
+
+def tracking_uri(settings: Settings) -> str:
+    """The MLflow store: `MLFLOW_TRACKING_URI` where it is set, else the settings' own."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
+
+
+class Run:
+    """One MLflow run. Every method returns at once when MLflow cannot be reached, and what it had to say is kept."""
+
+    def __init__(self, settings: Settings, name: str, tags: Mapping[str, str], run_id: str | None = None) -> None:
+        self.id = run_id
+        """The run's id; None until MLflow has been reached."""
+        self._settings = settings
+        self._client: MlflowClient | None = None
+        self._experiment = ""
+        self._pending: deque[Callable[[MlflowClient], None]] = deque(maxlen=_PENDING_LIMIT)
+        self._silent_until = 0.0
+        self._said = False
+        self._do(lambda client: self._open(client, name, tags))
+
+    def log_params(self, params: Mapping[str, Any], prefix: str = "") -> None:
+        """Record parameters, nested mappings under dotted names."""
+        flat = {name: redact(str(value))[:6000] for name, value in _flatten(params, prefix)}
+        self._do(lambda client: self._log_params(client, flat))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers; with `step`, as points of a curve."""
+        now = int(time.time() * 1000)
+        values = {name: float(value) for name, value in metrics.items()}
+        self._do(lambda client: self._log_metrics(client, values, now, step or 0))
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """Record a file, or all files of a folder, under `folder` of the run's artifacts."""
+        path = Path(path)
+        record = "log_artifacts" if path.is_dir() else "log_artifact"
+        self._do(lambda client: getattr(client, record)(self.id, str(path), folder))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Record a text file under the artifact path `name`."""
+        clean = redact(text)
+        self._do(lambda client: client.log_text(str(self.id), clean, name))
+
+    def log_episode(self, prediction: Prediction, frames: Path | str | None = None, name: str = "episode") -> None:
+        """Record an episode as a trace with one span a turn, the frames that it saw shown small.
+
+        Args:
+            prediction: the episode.
+            frames: root of the frame caches that the shown frames are read from; None records their times only.
+            name: what the trace is called in the list of traces.
+        """
+        self._do(lambda client: self._trace(prediction, Path(frames) if frames else None, name))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED, after a last try to write what is pending."""
+        self._silent_until = 0.0
+        self._do(lambda client: client.set_terminated(str(self.id), status))
+        if self._pending:
+            logger.warning("MLflow did not come back: %d records of this run are not in it", len(self._pending))
+
+    def _do(self, operation: Callable[[MlflowClient], None]) -> None:
+        """Append to the queue, then write the queue in order as far as MLflow takes it."""
+        self._pending.append(operation)
+        if time.monotonic() < self._silent_until:
+            return
+        try:
+            client = self._connect()
+            while self._pending:
+                self._pending[0](client)
+                self._pending.popleft()
+        except Exception as error:  # MLflow's stores raise errors of many libraries, and none may stop the work
+            self._silent_until = time.monotonic() + _RETRY_AFTER
+            if not self._said:
+                where = redact(tracking_uri(self._settings))
+                logger.warning("MLflow at %s: %s; work goes on, records are kept and retried", where, _first(error))
+                self._said = True
+            return
+        if self._said:
+            logger.warning("MLflow is back: what was kept is written")
+            self._said = False
+
+    def _connect(self) -> MlflowClient:
+        if self._client is None:
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+            import mlflow
+
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            mlflow.set_tracking_uri(tracking_uri(self._settings))
+            client = mlflow.MlflowClient()
+            found = client.get_experiment_by_name(self._settings.tracking.experiment)
+            try:
+                self._experiment = (
+                    found.experiment_id if found else client.create_experiment(self._settings.tracking.experiment)
+                )
+            except mlflow.MlflowException:  # another run made it in between
+                found = client.get_experiment_by_name(self._settings.tracking.experiment)
+                if found is None:
+                    raise
+                self._experiment = found.experiment_id
+            self._client = client
+        return self._client
+
+    def _open(self, client: MlflowClient, name: str, tags: Mapping[str, str]) -> None:
+        if self.id is None:
+            self.id = client.create_run(self._experiment, run_name=name, tags=dict(tags)).info.run_id
+        else:
+            client.update_run(self.id, status="RUNNING")
+
+    def _log_params(self, client: MlflowClient, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        known = client.get_run(str(self.id)).data.params
+        entries = [Param(name, value) for name, value in params.items() if name not in known]
+        for start in range(0, len(entries), 100):
+            client.log_batch(str(self.id), params=entries[start : start + 100])
+
+    def _log_metrics(self, client: MlflowClient, values: Mapping[str, float], when: int, step: int) -> None:
+        from mlflow.entities import Metric
+
+        entries = [Metric(name, value, when, step) for name, value in values.items()]
+        for start in range(0, len(entries), 1000):
+            client.log_batch(str(self.id), metrics=entries[start : start + 1000])
+
+    def _trace(self, prediction: Prediction, frames: Path | None, name: str) -> None:
+        import mlflow
+
+        experiment = self._experiment
+        show = _Thumbnails(prediction.video, frames)
+        chat = [_readable(message, show) for message in prediction.prediction]
+        root = mlflow.start_span_no_context(
+            name,
+            span_type="AGENT",
+            inputs={"question": prediction.question, "options": prediction.options, "video": prediction.video},
+            tags={"sample": prediction.id},
+            metadata={"mlflow.sourceRun": str(self.id)},
+            experiment_id=experiment,
+        )
+        _turn_spans(root, prediction, chat)
+        root.set_outputs(
+            {
+                "answer": prediction.predicted_answer,
+                "right_answer": prediction.answer,
+                "searched_seconds": prediction.searched_seconds,
+                "rewards": prediction.rewards,
+                "error": prediction.error.model_dump() if prediction.error else None,
+            }
+        )
+        root.set_attributes({"turns": prediction.turns, "usage": prediction.usage.model_dump()})
+        root.end(status="ERROR" if prediction.error else "OK")
+
+
+@contextmanager
+def stage_run(settings: Settings, stage: str, keep: Path | str | None = None) -> Iterator[Run]:
+    """Open the MLflow run of a stage, nested in the run that `TIMESEARCH_PARENT_RUN` names, if it is set.
+
+    Its parameters are the stage's section and those that it shares; it ends FINISHED, FAILED, or KILLED (Ctrl-C).
+
+    Args:
+        settings: all settings.
+        stage: name of the stage.
+        keep: file that keeps the run's id, so that an interrupted stage goes on in the same run.
+    """
+    tags = {"stage": stage, "profile": settings.profile, **_code_tags()}
+    parent = os.environ.get(PARENT_RUN)
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    known = Path(keep).read_text(encoding="utf-8").strip() if keep and Path(keep).is_file() else None
+    run = Run(settings, stage, tags, run_id=known or None)
+    if keep and run.id:
+        write_text(keep, run.id + "\n")
+    sections = (stage, *_SHARED_SECTIONS.get(stage, ()))
+    values = settings.model_dump(mode="json")
+    run.log_params({"seed": settings.seed, **{name: values[name] for name in sections if name in values}})
+    with _finishing(run):
+        yield run
+
+
+@contextmanager
+def parent_run(settings: Settings, name: str) -> Iterator[Run]:
+    """Open the run that a flow's stage runs are nested in, with all parameters as an artifact."""
+    tags = {"profile": settings.profile, **_code_tags()}
+    run = Run(settings, name, tags)
+    run.log_text(_params_text(settings), "params.yaml")
+    with _finishing(run):
+        yield run
+
+
+@contextmanager
+def _finishing(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.finish("KILLED")
+        raise
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.finish()
+
+
+def _params_text(settings: Settings) -> str:
+    import yaml
+
+    return yaml.safe_dump(redact_value(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _code_tags() -> dict[str, str]:
+    """The commit and the digest of DVC's lock file, so that a run can be made again."""
+    tags = {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode == 0:
+        tags["mlflow.source.git.commit"] = commit.stdout.strip()
+    if Path("dvc.lock").is_file():
+        tags["dvc_lock_sha256"] = file_digest("dvc.lock")
+    return tags
+
+
+def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        dotted = f"{prefix}.{name}" if prefix else name
+        if isinstance(item, Mapping):
+            yield from _flatten(item, dotted)
+        else:
+            yield dotted, item
+
+
+def _first(error: Exception) -> str:
+    return redact(str(error).strip().partition("\n")[0])[:200] or type(error).__name__
+
+
+class _Thumbnails:
+    """Small data URLs of a video's frames; None where there is no cache."""
+
+    def __init__(self, video: str, root: Path | None, side: int = 160) -> None:
+        self._path = root / f"{video}.frames" if root else None
+        self._side = side
+
+    def __call__(self, index: int) -> str | None:
+        if self._path is None or not self._path.is_file():
+            return None
+        import base64
+        import io
+
+        from timesearch.video.frames import FrameCache
+
+        image = FrameCache.open(self._path)[index].copy()
+        image.thumbnail((self._side, self._side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _readable(message: Mapping[str, Any], show: Callable[[int], str | None]) -> dict[str, Any]:
+    """A message in OpenAI's chat form, which MLflow's trace view draws as a conversation."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {"role": message["role"], "content": content}
+    blocks: list[dict[str, Any]] = []
+    for block in content:
+        if block.get("type") == "text":
+            blocks.append({"type": "text", "text": block.get("text", "")})
+        elif isinstance(block.get("frame"), int):
+            url = show(block["frame"])
+            blocks.append(
+                {"type": "image_url", "image_url": {"url": url}}
+                if url
+                else {"type": "text", "text": f"[frame {block['frame']}]"}
+            )
+    return {"role": message["role"], "content": blocks}
+
+
+def _turn_spans(root: LiveSpan, prediction: Prediction, chat: list[dict[str, Any]]) -> None:
+    """One span a turn of the policy, and one for what each tool call gave back."""
+    import mlflow
+
+    turn = 0
+    new: list[dict[str, Any]] = []
+    call: Mapping[str, Any] = {}
+    for message, shown in zip(prediction.prediction, chat, strict=True):
+        if message["role"] == "assistant":
+            turn += 1
+            said = parse_turn(text_of(dict(message)))
+            call = {"name": said.calls[0].name, **said.calls[0].arguments} if said.calls else {}
+            act = f"search {call.get('query', '')!r}" if call else "answer" if said.answer is not None else "no act"
+            span = mlflow.start_span_no_context(
+                f"turn {turn}: {act}"[:120], span_type="CHAT_MODEL", parent_span=root, inputs={"messages": new}
+            )
+            span.set_attribute("mlflow.message.format", "openai")
+            span.set_outputs({"choices": [{"index": 0, "message": shown}]})
+            span.end()
+            new = []
+            continue
+        new.append(shown)
+        if message["role"] == "tool":
+            span = mlflow.start_span_no_context(
+                str(call.get("name") or "tool"), span_type="TOOL", parent_span=root, inputs=dict(call)
+            )
+            span.set_outputs(shown["content"])
+            span.end()
