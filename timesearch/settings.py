@@ -58,7 +58,7 @@ class Frames(Section):
     factor: int = Field(28, ge=1, description="width and height are multiples of this many pixels")
     min_pixels: int = Field(4 * 28 * 28, ge=1)
     max_pixels: int = Field(256 * 28 * 28, ge=1, description="256 tokens of 28 x 28 pixels a frame")
-    quality: int = Field(90, ge=1, le=100, description="JPEG quality")
+    qscale: int = Field(3, ge=2, le=31, description="quantiser scale of the JPEGs (ffmpeg -q:v), 2 the finest")
     workers: int = Field(2, ge=1)
     ray_address: str | None = Field(None, description="address of a Ray cluster, 'local' to start one, or null")
 
@@ -140,7 +140,10 @@ class Judge(Section):
     command: list[str] = Field(default_factory=list, description="starts the server; empty: vllm serve MODEL")
     start: bool = Field(True, description="start the server if none answers at `url`")
     start_timeout: float = Field(1800.0, gt=0, description="seconds")
-    concurrency: int = Field(32, ge=1)
+    concurrency: int = Field(32, ge=1, description="questions in flight")
+    timeout: float = Field(60.0, gt=0, description="seconds a question")
+    retry_for: float = Field(600.0, ge=0, description="seconds that an absent judge is waited for")
+    cache: Path = Field(Path("cache/judge.sqlite"), description="where verdicts are kept")
     max_candidate_chars: int = Field(100, ge=1, description="a longer answer is scored 0, as the paper's code does")
 
 
