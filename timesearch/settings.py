@@ -137,13 +137,16 @@ class Judge(Section):
     kind: Literal["rule", "server"] = "server"
     url: str = "http://127.0.0.1:8765/v1"
     model: str = "Qwen/Qwen2.5-72B-Instruct"
-    command: list[str] = Field(default_factory=list, description="starts the server; empty: vllm serve MODEL")
+    command: list[str] = Field(
+        default_factory=list, description="starts the server ({model}, {host}, {port} filled in); empty: vllm serve"
+    )
     start: bool = Field(True, description="start the server if none answers at `url`")
     start_timeout: float = Field(1800.0, gt=0, description="seconds")
     concurrency: int = Field(32, ge=1, description="questions in flight")
     timeout: float = Field(60.0, gt=0, description="seconds a question")
     retry_for: float = Field(600.0, ge=0, description="seconds that an absent judge is waited for")
     cache: Path = Field(Path("cache/judge.sqlite"), description="where verdicts are kept")
+    log: Path = Field(Path("runs/judge.log"), description="where the output of a started server goes")
     max_candidate_chars: int = Field(100, ge=1, description="a longer answer is scored 0, as the paper's code does")
 
 

@@ -1,0 +1,38 @@
+"""The judge's server, for as long as a block runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from timesearch.servers import model_server
+from timesearch.settings import Judge
+
+logger = logging.getLogger(__name__)
+
+VLLM = ("vllm", "serve", "{model}", "--host", "{host}", "--port", "{port}")
+"""The command where the settings name none."""
+
+
+@contextmanager
+def judge_server(settings: Judge, say: Callable[[str], None] = logger.info) -> Iterator[str | None]:
+    """Hold the judge that the settings ask for; with `kind: rule` there is none, and None is yielded.
+
+    Raises:
+        ServerError: it does not come up, or something else is at its address.
+    """
+    if settings.kind == "rule":
+        yield None
+        return
+    with model_server(
+        "judge",
+        settings.url,
+        settings.model,
+        settings.command or VLLM,
+        log=settings.log,
+        start=settings.start,
+        timeout=settings.start_timeout,
+        say=say,
+    ) as url:
+        yield url

