@@ -21,12 +21,21 @@ Block = dict[str, Any]
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_CONTROL = re.compile(r"<\|(\w*)\|>")
 _SECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*s\s*")
 
 
 def format_seconds(seconds: float) -> str:
     """The text block that stands before a frame: ``12.5s``."""
     return f"{seconds:.1f}s"
+
+
+def neutralise(text: str) -> str:
+    """Text in which nothing is a control token any more: ``<|image_pad|>`` becomes ``<image_pad>``.
+
+    Questions and model outputs go through this, because a tokenizer reads control tokens wherever they stand.
+    """
+    return _CONTROL.sub(r"<\1>", text)
 
 
 def text_of(message: Message) -> str:

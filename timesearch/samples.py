@@ -72,6 +72,8 @@ class Prediction(Sample):
     turns: int = 0
     tool_calls: int = 0
     usage: Usage = Field(default_factory=Usage)
+    outcome: Literal["answered", "unanswered", "failed"] | None = None
+    limit: Literal["turns", "context"] | None = Field(None, description="the budget that ended the search, if one did")
     error: EpisodeError | None = None
 
 

@@ -6,8 +6,12 @@ public method is a tool) and inference. A further primitive is one more public m
 
 from __future__ import annotations
 
+import inspect
+import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +19,7 @@ import numpy as np
 
 from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.files import inside
-from timesearch.messages import Block, format_seconds
+from timesearch.messages import Block, format_seconds, neutralise
 from timesearch.retrieval.features import FeatureCache
 from timesearch.retrieval.selection import select_frames
 from timesearch.search.prompts import Prompts
@@ -24,6 +28,9 @@ from timesearch.video.frames import FrameCache
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+QUERY_CHARS = 500
+"""A longer query is no description of a frame, and no text encoder reads that far."""
 
 
 class QueryEncoder(Protocol):
@@ -46,26 +53,37 @@ class SearchedFrame:
 class SearchEnvironment:
     """Preview and search over one video at a time.
 
+    An image block is ``{"type": "image", "image": PIL, "frame": index in the frame cache, "seconds": time}``.
+
     Args:
         settings: budgets and the selection method.
         encoder: embeds queries in the space of the feature caches.
         frames: folder of frame caches.
         features: folder of feature caches.
+        encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``:
+            for engines behind HTTP, which decode for themselves.
     """
 
-    def __init__(self, settings: Search, encoder: QueryEncoder, frames: Path | str, features: Path | str) -> None:
+    def __init__(
+        self,
+        settings: Search,
+        encoder: QueryEncoder,
+        frames: Path | str,
+        features: Path | str,
+        encoded: bool = False,
+    ) -> None:
         self._settings = settings
         self._encoder = encoder
         self._frames_root = Path(frames)
         self._features_root = Path(features)
+        self._encoded = encoded
         self._prompts = Prompts.load(settings.prompts)
-        self._video: FrameCache | None = None
-        self._features: FeatureCache | None = None
-        self._name = ""
+        self._video: _Video | None = None
         self._question = ""
         self._searched: list[SearchedFrame] = []
         self._preview: list[int] = []
         self._calls = 0
+        self._room: int | None = None
 
     def reset(self, **row: Any) -> list[Block]:
         """Open the video of a sample and show it coarsely.
@@ -79,15 +97,14 @@ class SearchEnvironment:
         Raises:
             ItemError: `missing_cache`, if the video has no frame or feature cache.
         """
-        if row["video"] != self._name:
-            self._open(row["video"])
-        self._searched, self._calls = [], 0
-        self._question = self._prompts.question(row["question"], row.get("options") or [])
-        assert self._video is not None
-        self._preview = preview_indices(len(self._video), self._video.size, self._settings)
-        duration = format_seconds(float(self._video.timestamps[-1]))
-        text = self._prompts.render("user", question=self._question, duration=duration)
-        return [*self._show(self._preview), {"type": "text", "text": text}]
+        self._enter(row)
+        video = self._opened
+        self._preview, size = preview_plan(len(video.frames), video.frames.size, self._settings)
+        duration = format_seconds(float(video.frames.timestamps[-1]))
+        return [
+            *video.preview(self._preview, size),
+            *self._say("user", question=self._question, duration=duration),
+        ]
 
     def seek_video_frames(
         self, query: str, start_time: float = 0.0, end_time: float = -1.0, num_frames: int = 8
@@ -103,52 +120,68 @@ class SearchEnvironment:
         Returns:
             The frames, each after its time in seconds.
         """
-        assert self._video is not None and self._features is not None
         self._calls += 1
+        if self._calls >= self._settings.max_turns or self._room == 0:
+            return self._say("overflow")
+        spent = self._calls == self._settings.max_turns - 1
         try:
-            window = self._window(query, start_time, end_time, num_frames)
+            (first, last), wanted = self._window(query, start_time, end_time, num_frames)
         except ValueError as error:
-            return [{"type": "text", "text": self._prompts.render("correction", problem=str(error))}]
-        indices, wanted = window
+            return [*self._say("correction", problem=error), *(self._say("overflow") if spent else [])]
         picked = select_frames(
-            self._features.features[indices[0] : indices[1]],
+            self._opened.features.features[first:last],
             self._encoder.encode_text([query])[0],
             wanted,
             method=self._settings.method,
         )
-        found = [int(index) + indices[0] for index in picked]
-        self._searched += [SearchedFrame(self._calls, index, float(self._video.timestamps[index])) for index in found]
-        return [*self._show(found), {"type": "text", "text": self._prompts.render("next", count=len(found))}]
+        found = [int(index) + first for index in picked]
+        times = self._opened.frames.timestamps
+        self._searched += [SearchedFrame(self._calls, index, float(times[index])) for index in found]
+        return [*self._opened.show(found), *self._say("overflow" if spent else "next", count=len(found))]
 
-    def _open(self, video: str) -> None:
-        name = Path(video)
-        frames = inside(self._frames_root, f"{name}.frames")
-        features = inside(self._features_root, f"{name}.safetensors")
+    def _tools(self) -> dict[str, Callable[..., list[Block]]]:
+        """The tools by name: the public methods, found by the rule that TRL follows."""
+        members = inspect.getmembers(type(self), predicate=inspect.isfunction)
+        return {name: getattr(self, name) for name, _ in members if name != "reset" and not name.startswith("_")}
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
+        """Carry out a tool call that a policy wrote; a wrong one is answered by what to correct."""
+        tools = self._tools()
+        if name not in tools:
+            known = " or ".join(tools)
+            return self._say("correction", problem=f"there is no tool {neutralise(name)[:50]!r}, only {known}")
+        try:
+            inspect.signature(tools[name]).bind(**arguments)
+        except TypeError as error:
+            return self._say("correction", problem=neutralise(str(error))[:100])
+        return tools[name](**arguments)
+
+    def _enter(self, row: dict[str, Any]) -> None:
+        """Open a sample's video and forget the episode before."""
+        self._video = self._open(row["video"])
+        self._searched, self._preview, self._calls, self._room = [], [], 0, None
+        self._question = neutralise(self._prompts.question(row["question"], row.get("options") or []))
+
+    @property
+    def _opened(self) -> _Video:
+        assert self._video is not None, "reset comes before a tool call"
+        return self._video
+
+    def _open(self, video: str) -> _Video:
+        frames = inside(self._frames_root, f"{video}.frames")
+        features = inside(self._features_root, f"{video}.safetensors")
         for path, stage in ((frames, "frames"), (features, "features")):
             if not path.is_file():
                 raise ItemError(f"{video}: {path} is missing: run the stage {stage!r} first", reason="missing_cache")
-        self._video = FrameCache.open(frames)
-        self._features = FeatureCache.open(features)
-        if len(self._video) != len(self._features.timestamps):
-            raise CacheMismatchError(
-                f"{frames} holds {len(self._video)} frames and {features} {len(self._features.timestamps)}: "
-                "run the stage 'features' again"
-            )
-        self._name = video
+        return _open_video(frames, features, frames.stat().st_mtime_ns, features.stat().st_mtime_ns, self._encoded)
 
-    def _show(self, indices: list[int]) -> list[Block]:
-        assert self._video is not None
-        blocks: list[Block] = []
-        for index, image in zip(indices, self._video.read(indices), strict=True):
-            blocks.append({"type": "text", "text": format_seconds(float(self._video.timestamps[index]))})
-            blocks.append({"type": "image", "image": image})
-        return blocks
+    def _say(self, part: str, **values: object) -> list[Block]:
+        return [{"type": "text", "text": self._prompts.render(part, **values)}]
 
     def _window(self, query: Any, start_time: Any, end_time: Any, num_frames: Any) -> tuple[tuple[int, int], int]:
         """Index range [first, last) and number of frames; ValueError tells the policy what to correct."""
-        assert self._video is not None
-        times = self._video.timestamps
-        if not isinstance(query, str) or not query.strip():
+        times = self._opened.frames.timestamps
+        if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
             raise ValueError("query must be a few words of text")
         start, end = _number("start_time", start_time), _number("end_time", end_time)
         count = _number("num_frames", num_frames)
@@ -164,7 +197,8 @@ class SearchEnvironment:
             raise ValueError(
                 f"no frame lies between {start:g} and {end:g} seconds: the video ends at {times[-1]:.1f} seconds"
             )
-        return (first, last), int(min(count, self._settings.max_frames_per_turn, last - first))
+        room = self._settings.max_frames_per_turn if self._room is None else self._room
+        return (first, last), int(min(count, self._settings.max_frames_per_turn, room, last - first))
 
     def _searched_indices(self) -> list[int]:
         """Cache indices of all frames that were searched, each once, in order of time."""
@@ -173,17 +207,68 @@ class SearchEnvironment:
     def _reanswer_content(self) -> list[Block] | None:
         """Blocks of the re-answer request: the searched frames alone, then the question; None without frames."""
         indices = self._searched_indices()
-        if not indices:
-            return None
-        text = self._prompts.render("reanswer", question=self._question)
-        return [*self._show(indices), {"type": "text", "text": text}]
+        return self._answer_content(indices) if indices else None
+
+    def _answer_content(self, indices: list[int]) -> list[Block]:
+        """Blocks that ask for the answer from the frames `indices` alone."""
+        return [*self._opened.show(indices), *self._say("reanswer", question=self._question)]
+
+
+class _Video:
+    """A video's two caches, opened once for all episodes on it. Reads are safe from several threads."""
+
+    def __init__(self, frames: Path, features: Path, encoded: bool) -> None:
+        self.frames = FrameCache.open(frames)
+        self.features = FeatureCache.open(features)
+        self._encoded = encoded
+        self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
+        if len(self.frames) != len(self.features.timestamps):
+            raise CacheMismatchError(
+                f"{frames} holds {len(self.frames)} frames and {features} {len(self.features.timestamps)}: "
+                "run the stage 'features' again"
+            )
+
+    def show(self, indices: list[int], size: tuple[int, int] | None = None) -> list[Block]:
+        """A time and an image for each frame, scaled down to `size` (width, height) where that is another."""
+        if size in (None, self.frames.size) and self._encoded:
+            pixels: list[dict[str, Any]] = [{"jpeg": self.frames.jpeg(index)} for index in indices]
+        else:
+            images = self.frames.read(indices)
+            if size not in (None, self.frames.size):
+                images = [image.resize(size) for image in images]
+            pixels = [{"jpeg": _jpeg(image)} if self._encoded else {"image": image} for image in images]
+        blocks: list[Block] = []
+        for index, pixel in zip(indices, pixels, strict=True):
+            seconds = float(self.frames.timestamps[index])
+            blocks.append({"type": "text", "text": format_seconds(seconds)})
+            blocks.append({"type": "image", **pixel, "frame": index, "seconds": seconds})
+        return blocks
+
+    def preview(self, indices: list[int], size: tuple[int, int]) -> list[Block]:
+        """`show`, made once for all questions about the video."""
+        key = (len(indices), size)
+        if key not in self._previews:
+            self._previews[key] = self.show(indices, size)
+        return self._previews[key]
+
+
+@lru_cache(maxsize=8)
+def _open_video(frames: Path, features: Path, frames_time: int, features_time: int, encoded: bool) -> _Video:
+    """Open a video's caches; the files' times (ns) are part of the key, so that a rebuilt cache is opened anew."""
+    return _Video(frames, features, encoded)
+
+
+def _jpeg(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError(f"{name} must be a number")
     try:
-        number = float(value)
+        number = float(value.strip().removesuffix("s") if isinstance(value, str) else value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a number") from None
     if not math.isfinite(number):
@@ -191,17 +276,35 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def preview_indices(total: int, size: tuple[int, int], settings: Search) -> list[int]:
-    """Frames of the preview: evenly spread, as many as the token budget and `max_frames` allow.
+def preview_plan(total: int, size: tuple[int, int], settings: Search) -> tuple[list[int], tuple[int, int]]:
+    """Frames of the preview and their size: first as many frames as the budgets allow, then as large as they allow.
 
     Args:
         total: frames of the video.
         size: width and height of a cached frame in pixels.
-        settings: `total_video_tokens`, `max_frames` and `patch` are used.
+        settings: `total_video_tokens`, `max_frames`, `min_tokens`, `max_tokens` and `patch` are used, as in the
+            paper's configuration.
 
     Returns:
-        Increasing indices; each is the middle of an equal share of the video.
+        Increasing indices, each the middle of an equal share of the video, and (width, height) in pixels.
     """
-    tokens = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
-    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // tokens))
-    return [int((position + 0.5) * total / count) for position in range(count)]
+    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // settings.min_tokens))
+    tokens = min(settings.max_tokens, max(settings.min_tokens, settings.total_video_tokens // count))
+    indices = [int((position + 0.5) * total / count) for position in range(count)]
+    return indices, fit_size(size, tokens, settings.patch)
+
+
+def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
+    """The largest size of about the same shape, in whole patches and at most `tokens` of them; never enlarged."""
+    width, height = size
+    if (width // patch) * (height // patch) <= tokens:
+        return size
+    scale = math.sqrt(tokens / (width * height))
+    columns, rows = width * scale, height * scale
+    choices = []
+    for across in (math.floor(columns), math.ceil(columns)):
+        for down in (math.floor(rows), math.ceil(rows)):
+            fitted = min(max(across, 1), tokens)
+            choices.append((fitted, min(max(down, 1), tokens // fitted)))
+    across, down = max(choices, key=math.prod)
+    return across * patch, down * patch

@@ -1,0 +1,276 @@
+"""The episode loop: a policy searches a video until it answers or a budget is spent (paper, Section 3.1).
+
+The same loop serves every engine and every command. It keeps the rules of training: all calls of a turn are carried
+out, the last call that `max_turns` allows is followed by the request to answer, and assistant turns stay verbatim. It
+is kinder than training in two ways: a call that cannot be read is answered by what to correct, and a turn that neither
+searches nor answers is asked once for the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from timesearch.errors import ItemError
+from timesearch.messages import (
+    Block,
+    Message,
+    Turn,
+    final_answer,
+    neutralise,
+    parse_turn,
+    searched_seconds,
+    tool_frames,
+)
+from timesearch.samples import EpisodeError, Prediction, Sample, Usage
+from timesearch.search.environment import SearchEnvironment
+from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, tool_schemas
+from timesearch.search.prompts import Prompts
+from timesearch.settings import Search
+
+CALLS_PER_TURN = 8
+"""Calls of one turn that are carried out at most; the rest of them stay unanswered."""
+MESSAGE_TOKENS = 96
+"""Allowance for the words around searched frames, in tokens."""
+FRAME_TOKENS = 12
+"""Allowance for the time and the markers around one frame, in tokens."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that happened in an episode, for who watches it live.
+
+    `kind` is ``preview`` (blocks), ``turn`` (text and what it says), ``frames`` (blocks, call) or ``reanswer`` (text).
+    """
+
+    kind: Literal["preview", "turn", "frames", "reanswer"]
+    number: int = 0
+    blocks: tuple[Block, ...] = ()
+    text: str = ""
+    turn: Turn | None = None
+
+
+Watch = Callable[[Step], None]
+
+
+def system_message(prompts: Prompts, tools: list[dict[str, Any]], protocol: str) -> Message:
+    """The system message: with the tools in it for the protocol ``text``, else the chat template adds them.
+
+    Tools go where the prompt says ``{tools}``; a prompt that does not gets them at its end, worded as Qwen's chat
+    templates word them, so that both protocols render to the same tokens.
+    """
+    if protocol == "template":
+        return {"role": "system", "content": prompts.texts["system"]}
+    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    if "{tools}" in prompts.texts["system"]:
+        return {"role": "system", "content": prompts.render("system", tools=schemas)}
+    return {"role": "system", "content": f"{prompts.texts['system']}\n\n{_TOOLS.format(schemas=schemas)}"}
+
+
+_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{schemas}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
+)
+
+
+async def run_episode(
+    environment: SearchEnvironment,
+    policy: Policy,
+    sample: Sample,
+    settings: Search,
+    watch: Watch | None = None,
+    reanswer: bool = True,
+) -> Prediction:
+    """Let a policy search a sample's video and answer.
+
+    Args:
+        environment: used by this episode alone while it runs.
+        policy: the engine.
+        sample: the question.
+        settings: budgets, prompts and protocol.
+        watch: is told of each step as it happens, in the event loop's thread.
+        reanswer: ask again from the searched frames alone, for the completeness reward.
+
+    Returns:
+        The prediction. An `ItemError` (missing cache, engine gone, context too short) is recorded in its `error`,
+        beside the messages so far.
+    """
+    episode = _Episode(environment, policy, sample, settings, watch or (lambda step: None))
+    error: EpisodeError | None = None
+    try:
+        await episode.search()
+        if reanswer and tool_frames(episode.messages):
+            await episode.answer_again()
+    except ItemError as raised:
+        error = EpisodeError(type=raised.reason, message=str(raised))
+    return episode.prediction(error)
+
+
+async def answer_from_frames(
+    environment: SearchEnvironment,
+    policy: Policy,
+    sample: Sample,
+    settings: Search,
+    choose: Callable[[SearchEnvironment], list[int]],
+) -> Prediction:
+    """The baselines without search: frames chosen at once, and the re-answer's prompt.
+
+    `choose` gives the frames' indices after the environment has opened the video. They are recorded as the frames of
+    one tool message, so that search metrics apply to them, followed by the answer.
+    """
+    episode = _Episode(environment, policy, sample, settings, lambda step: None)
+    error: EpisodeError | None = None
+    try:
+        await episode.answer_chosen(choose)
+    except ItemError as raised:
+        error = EpisodeError(type=raised.reason, message=str(raised))
+    return episode.prediction(error)
+
+
+class _Episode:
+    """The state of one episode."""
+
+    def __init__(
+        self, environment: SearchEnvironment, policy: Policy, sample: Sample, settings: Search, watch: Watch
+    ) -> None:
+        self.messages: list[Message] = []
+        self._environment, self._policy, self._sample = environment, policy, sample
+        self._settings, self._watch = settings, watch
+        self._prompts = Prompts.load(settings.prompts)
+        self._usage = Usage()
+        self._preview: list[float] = []
+        self._turns = self._tool_calls = 0
+        self._limit: Literal["turns", "context"] | None = None
+        self._reanswer: str | None = None
+
+    async def search(self) -> None:
+        blocks = await asyncio.to_thread(self._environment.reset, **self._sample.model_dump())
+        self._preview = [block["seconds"] for block in blocks if block["type"] == "image"]
+        self._watch(Step("preview", blocks=tuple(blocks)))
+        tools = tool_schemas(self._environment)
+        self.messages = [
+            system_message(self._prompts, tools, self._settings.protocol),
+            {"role": "user", "content": blocks},
+        ]
+        offered = tools if self._settings.protocol == "template" else []
+        async with self._policy.session(self._sample.video, offered, self._settings.max_new_tokens) as session:
+            asked = False
+            for number in range(1, self._settings.max_turns + 1):
+                reply = await self._reply(session)
+                turn = parse_turn(reply.text)
+                self.messages.append({"role": "assistant", "content": reply.text})
+                self._turns = number
+                self._watch(Step("turn", number, text=reply.text, turn=turn))
+                if turn.answer is not None or number == self._settings.max_turns:
+                    return
+                if turn.calls:
+                    await self._carry_out(turn, reply, number)
+                elif asked:
+                    return
+                else:
+                    asked = True
+                    self.messages.append({"role": "user", "content": self._prompts.render("overflow")})
+
+    async def _reply(self, session: Session) -> Reply:
+        """The next turn; where the context overflows, the newest frames give way to the request to answer."""
+        try:
+            reply = await session.reply(self.messages)
+        except ContextOverflowError:
+            if self.messages[-1]["role"] != "tool":
+                raise
+            while self.messages[-1]["role"] == "tool":
+                self.messages.pop()
+            self.messages.append({"role": "tool", "content": self._prompts.render("overflow")})
+            self._limit = "context"
+            reply = await session.reply(self.messages)
+        self._usage.prefilled += reply.prompt_tokens - reply.cached_tokens
+        self._usage.cached += reply.cached_tokens
+        self._usage.generated += reply.generated_tokens
+        return Reply(neutralise(reply.text), reply.prompt_tokens, reply.cached_tokens, reply.generated_tokens)
+
+    async def _carry_out(self, turn: Turn, reply: Reply, number: int) -> None:
+        environment = self._environment
+        room = self._room(reply)
+        for call in turn.calls[:CALLS_PER_TURN]:
+            environment._room = room
+            if call.error:
+                blocks = environment._say("correction", problem=call.error)
+            else:
+                blocks = await asyncio.to_thread(environment._call, call.name, call.arguments)
+            self._tool_calls += 1
+            if room is not None:
+                room = max(0, room - sum(block["type"] == "image" for block in blocks))
+            if environment._calls >= self._settings.max_turns - 1:
+                self._limit = "turns"
+            elif environment._room == 0:
+                self._limit = "context"
+            self.messages.append({"role": "tool", "name": call.name, "content": blocks})
+            self._watch(Step("frames", number, tuple(blocks)))
+
+    def _room(self, reply: Reply) -> int | None:
+        """Frames that still fit into the context, beside the words around them and one more turn."""
+        if self._policy.context is None or not reply.prompt_tokens:
+            return None
+        width, height = self._environment._opened.frames.size
+        frame = (width // self._settings.patch) * (height // self._settings.patch) + FRAME_TOKENS
+        used = reply.prompt_tokens + reply.generated_tokens + MESSAGE_TOKENS + self._settings.max_new_tokens
+        return max(0, (self._policy.context - used) // frame)
+
+    async def answer_again(self) -> None:
+        content = await asyncio.to_thread(self._environment._reanswer_content)
+        if content is None:
+            return
+        async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
+            reply = await session.reply([{"role": "user", "content": content}])
+        self._reanswer = parse_turn(reply.text).answer
+        self._watch(Step("reanswer", text=reply.text))
+
+    async def answer_chosen(self, choose: Callable[[SearchEnvironment], list[int]]) -> None:
+        def look() -> list[Block]:
+            self._environment._enter(self._sample.model_dump())
+            return self._environment._answer_content(choose(self._environment))
+
+        blocks = await asyncio.to_thread(look)
+        asking: list[Message] = [{"role": "user", "content": blocks}]
+        async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
+            self.messages = asking
+            reply = await self._reply(session)
+        self.messages = [
+            {"role": "tool", "content": blocks},
+            {"role": "assistant", "content": reply.text},
+        ]
+        self._turns = 1
+        self._reanswer = parse_turn(reply.text).answer
+
+    def prediction(self, error: EpisodeError | None) -> Prediction:
+        answer = None if error else final_answer(self.messages)
+        return Prediction(
+            **self._sample.model_dump(),
+            prediction=[without_pixels(message) for message in self.messages],
+            searched_seconds=searched_seconds(self.messages),
+            preview_seconds=self._preview,
+            predicted_answer=answer,
+            reanswer=self._reanswer,
+            turns=self._turns,
+            tool_calls=self._tool_calls,
+            usage=self._usage,
+            outcome="failed" if error else "unanswered" if answer is None else "answered",
+            limit=self._limit,
+            error=error,
+        )
+
+
+def without_pixels(message: Message) -> Message:
+    """A message as predictions keep it: image blocks hold `frame` and `seconds`, no pixels."""
+    if isinstance(message.get("content"), str):
+        return message
+    blocks = [
+        {key: value for key, value in block.items() if key not in ("image", "jpeg")} for block in message["content"]
+    ]
+    return {**message, "content": blocks}

@@ -1,0 +1,81 @@
+"""What an episode needs of an engine: messages and tools in, the text of an assistant turn out.
+
+Two engines stand behind it: `engine_transformers` in process, `engine_openai` over HTTP. Both give the assistant's text
+verbatim, ``<think>`` and ``<tool_call>`` included, so that the conversation renders to the same token ids wherever it
+is rendered: in training, in process, and in a server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from timesearch.errors import ItemError
+from timesearch.messages import Message
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An assistant turn, and what it cost in tokens."""
+
+    text: str
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class EngineError(ItemError):
+    """The engine gave no answer to a request, after all retries."""
+
+    reason = "engine"
+
+
+class ContextOverflowError(ItemError):
+    """The conversation is longer than the engine's context."""
+
+    reason = "context"
+
+
+class Session(Protocol):
+    """One conversation with a policy. The list of messages only grows, apart from a last message put anew."""
+
+    async def reply(self, messages: Sequence[Message]) -> Reply:
+        """The next assistant turn.
+
+        Raises:
+            EngineError: no answer after all retries.
+            ContextOverflowError: the conversation does not fit.
+        """
+        ...
+
+
+class Policy(Protocol):
+    """An engine with a model in it."""
+
+    name: str
+    encoded: bool
+    """Whether image blocks are to carry JPEG bytes rather than decoded images."""
+
+    @property
+    def context(self) -> int | None:
+        """Length of the context in tokens, where it is known."""
+        ...
+
+    def session(
+        self, video: str, tools: Sequence[dict[str, Any]], max_new_tokens: int
+    ) -> AbstractAsyncContextManager[Session]:
+        """Open a conversation about `video` (conversations about one video share their prefix) with these tools."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and threads."""
+        ...
+
+
+def tool_schemas(environment: object) -> list[dict[str, Any]]:
+    """The JSON schemas of an environment's tools, as TRL renders them in training."""
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    return [get_json_schema(tool) for tool in environment._tools().values()]  # type: ignore[attr-defined]
