@@ -1,0 +1,182 @@
+"""Many items, several at once: the broken ones are set aside with a reason, and the others go on.
+
+The same call runs in threads of this machine (the work itself is ffmpeg, torch or the network, none of which holds
+the interpreter's lock) or as plain tasks on a Ray cluster.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from timesearch.errors import CacheMismatchError, ItemError, RequestError
+from timesearch.files import write_jsonl
+from timesearch.progress import progress_bar
+
+Work = Callable[[str], "int | None"]
+"""Does one item; returns how many frames (or files) it made, or None where the item was up to date."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One item that could not be done; `reason` is a short stable word, `message` a sentence."""
+
+    item: str
+    reason: str
+    message: str
+
+
+@dataclass
+class BatchResult:
+    """What became of a batch."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    units: int = 0
+
+    def exit_code(self, keep_going: bool = False) -> int:
+        """1 if an item failed, unless the caller wants to go on with the others."""
+        return 1 if self.failures and not keep_going else 0
+
+
+def run_batch(
+    title: str,
+    items: Sequence[str],
+    work: Work,
+    *,
+    failures: Path,
+    workers: int,
+    unit: str = "frames",
+    ray_address: str | None = None,
+) -> BatchResult:
+    """Do `work` for each item, `workers` at a time, and list what failed in the file `failures`.
+
+    Args:
+        title: shown before the progress bar.
+        items: names, each given to `work` once.
+        work: raises `ItemError` for an item to be set aside; any other error ends the batch.
+        failures: a JSON lines file (`item`, `reason`, `message`); removed where nothing failed.
+        workers: items in flight at the same time.
+        unit: what `work` counts, for the rate beside the bar.
+        ray_address: a Ray cluster to run on ('local' starts one), or None for threads here.
+    """
+    result = BatchResult()
+    attempt = _Attempt(work)
+    stream = _on_ray(attempt, items, workers, ray_address) if ray_address else _in_threads(attempt, items, workers)
+    started = time.monotonic()
+    with progress_bar(title, len(items)) as bar:
+        for item, outcome in stream:
+            if isinstance(outcome, Failure):
+                result.failures.append(outcome)
+            elif outcome is None:
+                result.skipped.append(item)
+            else:
+                result.done.append(item)
+                result.units += outcome
+            rate = result.units / max(time.monotonic() - started, 1e-9)
+            bar.advance(note=f"{rate:.0f} {unit}/s" + (f", {len(result.failures)} failed" if result.failures else ""))
+    write_failures(failures, result.failures)
+    return result
+
+
+def write_failures(path: Path, failures: Sequence[Failure]) -> None:
+    """List failures as JSON lines in order of item; no file where there are none."""
+    if failures:
+        write_jsonl(path, [_printable(failure) for failure in sorted(failures, key=lambda failure: failure.item)])
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _printable(failure: Failure) -> dict[str, str]:
+    """Names of files need not be Unicode: bytes that are not are shown as escapes."""
+    return {
+        key: value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        for key, value in asdict(failure).items()
+    }
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """`work` with its expected errors turned into data, so that they cross threads and machines unchanged."""
+
+    work: Work
+
+    def __call__(self, item: str) -> int | None | Failure:
+        try:
+            return self.work(item)
+        except ItemError as error:
+            return Failure(item, error.reason, str(error))
+        except CacheMismatchError as error:
+            return Failure(item, "cache_mismatch", str(error))
+
+
+def _in_threads(
+    attempt: _Attempt, items: Sequence[str], workers: int
+) -> Iterator[tuple[str, int | None | Failure]]:
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending: dict[Future[int | None | Failure], str] = {pool.submit(attempt, item): item for item in items}
+        while pending:
+            finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield pending.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_ray(
+    attempt: _Attempt, items: Sequence[str], workers: int, address: str
+) -> Iterator[tuple[str, int | None | Failure]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise RequestError("ray is not installed: uv sync --extra ray, or set ray_address to null") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(address=None if address == "local" else address, num_cpus=workers if address == "local" else None)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=3)(attempt.__call__)
+        waiting, pending = list(reversed(items)), {}
+        while waiting or pending:
+            while waiting and len(pending) < workers:
+                item = waiting.pop()
+                pending[remote.remote(item)] = item
+            finished, _ = ray.wait(list(pending), num_returns=1)
+            for reference in finished:
+                item = pending.pop(reference)
+                try:
+                    yield item, ray.get(reference)
+                except ray.exceptions.WorkerCrashedError as error:
+                    yield item, Failure(item, "worker_died", f"{item}: its worker died four times ({error})")
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process, and clear what a killed process left half-written in it.
+
+    Raises:
+        RequestError: another process works in the folder.
+    """
+    import os
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(f"another process is writing into {folder}: wait for it to end") from error
+        for partial in folder.rglob(".*.partial"):
+            partial.unlink()
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""What a video file is, found out before it is decoded, and why a broken one cannot be."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import ItemError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,ogg,asf,nut,gif,ivf,obu,h264,hevc,"
+    "av1,mxf,rm,dv,m4v,swf,wtv,vob"
+)
+"""Demuxers that may be used. Playlists are left out: a file that names other files or hosts must not be followed."""
+PROTOCOLS = "file,pipe"
+HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
+"""`color_trc` codes (ITU-T H.273, table 3) of high dynamic range."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What changes when a file is written to."""
+
+    size: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint:
+        """Read it from the file system."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """The video stream of a file.
+
+    `width` and `height` are those of the picture as shown (rotated, square pixels); `start` (s) is the presentation
+    time of its first frame on the container's clock; `duration` (s) is None where the container states none.
+    """
+
+    stream: int
+    codec: str
+    width: int
+    height: int
+    start: float
+    duration: float | None
+    hdr: bool
+    fingerprint: Fingerprint
+
+
+def check_readable(path: Path) -> Fingerprint:
+    """Return the fingerprint of a regular, non-empty, readable file.
+
+    Raises:
+        ItemError: `missing_file`, `symlink_loop`, `not_a_file`, `empty_file` or `unreadable`.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise ItemError(f"{path} does not exist", reason="missing_file") from error
+    except PermissionError as error:
+        raise ItemError(f"{path} may not be read: check the permissions of its folder", reason="unreadable") from error
+    except OSError as error:
+        reason = "symlink_loop" if "symbolic" in (error.strerror or "") else "unreadable"
+        raise ItemError(f"{path} cannot be opened: {error.strerror}", reason=reason) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ItemError(f"{path} is not a regular file", reason="not_a_file")
+    if status.st_size == 0:
+        raise ItemError(f"{path} is empty (0 bytes): fetch it again", reason="empty_file")
+    if not os.access(path, os.R_OK):
+        raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable")
+    return Fingerprint(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def open_video(path: Path) -> InputContainer:
+    """Open a container with PyAV; only media demuxers and local files are allowed.
+
+    Raises:
+        ItemError: `truncated` (an MP4 without its index) or `not_a_video`.
+    """
+    import av
+
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": PROTOCOLS}
+    try:
+        return av.open(f"file:{path.absolute()}", container_options=options)
+    except av.FFmpegError as error:
+        with path.open("rb") as handle:
+            head = handle.read(12)
+        if head[4:8] == b"ftyp":
+            raise ItemError(
+                f"{path} is cut off: its index (moov box) is missing; fetch it again", reason="truncated"
+            ) from error
+        raise ItemError(f"{path} is not a video file ({error.strerror})", reason="not_a_video") from error
+
+
+def choose_stream(container: InputContainer, path: Path) -> Any:
+    """The stream that the container marks as default, else its first; cover pictures are no videos.
+
+    Raises:
+        ItemError: `no_video_stream`.
+    """
+    from av.stream import Disposition
+
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ItemError(f"{path} holds no video stream (audio only?)", reason="no_video_stream")
+    return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
+
+
+def probe(path: Path | str) -> VideoInfo:
+    """Read a video's properties by decoding its first frame.
+
+    Raises:
+        ItemError: with the reason why the file is no usable video.
+    """
+    import av
+
+    path = Path(path)
+    fingerprint = check_readable(path)
+    with open_video(path) as container:
+        stream = choose_stream(container, path)
+        try:
+            first = next(container.decode(stream), None)
+        except av.FFmpegError as error:
+            raise ItemError(f"{path}: its video cannot be decoded ({error.strerror})", reason="undecodable") from error
+        if first is None:
+            raise ItemError(f"{path}: its video stream holds no frame", reason="no_frames")
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        width, height = shown_size(first.width, first.height, aspect, first.rotation)
+        return VideoInfo(
+            stream=stream.index,
+            codec=stream.codec_context.name,
+            width=width,
+            height=height,
+            start=float(first.time or 0.0),
+            duration=float(stream.duration * stream.time_base) if stream.duration else None,
+            hdr=int(first.color_trc) in HDR_TRANSFERS,
+            fingerprint=fingerprint,
+        )
+
+
+def shown_size(width: int, height: int, aspect: Fraction, rotation: int) -> tuple[int, int]:
+    """Width and height in square pixels as shown, for a coded size, a sample aspect ratio and a rotation (degrees)."""
+    if aspect > 1:
+        width = round(width * aspect)
+    elif 0 < aspect < 1:
+        height = round(height / aspect)
+    return (height, width) if rotation % 180 else (width, height)
+
+
+def smart_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen-VL's size rule: multiples of `factor`, between `min_pixels` and `max_pixels`, the shape nearly kept.
+
+    Returns:
+        Width and height in pixels.
+    """
+    shown = width * height
+    new_width, new_height = (max(factor, round(side / factor) * factor) for side in (width, height))
+    if new_width * new_height > max_pixels:
+        shrink = math.sqrt(shown / max_pixels)
+        new_width, new_height = (max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height))
+    elif new_width * new_height < min_pixels:
+        grow = math.sqrt(min_pixels / shown)
+        new_width, new_height = (math.ceil(side * grow / factor) * factor for side in (width, height))
+    return new_width, new_height
