@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,35 +77,63 @@ class Prediction(Sample):
     error: EpisodeError | None = None
 
 
-def read_rows(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or item number from 1, row) of a JSON lines file, or of a JSON file that holds one list.
+def read_rows(
+    path: Path | str, on_error: Callable[[int, RequestError], None] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or item number from 1, row) of a JSON lines file, a JSON file that holds one list, or a Parquet file.
+
+    JSON lines and Parquet are streamed: memory does not grow with the file.
+
+    Args:
+        path: the file.
+        on_error: called with the number and the error of a broken line, which is then skipped; None raises it.
 
     Raises:
         RequestError: the file is missing, or a line is not a JSON object (named with file and line).
     """
     path = Path(path)
     if not path.is_file():
-        raise RequestError(f"{path} does not exist: name a .jsonl or .json file of samples")
-    text = path.read_text(encoding="utf-8")
-    rows: list[tuple[int, Any]]
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
-            raise RequestError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
+        raise RequestError(f"{path} does not exist: name a .jsonl, .json or .parquet file")
+    for number, row in _parse_rows(path):
+        error = row if isinstance(row, RequestError) else None
+        if error is None and not isinstance(row, dict):
+            error = RequestError(f"{path}, line {number}: a JSON object is expected, not {type(row).__name__}")
+        if error is None:
+            yield number, row
+        elif on_error is None:
+            raise error
+        else:
+            on_error(number, error)
+
+
+def _parse_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line or item; the value is an error where a line cannot be read."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        return
+    with path.open("rb") as handle:
+        if path.suffix == ".json" and handle.read(64).lstrip().startswith(b"["):
+            handle.seek(0)
+            try:
+                yield from enumerate(json.load(handle), start=1)
+            except json.JSONDecodeError as error:
+                raise RequestError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+            return
+        handle.seek(0)
+        for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append((number, json.loads(line)))
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise RequestError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise RequestError(f"{path}, line {number}: a JSON object is expected, not {type(row).__name__}")
-        yield number, row
+                yield number, RequestError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})")
+            except UnicodeDecodeError:
+                yield number, RequestError(f"{path}, line {number}: not UTF-8 text")
+            except RecursionError:
+                yield number, RequestError(f"{path}, line {number}: nested too deeply")
 
 
 def validate(model: type[T], row: dict[str, Any], where: str) -> T:
@@ -124,10 +152,12 @@ def read_samples(path: Path | str) -> list[Sample]:
     Raises:
         RequestError: a missing file, a broken line, a wrong field, or an id that occurs twice.
     """
-    from timesearch.formats import to_sample_row
+    from timesearch.formats import to_rows
 
     samples = [
-        validate(Sample, to_sample_row(row, number), f"{path}, line {number}") for number, row in read_rows(path)
+        validate(Sample, sample, f"{path}, line {number}")
+        for number, row in read_rows(path)
+        for sample in to_rows(row, number)
     ]
     repeated = [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]
     if repeated:
