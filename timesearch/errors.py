@@ -27,3 +27,7 @@ class ItemError(TimeSearchError):
 
 class CacheMismatchError(TimeSearchError):
     """A cached file does not belong to what it is used with; the text names both sides."""
+
+
+class TemporaryError(TimeSearchError):
+    """Something outside did not answer: the same request may succeed later. Exit code 75 (EX_TEMPFAIL of sysexits)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +17,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True)
+
+
+_LINE_EVERY = 5.0
+"""Seconds between plain lines where no terminal is."""
 
 
 class Bar:
@@ -24,9 +29,22 @@ class Bar:
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
+        self._next_line = time.monotonic() + _LINE_EVERY
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Count further items as done."""
         self._progress.update(self._task, advance=count, **({} if note is None else {"note": note}))
+        if not console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + _LINE_EVERY
+            self._say()
+
+    def _say(self) -> None:
+        """A line such as ``frames: 12/40, 30 s left``, for logs and for whoever follows them."""
+        task = self._progress.tasks[self._task]
+        total = "" if task.total is None else f"/{task.total:g}"
+        left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+        note = f", {task.fields['note']}" if task.fields["note"] else ""
+        console.print(f"{task.description}: {task.completed:g}{total}{left}{note}", markup=False, highlight=False)
 
 
 @contextmanager
@@ -41,5 +59,5 @@ def progress_bar(title: str, total: int | None) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not console.is_terminal) as progress:
         yield Bar(progress, progress.add_task(title, total=total, note=""))

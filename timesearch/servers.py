@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from timesearch.errors import TimeSearchError
+from timesearch.errors import RequestError, TemporaryError
 from timesearch.processes import start_guarded, stop
 from timesearch.redaction import redact
 
@@ -27,8 +27,8 @@ _TAIL_LINES = 20
 _SAY_EVERY = 15.0
 
 
-class ServerError(TimeSearchError):
-    """A model server did not start, or is not the one that was asked for."""
+class ServerError(TemporaryError):
+    """A model server did not come up."""
 
 
 @contextmanager
@@ -59,8 +59,8 @@ def model_server(
         The base URL.
 
     Raises:
-        ServerError: the port is taken by something else, another model is served, or the server does not come up; the
-            text ends with the last lines of its log.
+        RequestError: the port is taken by something else, or another model is served.
+        ServerError: the server does not come up; the text ends with the last lines of its log.
     """
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
@@ -73,7 +73,7 @@ def model_server(
     if not start:
         raise ServerError(f"no {role} answers at {url}: start it, or set {role}.start to true")
     if _port_taken(host, port):
-        raise ServerError(
+        raise RequestError(
             f"port {port} on {host} is taken by a program that is not a model server: "
             f"stop it, or give {role}.url another port"
         )
@@ -186,7 +186,7 @@ def _models(url: str) -> list[str] | None:
 
 def _check_model(role: str, url: str, model: str, served: list[str]) -> None:
     if model not in served:
-        raise ServerError(
+        raise RequestError(
             f"the server at {url} serves {', '.join(served) or 'nothing'}, not {model}: "
             f"stop it, or set {role}.model or {role}.url"
         )

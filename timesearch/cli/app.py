@@ -1,6 +1,7 @@
 """The Typer application, its exit codes, and the one place where errors become sentences.
 
-Exit codes: 0 all done; 1 some items failed, each named in `failures.jsonl`; 2 the request itself is wrong.
+Exit codes: 0 all done; 1 some items failed, each named in `failures.jsonl`; 2 the request itself is wrong; 75 something
+outside (a server, the network) did not answer, and the same command may succeed later.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from timesearch.errors import ItemError, TimeSearchError
+from timesearch.errors import ItemError, TemporaryError, TimeSearchError
+from timesearch.redaction import redact
 
 app = typer.Typer(
     name="timesearch",
@@ -52,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except ItemError as error:
         _stop(str(error), 1)
+    except TemporaryError as error:
+        _stop(str(error), 75)
     except TimeSearchError as error:
         _stop(str(error), 2)
     except KeyboardInterrupt:
@@ -64,5 +68,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop(text: str, code: int) -> None:
-    _errors.print(f"timesearch: {text}", markup=False, highlight=False)
+    _errors.print(redact(f"timesearch: {text}"), markup=False, highlight=False)
     raise SystemExit(code)

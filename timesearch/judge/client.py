@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timesearch.errors import TimeSearchError
+from timesearch.errors import TemporaryError
 from timesearch.files import json_digest
 from timesearch.redaction import redact
 from timesearch.rewards import rule_judge
@@ -33,7 +33,7 @@ _MARK = re.compile(r"\{(question|reference|candidate)\}")
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
-class JudgeError(TimeSearchError):
+class JudgeError(TemporaryError):
     """The judge cannot be asked: it is away for longer than `retry_for`, or refuses the request."""
 
 

@@ -20,7 +20,8 @@ def judge_server(settings: Judge, say: Callable[[str], None] = logger.info) -> I
     """Hold the judge that the settings ask for; with `kind: rule` there is none, and None is yielded.
 
     Raises:
-        ServerError: it does not come up, or something else is at its address.
+        RequestError: something else is at its address.
+        ServerError: it does not come up.
     """
     if settings.kind == "rule":
         yield None
