@@ -127,6 +127,8 @@ class Train(Section):
     launcher: Literal["single", "zero2", "zero3", "fsdp"] = "single"
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(1, ge=0)
+    micro_batch: int = Field(1, ge=1, description="episodes of one forward and backward pass, a process")
+    processes: int = Field(1, ge=1, description="training processes on a machine without GPUs")
     save_steps: int = Field(50, ge=1)
     log_episodes_every: int = Field(20, ge=1)
 

@@ -1,0 +1,1 @@
+"""How a policy learns to search: supervised cold start, then GRPO with completeness self-verification."""

@@ -1,0 +1,86 @@
+"""Rows that training can use, and the names of those that it cannot.
+
+A sample without an answer, of an unknown type, or whose video has no cache is left out and listed; no other sample
+takes its place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timesearch.batch import Failure
+from timesearch.errors import ItemError, RequestError
+from timesearch.files import inside
+from timesearch.formats import to_rows
+from timesearch.samples import Sample, read_rows, validate
+from timesearch.settings import Settings
+
+
+def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -> tuple[list[Sample], list[Failure]]:
+    """Read a sample file row by row.
+
+    Args:
+        path: samples as JSON lines, or a file that `timesearch.formats` knows.
+        frames: folder of frame caches.
+        features: folder of feature caches.
+
+    Returns:
+        The samples fit for training, and a failure for each that is not, with the reason `bad_sample`, `repeated_id`,
+        `no_answer`, `unsafe_path` or `missing_cache`.
+
+    Raises:
+        RequestError: the file is missing or holds a line that is not JSON.
+    """
+    samples: dict[str, Sample] = {}
+    rejected: list[Failure] = []
+    rows = ((line, row) for line, published in read_rows(path) for row in to_rows(published, line))
+    for number, row in rows:
+        try:
+            sample = _usable(row, f"{path}, line {number}", Path(frames), Path(features))
+            if sample.id in samples:
+                raise ItemError(f"{path}, line {number}: id {sample.id!r} occurs again", reason="repeated_id")
+        except ItemError as error:
+            rejected.append(Failure(str(row.get("id", f"line {number}")), error.reason, str(error)))
+        else:
+            samples[sample.id] = sample
+    return list(samples.values()), rejected
+
+
+def _usable(row: dict[str, Any], where: str, frames: Path, features: Path) -> Sample:
+    try:
+        sample = validate(Sample, row, where)
+    except RequestError as error:
+        raise ItemError(str(error), reason="bad_sample") from error
+    if not sample.answer.strip():
+        raise ItemError(f"{where}: sample {sample.id!r} has no answer to train on", reason="no_answer")
+    for root, suffix, stage in ((frames, ".frames", "frames"), (features, ".safetensors", "features")):
+        cache = inside(root, sample.video + suffix)
+        if not cache.is_file():
+            raise ItemError(
+                f"{where}: sample {sample.id!r} needs {cache}, which the stage {stage!r} did not make",
+                reason="missing_cache",
+            )
+    return sample
+
+
+def dataset_row(sample: Sample, system: str) -> dict[str, Any]:
+    """The row that TRL hands to `SearchEnvironment.reset`, which fills the empty user message."""
+    return {
+        "prompt": [{"role": "system", "content": system}, {"role": "user", "content": ""}],
+        **sample.model_dump(include={"id", "video", "question", "options", "answer", "type"}),
+    }
+
+
+def load_training_samples(settings: Settings) -> tuple[list[Sample], list[Failure]]:
+    """`usable_samples` of the train split.
+
+    Raises:
+        RequestError: none is left; the text counts the reasons.
+    """
+    paths = settings.paths
+    samples, rejected = usable_samples(paths.train_samples, paths.frames, paths.features)
+    if not samples:
+        first = f" The first: {rejected[0].message}" if rejected else ""
+        raise RequestError(f"{paths.train_samples} has no sample fit for training ({len(rejected)} left out).{first}")
+    return samples, rejected

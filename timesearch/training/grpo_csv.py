@@ -1,0 +1,497 @@
+"""GRPO with completeness self-verification (GRPO-CSV; arXiv 2511.05489, Section 3.2) on TRL's `GRPOTrainer`.
+
+For each question the policy plays G episodes of thought, search and answer. Then it meets the question once more, with
+nothing but the frames that the episode searched, and answers again: the *re-answer*. An episode's reward is
+
+    R = 1.0 format + 0.5 accuracy + 0.5 completeness,    completeness = accuracy x accuracy of the re-answer,
+
+its advantage is R minus the mean of its group, and the clipped policy-gradient loss (plus beta times the KL
+divergence from the start) is taken over the tokens that the policy wrote. Re-answers are scored, never learned from.
+
+Everything but that is TRL's: episodes (`environment_factory`), generation by transformers or vLLM, losses, KL, LoRA,
+DeepSpeed. It departs from the paper's code in that the searched frames stay visible to the policy in the loss (there
+they are hidden by the attention mask), and in that an image lost on its way stops the run.
+
+Private names of TRL that are used, each held by a test: `_generate`, `_generate_single_turn`,
+`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_prepare_inputs`, `_sync_tool_dicts`,
+`_image_pad_token_id`, `_tokenizer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from timesearch.batch import write_failures
+from timesearch.errors import RequestError, TimeSearchError
+from timesearch.files import file_digest, write_json
+from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
+from timesearch.progress import progress_bar
+from timesearch.rewards import accuracy, score_episode
+from timesearch.search.checkpoint import load_processor, vision_token_ids
+from timesearch.search.environment import SearchEnvironment
+from timesearch.search.episode import system_message
+from timesearch.search.prompts import Prompts
+from timesearch.settings import Settings, Train
+from timesearch.training.data import dataset_row, load_training_samples
+
+PARTS = ("format", "accuracy", "completeness")
+
+
+class ImageMismatchError(TimeSearchError):
+    """The image tokens of an episode do not fit its images: the policy would be trained on frames that it never saw."""
+
+
+class Judge(Protocol):
+    """What the reward needs of a judge."""
+
+    async def score_many(self, triples: Sequence[tuple[str, str, str]]) -> list[float]:
+        """Scores in [0, 1] of (question, reference answer, candidate answer)."""
+        ...
+
+
+class Clock:
+    """Seconds spent by name; time inside an inner block counts for the inner name only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._mark = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a block for `name`."""
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._mark
+        self._mark = now
+
+
+@dataclass
+class Episode:
+    """One rollout as the policy wrote it: assistant turns are raw text, never re-rendered from parsed calls."""
+
+    row: dict[str, Any]
+    messages: list[Message]
+    truncated: bool
+    reanswer: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def searched(self) -> list[float]:
+        """Times (s) of the frames that tool calls showed."""
+        return searched_seconds(self.messages)
+
+
+class TimedEnvironment(SearchEnvironment):
+    """The search environment of training; opening a video and showing its preview counts as decoding."""
+
+    def __init__(self, clock: Clock, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._clock = clock
+
+    def reset(self, **row: Any) -> list[Block]:
+        """`SearchEnvironment.reset`, timed."""
+        with self._clock("decode"):
+            return super().reset(**row)
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
+        with self._clock("decode"):
+            return super()._call(name, arguments)
+
+
+class _Tools(dict[str, Any]):
+    """Tools of one environment: any call reaches it, so that a wrong one is answered as it is in inference.
+
+    TRL turns every exception of a tool into text for the policy. Here a wrong call raises none, so that an exception is
+    a fault of this machine (a lost file, a broken cache): it is kept, to stop the run.
+    """
+
+    def __init__(self, environment: SearchEnvironment) -> None:
+        super().__init__()
+        self._environment = environment
+        self.fault: Exception | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            try:
+                return self._environment._call(name, arguments)
+            except Exception as error:
+                self.fault = error
+                raise
+
+        return call
+
+
+class GRPOCSVTrainer(GRPOTrainer):
+    """`GRPOTrainer` that keeps each rollout as an `Episode` and can ask for re-answers.
+
+    Args:
+        judge: scores open-ended answers.
+        verify: generate re-answers; without them this is plain GRPO on format and accuracy.
+        clock: shared with the environments, which time their decoding in it.
+        **arguments: those of `GRPOTrainer`, without `reward_funcs`.
+    """
+
+    def __init__(self, *, judge: Judge, verify: bool, clock: Clock, **arguments: Any) -> None:
+        self._judge = judge
+        self._verify = verify
+        self.clock = clock
+        self.episodes: list[Episode] = []
+        self._rows: list[dict[str, Any]] = []
+        super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
+        self._vision_tokens = set(vision_token_ids(self._tokenizer))
+
+    # Rollouts
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows, self.episodes = inputs, []
+        return super()._generate_and_score_completions(inputs)
+
+    def _generate(self, prompts: list[list[Message]]) -> tuple[Any, ...]:
+        self._sync_tool_dicts = [_Tools(environment) for environment in self.environments]
+        rollouts = super()._generate(prompts)
+        for tools in self._sync_tool_dicts:
+            if tools.fault:
+                raise tools.fault
+        prompt_ids, completion_ids, tool_mask, completions, _, _, images, _ = rollouts
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        for index, row in enumerate(self._rows):
+            self._check_images(row, [*prompt_ids[index], *completion_ids[index]], images[index] or [])
+            self._check_vision_tokens(row, completion_ids[index], tool_mask[index])
+            turns = iter(self._written_turns(completion_ids[index], tool_mask[index]))
+            said = [
+                {"role": "assistant", "content": next(turns)} if message["role"] == "assistant" else message
+                for message in completions[index]
+            ]
+            self.episodes.append(
+                Episode(
+                    row=row,
+                    messages=[*prompts[index], *said],
+                    truncated=not completion_ids[index] or completion_ids[index][-1] not in ends,
+                )
+            )
+        return rollouts
+
+    def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        with self.clock("generate"):
+            return super()._generate_single_turn(*arguments, **keywords)
+
+    # Where the time goes
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """TRL's, timed."""
+        with self.clock("loss"):
+            return super().training_step(*arguments, **keywords)
+
+    def _prepare_inputs(self, *arguments: Any, **keywords: Any) -> Any:
+        with self.clock("other"):
+            return super()._prepare_inputs(*arguments, **keywords)
+
+    def _get_per_token_logps_and_entropies(self, *arguments: Any, **keywords: Any) -> Any:
+        with self.clock("loss"):
+            return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
+
+    def _written_turns(self, ids: Sequence[int], mask: Sequence[int]) -> list[str]:
+        """Text of each run of tokens that the policy wrote, the end-of-turn token left out."""
+        runs = [[token for token, _ in run] for own, run in groupby(zip(ids, mask, strict=True), lambda x: x[1]) if own]
+        return [self._tokenizer.decode(run).removesuffix(self._tokenizer.eos_token) for run in runs]
+
+    def _check_images(self, row: dict[str, Any], ids: Sequence[int], images: Sequence[Any]) -> None:
+        processor = self.processing_class.image_processor
+        patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in images)
+        tokens, expected = list(ids).count(self._image_pad_token_id), patches // processor.merge_size**2
+        if tokens != expected:
+            raise ImageMismatchError(
+                f"sample {row['id']!r}: {tokens} image tokens stand for {len(images)} images of {expected} tokens: "
+                "the chat template, the image processor and the frame cache do not fit each other"
+            )
+
+    def _check_vision_tokens(self, row: dict[str, Any], ids: Sequence[int], mask: Sequence[int]) -> None:
+        written = {token for token, own in zip(ids, mask, strict=True) if own} & self._vision_tokens
+        if written:
+            raise ImageMismatchError(
+                f"sample {row['id']!r}: the policy wrote {self._tokenizer.decode(sorted(written))}, which stands for "
+                "an image that is not there: suppress these tokens in generation"
+            )
+
+    # Rewards
+
+    def _reward(self, part: str) -> Callable[..., list[float]]:
+        """The reward function of one part; the first of a batch re-answers and scores all episodes."""
+
+        def reward(log_metric: Callable[[str, float], None], **_: Any) -> list[float]:
+            if not self.episodes[0].scores:
+                if self._verify:
+                    with self.clock("reanswer"):
+                        self._reanswer()
+                self._score(log_metric)
+            return [episode.scores[part] for episode in self.episodes]
+
+        reward.__name__ = part
+        return reward
+
+    def _reanswer(self) -> None:
+        """Let the current policy answer every question again from the searched frames alone.
+
+        All local rollouts go through the trainer's own generation in one batch. One that searched nothing takes part
+        with its question only, and its answer is dropped: where generation is collective (ZeRO-3, tensor parallel, a
+        vLLM server) every process must bring the same number of rollouts.
+        """
+        contents = [environment._reanswer_content() for environment in self.environments]
+        conversations = [
+            [{"role": "user", "content": content or [{"type": "text", "text": row["question"]}]}]
+            for content, row in zip(contents, self._rows, strict=True)
+        ]
+        tokenized = self.processing_class.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        fields = {name: value for name, value in tokenized.items() if name not in ("input_ids", "attention_mask")}
+        images = [[block["image"] for block in content or [] if block["type"] == "image"] for content in contents]
+        written, _ = super()._generate_single_turn(
+            tokenized["input_ids"], images if any(images) else None, fields, num_generations=1
+        )
+        for episode, content, ids in zip(self.episodes, contents, written, strict=True):
+            if content:
+                text = self._tokenizer.decode(ids).removesuffix(self._tokenizer.eos_token)
+                episode.reanswer = parse_turn(text).answer
+
+    def _score(self, log_metric: Callable[[str, float], None]) -> None:
+        judged = asyncio.run(self._judge_answers())
+        for episode in self.episodes:
+            question = episode.row["question"]
+            episode.scores = score_episode(
+                episode.messages,
+                episode.row["answer"],
+                episode.row["type"],
+                episode.reanswer,
+                judge=lambda reference, candidate, question=question: judged[question, reference, candidate],
+            )
+            episode.scores["reanswer_accuracy"] = accuracy(
+                episode.reanswer,
+                episode.row["answer"],
+                episode.row["type"],
+                judge=lambda reference, candidate, question=question: judged[question, reference, candidate],
+            )
+        for name, value in episode_metrics(self.episodes).items():
+            log_metric(name, value)
+
+    async def _judge_answers(self) -> dict[tuple[str, str, str], float]:
+        triples = sorted(
+            {
+                (episode.row["question"], episode.row["answer"], candidate)
+                for episode in self.episodes
+                if episode.row["type"] == "open_ended"
+                for candidate in (final_answer(episode.messages), episode.reanswer)
+                if candidate and candidate.strip()
+            }
+        )
+        return dict(zip(triples, await self._judge.score_many(triples), strict=True))
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What a person watches, as means over episodes: shares in [0, 1], and counts an episode."""
+    count = len(episodes)
+    calls = [sum(message["role"] == "tool" for message in episode.messages) for episode in episodes]
+    return {
+        "answer_rate": sum(final_answer(episode.messages) is not None for episode in episodes) / count,
+        "search_rate": sum(bool(episode.searched) for episode in episodes) / count,
+        "reanswer_accuracy": sum(episode.scores["reanswer_accuracy"] for episode in episodes) / count,
+        "tool_calls": sum(calls) / count,
+        "frames": sum(len(set(episode.searched)) for episode in episodes) / count,
+        "ill_formed": sum(episode.scores["format"] < 1 for episode in episodes) / count,
+        "truncated": sum(episode.truncated for episode in episodes) / count,
+    }
+
+
+# The stage
+
+
+def run(settings: Settings) -> Path:
+    """Train `runs/coldstart` into `runs/train`, in this process or as one of several that a launcher started.
+
+    The folder gets a whole checkpoint (safetensors and processor), `metrics.jsonl`, sampled `episodes/` and
+    `failures.jsonl`. While a run lasts, `checkpoints/` is there too, and the same call goes on from it.
+
+    Raises:
+        RequestError: no usable sample or no policy, or a batch that cannot be divided as the settings ask.
+    """
+    from timesearch.judge.client import make_judge
+    from timesearch.retrieval.encoder import load_encoder
+    from timesearch.tracking import stage_run
+    from timesearch.training.watch import Watch
+
+    folder = settings.paths.train
+    samples, failures = load_training_samples(settings)
+    policy = settings.paths.coldstart if settings.paths.coldstart.is_dir() else settings.paths.models / "policy"
+    if not (policy / "config.json").is_file():
+        raise RequestError(f"{policy} holds no policy: run the stages 'models' and 'coldstart' first")
+    config = grpo_config(settings, str(policy))
+    main = config.process_index == 0
+    checkpoint = _prepare_folder(folder, settings, policy) if main else None
+    if main:
+        write_failures(folder / "failures.jsonl", failures)
+    config.distributed_state.wait_for_everyone()
+    checkpoint = checkpoint or _latest_checkpoint(folder)
+
+    clock = Clock()
+    encoder = load_encoder(str(settings.paths.models / "encoder"))
+    environment = partial(
+        TimedEnvironment, clock, settings.search, encoder, settings.paths.frames, settings.paths.features
+    )
+    system = system_message(Prompts.load(settings.search.prompts), [], "template")["content"]
+    with ExitStack() as stack:
+        callbacks = []
+        if main:
+            bar = stack.enter_context(progress_bar("train", settings.train.steps))
+            record = stack.enter_context(stage_run(settings, "train", keep=folder / "mlflow_run"))
+            callbacks = [Watch(folder, record, bar, settings.paths.frames, settings.train.log_episodes_every)]
+        trainer = GRPOCSVTrainer(
+            judge=make_judge(settings.judge),
+            verify=settings.train.completeness_weight > 0,
+            clock=clock,
+            model=str(policy),
+            args=config,
+            train_dataset=Dataset.from_list([dataset_row(sample, system) for sample in samples]),
+            processing_class=load_processor(policy),
+            environment_factory=environment,
+            callbacks=callbacks,
+            peft_config=_lora(settings.train),
+        )
+        trainer.remove_callback(PrinterCallback)
+        for callback in callbacks:
+            callback.trainer = trainer
+        trainer.train(resume_from_checkpoint=checkpoint)
+        _save(trainer, folder)
+    return folder
+
+
+def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
+    """TRL's configuration of a run.
+
+    Raises:
+        RequestError: the episodes of a step do not divide into processes and micro-batches.
+    """
+    train, search = settings.train, settings.search
+    cuda = torch.cuda.is_available()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local, rest = divmod(train.prompts_per_step, processes)
+    if rest:
+        raise RequestError(
+            f"train.prompts_per_step {train.prompts_per_step} cannot be shared by {processes} processes: "
+            "each takes whole groups"
+        )
+    episodes = local * train.num_generations
+    if episodes % train.micro_batch:
+        raise RequestError(
+            f"train.micro_batch {train.micro_batch} does not divide the {episodes} episodes of a process and step"
+        )
+    processor = load_processor(policy)
+    vision = vision_token_ids(processor.tokenizer)
+    vllm = train.generation != "transformers"
+    return GRPOConfig(
+        output_dir=str(settings.paths.train / "checkpoints"),
+        max_steps=train.steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type="constant",
+        beta=train.beta,
+        num_generations=train.num_generations,
+        per_device_train_batch_size=train.micro_batch,
+        gradient_accumulation_steps=episodes // train.micro_batch,
+        temperature=train.temperature,
+        loss_type=train.loss_type,
+        scale_rewards=train.scale_rewards,
+        reward_weights=[train.format_weight, train.accuracy_weight, train.completeness_weight][
+            : 3 if train.completeness_weight > 0 else 2
+        ],
+        mask_truncated_completions=train.mask_truncated,
+        max_completion_length=train.max_completion_length,
+        max_tool_calling_iterations=search.max_turns - 1,
+        # The policy must not write tokens that stand for images. vLLM takes this as a bias on the logits.
+        generation_kwargs={"max_tokens": search.max_new_tokens, "logit_bias": dict.fromkeys(vision, -100.0)}
+        if vllm
+        else {"max_new_tokens": search.max_new_tokens, "suppress_tokens": vision},
+        use_vllm=vllm,
+        vllm_mode="server" if train.generation == "vllm_server" else "colocate",
+        vllm_server_base_url=train.vllm_url,
+        gradient_checkpointing=train.gradient_checkpointing,
+        bf16=train.bf16,
+        use_cpu=not cuda,
+        seed=settings.seed,
+        save_steps=train.save_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _lora(train: Train) -> Any:
+    if not train.lora_rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=train.lora_rank, lora_alpha=2 * train.lora_rank, target_modules="all-linear")
+
+
+def _prepare_folder(folder: Path, settings: Settings, policy: Path) -> None:
+    """Keep what an interrupted run of the same settings left, and clear away what another run did."""
+    identity = {
+        "settings": settings.model_dump(mode="json", include={"seed", "search", "train"}),
+        "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
+        "samples": file_digest(settings.paths.train_samples),
+    }
+    mark = folder / "run.json"
+    known = mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity
+    if not (known and (folder / "checkpoints").is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(mark, identity)
+
+
+def _latest_checkpoint(folder: Path) -> str | None:
+    checkpoints = folder / "checkpoints"
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+
+
+def _save(trainer: GRPOCSVTrainer, folder: Path) -> None:
+    """Write the checkpoint, adapters merged into it, and let go of what was kept for resuming."""
+    if is_peft_model(trainer.model):
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(str(folder))
+    if trainer.accelerator.is_main_process:
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
