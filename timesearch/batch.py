@@ -7,6 +7,7 @@ the interpreter's lock) or as plain tasks on a Ray cluster.
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from timesearch.errors import CacheMismatchError, ItemError, RequestError
 from timesearch.files import write_jsonl
 from timesearch.progress import progress_bar
 
-Work = Callable[[str], "int | None"]
+Work = Callable[[str], "float | None"]
 """Does one item; returns how many frames (or files) it made, or None where the item was up to date."""
 
 
@@ -38,7 +39,7 @@ class BatchResult:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    units: int = 0
+    units: float = 0.0
 
     def exit_code(self, keep_going: bool = False) -> int:
         """1 if an item failed, unless the caller wants to go on with the others."""
@@ -107,7 +108,7 @@ class _Attempt:
 
     work: Work
 
-    def __call__(self, item: str) -> int | None | Failure:
+    def __call__(self, item: str) -> float | Failure | None:
         try:
             return self.work(item)
         except ItemError as error:
@@ -116,12 +117,10 @@ class _Attempt:
             return Failure(item, "cache_mismatch", str(error))
 
 
-def _in_threads(
-    attempt: _Attempt, items: Sequence[str], workers: int
-) -> Iterator[tuple[str, int | None | Failure]]:
+def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterator[tuple[str, float | Failure | None]]:
     pool = ThreadPoolExecutor(workers)
     try:
-        pending: dict[Future[int | None | Failure], str] = {pool.submit(attempt, item): item for item in items}
+        pending: dict[Future[float | Failure | None], str] = {pool.submit(attempt, item): item for item in items}
         while pending:
             finished, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -132,7 +131,7 @@ def _in_threads(
 
 def _on_ray(
     attempt: _Attempt, items: Sequence[str], workers: int, address: str
-) -> Iterator[tuple[str, int | None | Failure]]:
+) -> Iterator[tuple[str, float | Failure | None]]:
     try:
         import ray
     except ImportError as error:
@@ -142,7 +141,8 @@ def _on_ray(
         ray.init(address=None if address == "local" else address, num_cpus=workers if address == "local" else None)
     try:
         remote = ray.remote(num_cpus=1, max_retries=3)(attempt.__call__)
-        waiting, pending = list(reversed(items)), {}
+        waiting = list(reversed(items))
+        pending: dict[ray.ObjectRef, str] = {}
         while waiting or pending:
             while waiting and len(pending) < workers:
                 item = waiting.pop()
@@ -166,8 +166,6 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         RequestError: another process works in the folder.
     """
-    import os
-
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:

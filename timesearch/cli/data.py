@@ -1,1 +1,114 @@
-"""Commands: data."""
+"""Commands: download, frames, features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from timesearch.cli.app import ParamsOption, app, say
+
+if TYPE_CHECKING:
+    from timesearch.batch import BatchResult
+    from timesearch.settings import Settings
+
+KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some items failed.")]
+
+
+def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
+    """Say what was made and what failed, and leave with the contract's exit code."""
+    say(f"{made}: {len(result.done)} made, {len(result.skipped)} up to date, {len(result.failures)} failed, in {out}")
+    for failure in result.failures[:20]:
+        typer.echo(f"  {failure.reason}: {failure.message}", err=True)
+    if result.failures:
+        typer.echo(f"  all failures: {out / 'failures.jsonl'}", err=True)
+    raise typer.Exit(result.exit_code(keep_going))
+
+
+@app.command()
+def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing = False) -> None:
+    """Fetch the videos of all samples."""
+    from timesearch.settings import load_settings
+    from timesearch.video.download import run
+
+    settings = load_settings(params)
+    _close(run(settings), "videos", settings.paths.videos, keep_going)
+
+
+@app.command()
+def frames(
+    videos: Annotated[list[Path] | None, typer.Argument(help="Video files or folders; none: all samples'.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the frame caches.")] = None,
+    fps: Annotated[float | None, typer.Option("--fps", min=0.001, help="Frames a second.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Videos at the same time.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+    keep_going: KeepGoing = False,
+) -> None:
+    """Turn videos into frame caches: one decoding pass each, at a steady rate of frames."""
+    from timesearch.video.frames import cache_frames, run
+
+    settings = _settings(params, own_files=bool(videos))
+    given = {"fps": fps, "workers": workers}
+    settings.frames = settings.frames.model_copy(update={key: value for key, value in given.items() if value})
+    if out is not None:
+        settings.paths.frames = out
+    result = cache_frames(_named(videos), settings.paths.frames, settings.frames) if videos else run(settings)
+    _close(result, "frame caches", settings.paths.frames, keep_going)
+
+
+@app.command()
+def features(
+    frames: Annotated[list[Path] | None, typer.Argument(help="Frame caches or folders; none: all samples'.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the feature caches.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="open_clip name, local folder, or URL of an embeddings server.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="open_clip tag of the weights.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Videos at the same time.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+    keep_going: KeepGoing = False,
+) -> None:
+    """Embed the frames of frame caches."""
+    from timesearch.retrieval.encoder import load_encoder
+    from timesearch.retrieval.features import cache_features, default_encoder, sample_frames
+
+    settings = _settings(params, own_files=bool(frames))
+    if workers:
+        settings.features = settings.features.model_copy(update={"workers": workers})
+    if out is not None:
+        settings.paths.features = out
+    encoder = load_encoder(model, pretrained) if model else default_encoder(settings)
+    caches = _named(frames, ".frames") if frames else sample_frames(settings)
+    result = cache_features(caches, settings.paths.features, encoder, settings.features)
+    _close(result, "feature caches", settings.paths.features, keep_going)
+
+
+def _settings(params: Path, own_files: bool) -> Settings:
+    """The parameter file, or plain defaults for a user's own files where there is none."""
+    from timesearch.settings import Settings, load_settings
+
+    return Settings() if own_files and not params.is_file() else load_settings(params)
+
+
+def _named(paths: list[Path], suffix: str = "") -> dict[str, Path]:
+    """Files by the name their cache gets: a file's own name, or for a folder the paths below it.
+
+    Raises:
+        RequestError: two files would get one name.
+    """
+    from timesearch.errors import RequestError
+
+    named: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob(f"*{suffix}")) if file.is_file() and file.name[0] != "."]
+            pairs = [(file.relative_to(path).as_posix(), file) for file in found if file.name != "failures.jsonl"]
+        else:
+            pairs = [(path.name, path)]
+        for name, file in pairs:
+            name = name.removesuffix(suffix)
+            if name in named and named[name].absolute() != file.absolute():
+                raise RequestError(f"{named[name]} and {file} would both become {name!r}: do them into two folders")
+            named[name] = file
+    return named

@@ -1,0 +1,1 @@
+"""Videos: brought here, looked into, sampled into frame caches."""

@@ -6,34 +6,34 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import os
 import struct
-import subprocess
-import tempfile
 import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from timesearch.batch import BatchResult, exclusive, run_batch
 from timesearch.errors import ItemError
-from timesearch.files import atomic_path, file_digest, json_digest
-from timesearch.settings import Frames
-from timesearch.video.probe import CONTAINERS, PROTOCOLS, Fingerprint, VideoInfo, probe, smart_size
+from timesearch.files import atomic_path, file_digest, inside, json_digest
+from timesearch.samples import read_samples
+from timesearch.settings import Frames, Settings
+from timesearch.video.probe import Fingerprint, check_readable, probe, smart_size
+from timesearch.video.sampling import sample_jpegs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 VERSION = 1
-_TOLERANCE = 0.001
-"""Seconds by which a frame may precede its slot: Matroska rounds times to milliseconds."""
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -129,17 +129,21 @@ class FrameCache:
 
     def __getitem__(self, index: int) -> Image:
         """Frame `index` as an RGB image of its own; a negative index counts from the end."""
-        from PIL import Image
-
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path} holds {len(self)} frames, there is no frame {index}")
         key = (self.digest, int(index) % len(self))
         image = _decoded.get(key)
         if image is None:
-            with Image.open(io.BytesIO(self.jpeg(key[1]))) as opened:
-                image = opened.convert("RGB")
+            image = self.decode(key[1])
             _decoded.put(key, image)
         return image.copy()
+
+    def decode(self, index: int) -> Image:
+        """Frame `index` (RGB), past the store of decoded frames: for one pass over all frames."""
+        from PIL import Image
+
+        with Image.open(io.BytesIO(self.jpeg(index))) as opened:
+            return opened.convert("RGB")
 
     def read(self, indices: Sequence[int]) -> list[Image]:
         """Frames at `indices`, in that order."""
@@ -190,8 +194,6 @@ def frame_name(index: int) -> str:
 
 def cache_path(root: Path | str, video: str) -> Path:
     """Where the frame cache of `video` (its path below the videos folder) lies below `root`."""
-    from timesearch.files import inside
-
     return inside(root, f"{video}.frames")
 
 
@@ -217,7 +219,8 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames) ->
     info = probe(video)
     width, height = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
     with atomic_path(target) as partial:
-        times, digest = [], hashlib.sha256()
+        times: list[float] = []
+        digest = hashlib.sha256()
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             for seconds, jpeg in sample_jpegs(video, info, (width, height), settings):
                 archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
@@ -240,83 +243,6 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames) ->
     return len(times)
 
 
-def sample_jpegs(
-    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames
-) -> Iterator[tuple[float, bytes]]:
-    """Yield (seconds from the first frame, JPEG) of the sampled frames as ffmpeg decodes them.
-
-    Raises:
-        ItemError: `no_frames`, `truncated` or `undecodable`.
-    """
-    import av
-
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            _command(video, info, size, settings), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
-        )
-        assert process.stdout is not None
-        last_slot, first = -1, None
-        try:
-            with av.open(process.stdout, format="nut") as container:
-                for packet in container.demux(container.streams.video[0]):
-                    if not packet.size or packet.pts is None:
-                        continue
-                    time = float(packet.pts * packet.time_base)
-                    first = time if first is None else first
-                    slot = int((time - first + _TOLERANCE) * settings.fps)
-                    if slot > last_slot:
-                        last_slot = slot
-                        yield time - first, bytes(packet)
-        except av.FFmpegError:
-            pass  # ffmpeg wrote no whole stream; its exit code and log, below, say why
-        finally:
-            process.stdout.close()
-            if process.poll() is None and first is None:
-                process.kill()
-            process.wait()
-        log.seek(0)
-        _check(video, process.returncode, log.read()[-4000:].decode("utf-8", "replace"), first is not None)
-
-
-def _check(video: Path, code: int, log: str, any_frame: bool) -> None:
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    if any(mark in log for mark in ("partial file", "File ended prematurely", "Truncat")):
-        raise ItemError(f"{video} is cut off before its end: fetch it again", reason="truncated")
-    if code or not any_frame:
-        why = lines[-1] if lines else f"ffmpeg ended with code {code}"
-        raise ItemError(f"{video} cannot be decoded: {why}", reason="undecodable")
-
-
-def _command(video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames) -> list[str]:
-    """The ffmpeg call: sample, then deinterlace, scale and map to 8 bits what was kept."""
-    import ffmpeg
-    import imageio_ffmpeg
-
-    slot = "floor(({}-" + f"({info.start!r})+{_TOLERANCE})*{settings.fps!r})"
-    kept = f"isnan(prev_selected_t)+gt({slot.format('t')},{slot.format('prev_selected_t')})"
-    stream = ffmpeg.input(
-        f"file:{video.absolute()}",
-        copyts=None,
-        threads=max(1, (os.cpu_count() or 1) // settings.workers),
-        protocol_whitelist=PROTOCOLS,
-        format_whitelist=CONTAINERS,
-    )[str(info.stream)]
-    stream = stream.filter("select", kept).filter("estdif", mode="frame", deint="interlaced")
-    if info.hdr:
-        stream = stream.filter("scale", *size).filter("zscale", transfer="linear", npl=100).filter("format", "gbrpf32le")
-        stream = stream.filter("zscale", primaries="bt709").filter("tonemap", "hable", desat=0)
-        stream = stream.filter("zscale", transfer="bt709", matrix="bt709", range="tv").filter("format", "yuv444p")
-    stream = stream.filter("scale", *size, out_color_matrix="bt601", out_range="pc").filter("setsar", 1)
-    stream = stream.filter("format", "yuvj420p")
-    output = stream.output(
-        "pipe:1",
-        format="nut",
-        vcodec="mjpeg",
-        **{"q:v": settings.qscale, "fps_mode": "passthrough", "enc_time_base": "filter"},
-    )
-    return output.global_args("-hide_banner", "-nostdin", "-loglevel", "error").compile(imageio_ffmpeg.get_ffmpeg_exe())
-
-
 def up_to_date(cache: Path, video: Path, settings: Frames) -> bool:
     """Whether `cache` is whole and was made of this very file with these parameters."""
     if not cache.exists():
@@ -332,3 +258,43 @@ def up_to_date(cache: Path, video: Path, settings: Frames) -> bool:
     except (ItemError, KeyError):
         return False
     return True
+
+
+def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames") -> BatchResult:
+    """Make or renew the frame caches of many videos.
+
+    Args:
+        videos: name of each video (its cache is `<out>/<name>.frames`) and its file.
+        out: folder of the caches; what failed is listed in its `failures.jsonl`.
+        settings: sampling, size, quality and workers.
+    """
+    with exclusive(out):
+        work = functools.partial(_cache_one, videos=videos, out=out, settings=settings)
+        return run_batch(
+            title,
+            list(videos),
+            work,
+            failures=out / "failures.jsonl",
+            workers=settings.workers,
+            ray_address=settings.ray_address,
+        )
+
+
+def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames) -> int | None:
+    target = cache_path(out, name)
+    check_readable(videos[name])
+    if up_to_date(target, videos[name], settings):
+        return None
+    return make_frame_cache(videos[name], target, settings)
+
+
+def sample_videos(settings: Settings) -> list[str]:
+    """Names of all videos that the train and test samples ask about, each once."""
+    samples = [*read_samples(settings.paths.train_samples), *read_samples(settings.paths.test_samples)]
+    return list(dict.fromkeys(sample.video for sample in samples))
+
+
+def run(settings: Settings) -> BatchResult:
+    """Stage `frames`: the videos of all samples, from `cache/videos` to `cache/frames`."""
+    videos = {video: settings.paths.videos / video for video in sample_videos(settings)}
+    return cache_frames(videos, settings.paths.frames, settings.frames)

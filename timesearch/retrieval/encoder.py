@@ -1,0 +1,254 @@
+"""Embeds images and queries in one space: open_clip models by name or folder, or an embeddings server by URL."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from timesearch.errors import RequestError
+from timesearch.files import file_digest, json_digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_QUERIES_HELD = 8192
+"""Embedded queries kept in memory: 8192 x 1152 x 4 bytes are 38 MB."""
+
+
+class Encoder(Protocol):
+    """What embeds images and queries.
+
+    `name` and `pretrained` say which weights, `preprocessing` is the digest of what is done to an image before them,
+    and `digest` stands for all three: features of encoders with equal digests may be mixed.
+    """
+
+    name: str
+    pretrained: str
+    preprocessing: str
+    digest: str
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed queries as (n, D) float32 unit rows; each is computed once."""
+        ...
+
+    def encode_images(self, images: Sequence[Image]) -> np.ndarray:
+        """Embed RGB images as (n, D) float32 unit rows, in one batch."""
+        ...
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        """The part of `encode_images` that needs no accelerator; may run in another thread."""
+        ...
+
+    def encode_prepared(self, batch: Any) -> np.ndarray:
+        """The rest of `encode_images`."""
+        ...
+
+
+def load_encoder(model: str, pretrained: str | None = None, device: str | None = None) -> Encoder:
+    """Load an encoder.
+
+    Args:
+        model: an open_clip model name, a folder in open_clip's layout (`open_clip_config.json` and
+            `open_clip_model.safetensors`), or the http(s) URL of an OpenAI-compatible server (``.../v1``).
+        pretrained: an open_clip tag or a .safetensors file for a model name; for a URL, the served model's name.
+        device: a torch device; a GPU where there is one if None.
+
+    Raises:
+        RequestError: there is no such model, tag, folder or server.
+    """
+    if model.startswith(("http://", "https://")):
+        return ServedEncoder(model, pretrained)
+    return OpenClipEncoder(model, pretrained, device)
+
+
+class _Queries:
+    """Embedded queries that were used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Queries, ()
+
+    def embed(self, texts: Sequence[str], compute: Any) -> np.ndarray:
+        with self._lock:
+            missing = [text for text in dict.fromkeys(texts) if text not in self._rows]
+            known = {text: self._rows[text] for text in texts if text in self._rows}
+        if missing:
+            known |= dict(zip(missing, compute(missing), strict=True))
+        with self._lock:
+            for text in texts:
+                self._rows[text] = known[text]
+                self._rows.move_to_end(text)
+            while len(self._rows) > _QUERIES_HELD:
+                self._rows.popitem(last=False)
+        return np.stack([known[text] for text in texts])
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+class OpenClipEncoder:
+    """An open_clip model in this process: bfloat16 on a GPU, float32 on all cores of a CPU."""
+
+    def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
+        import open_clip
+        import torch
+
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder = Path(model)
+        if folder.is_dir():
+            weights = folder / "open_clip_model.safetensors"
+            for needed in (folder / "open_clip_config.json", weights):
+                if not needed.is_file():
+                    raise RequestError(f"{needed} is missing: {folder} is no folder in open_clip's layout")
+            self.name, self.pretrained = folder.name, f"sha256:{file_digest(weights)[:16]}"
+            identifier, tag = f"local-dir:{folder}", None
+        else:
+            self.name, self.pretrained = model, pretrained or ""
+            identifier, tag = model, pretrained
+            if not tag:
+                raise RequestError(f"the encoder {model!r} is no folder here: name its pretrained tag, too")
+            if Path(tag).is_file():
+                if Path(tag).suffix != ".safetensors":
+                    raise RequestError(f"{tag}: weights are read from .safetensors files alone")
+                self.pretrained = f"sha256:{file_digest(tag)[:16]}"
+        precision = "bf16" if self._device.type == "cuda" else "fp32"
+        try:
+            self._model, _, self._preprocess = open_clip.create_model_and_transforms(
+                identifier, pretrained=tag, precision=precision, device=self._device
+            )
+            self._tokenizer = open_clip.get_tokenizer(identifier)
+        except (RuntimeError, ValueError, OSError) as error:
+            first = str(error).splitlines()[0][:300]
+            raise RequestError(f"the encoder {model!r} ({pretrained}) cannot be loaded: {first}") from error
+        self._model.eval()
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.preprocessing = json_digest(str(self._preprocess))[:16]
+        self.digest = json_digest([self.name, self.pretrained, self.preprocessing])[:16]
+        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        self._queries = _Queries()
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed queries as (n, D) float32 unit rows; each is computed once."""
+        return self._queries.embed(texts, self._embed_texts)
+
+    def _embed_texts(self, texts: list[str]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            rows = self._model.encode_text(self._tokenizer(texts).to(self._device))
+        return _unit_rows(rows.float().cpu().numpy())
+
+    def encode_images(self, images: Sequence[Image]) -> np.ndarray:
+        """Embed RGB images as (n, D) float32 unit rows, in one batch."""
+        return self.encode_prepared(self.prepare(images))
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        """Resize and normalise images into a (n, 3, H, W) tensor, in threads."""
+        import torch
+
+        return torch.stack(list(self._pool.map(self._preprocess, images)))
+
+    def encode_prepared(self, batch: Any) -> np.ndarray:
+        """Embed a prepared batch."""
+        import torch
+
+        with torch.inference_mode():
+            rows = self._model.encode_image(batch.to(self._device, self._dtype, non_blocking=True))
+        return _unit_rows(rows.float().cpu().numpy())
+
+
+class ServedEncoder:
+    """An OpenAI-compatible embeddings server, such as vLLM's pooling runner with a SigLIP or CLIP model.
+
+    Texts go as `input`; an image goes as one chat message that holds it, which is vLLM's form for images.
+    """
+
+    def __init__(self, url: str, model: str | None = None) -> None:
+        import httpx
+
+        self._url = url.rstrip("/")
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=120)
+        self.name = model or self._only_model()
+        self.pretrained = "served"
+        self.preprocessing = "server"
+        self.digest = json_digest([self.name, self.pretrained, self.preprocessing])[:16]
+        self._pool = ThreadPoolExecutor(16)
+        self._queries = _Queries()
+
+    def _only_model(self) -> str:
+        import httpx
+
+        try:
+            models = self._client.get(f"{self._url}/models").raise_for_status().json()["data"]
+            return str(models[0]["id"])
+        except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError) as error:
+            raise RequestError(f"no embeddings server answers at {self._url}/models ({error})") from error
+
+    def _post(self, body: dict[str, Any]) -> list[list[float]]:
+        import httpx
+        from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+        def passing(error: BaseException) -> bool:
+            if isinstance(error, httpx.HTTPStatusError):
+                return error.response.status_code in (408, 429) or error.response.status_code >= 500
+            return isinstance(error, httpx.TransportError)
+
+        @retry(
+            retry=retry_if_exception(passing),
+            stop=stop_after_attempt(4),
+            wait=wait_random_exponential(max=10),
+            reraise=True,
+        )
+        def post() -> list[list[float]]:
+            answer = self._client.post(f"{self._url}/embeddings", json={"model": self.name, **body})
+            rows = answer.raise_for_status().json()["data"]
+            return [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
+
+        try:
+            return post()
+        except httpx.HTTPError as error:
+            raise RequestError(f"the embeddings server at {self._url} failed: {error}") from error
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed queries as (n, D) float32 unit rows; each is asked for once."""
+        return self._queries.embed(texts, lambda missing: _unit_rows(np.array(self._post({"input": missing}))))
+
+    def encode_images(self, images: Sequence[Image]) -> np.ndarray:
+        """Embed RGB images as (n, D) float32 unit rows, several requests at once."""
+        return self.encode_prepared(self.prepare(images))
+
+    def prepare(self, images: Sequence[Image]) -> Any:
+        """Encode images as PNG data URLs, without loss."""
+        return list(self._pool.map(_data_url, images))
+
+    def encode_prepared(self, batch: Any) -> np.ndarray:
+        """Ask the server for each image of the batch."""
+        rows = self._pool.map(self._embed_image, batch)
+        return _unit_rows(np.array(list(rows)))
+
+    def _embed_image(self, url: str) -> list[float]:
+        content = [{"type": "image_url", "image_url": {"url": url}}]
+        return self._post({"messages": [{"role": "user", "content": content}]})[0]
+
+
+def _data_url(image: Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,206 @@
+"""The feature cache: one unit vector a cached frame, in safetensors, with a header that says of what and by what."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from timesearch.batch import BatchResult, exclusive, run_batch
+from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.files import atomic_path, inside
+from timesearch.settings import Features, Settings
+from timesearch.video.frames import FrameCache, cache_path, sample_videos
+
+if TYPE_CHECKING:
+    from timesearch.retrieval.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Features of one video.
+
+    `features` (N, D) float16 unit rows and `timestamps` (N,) float64 s belong to the frames of the frame cache whose
+    digest is `frames`; `model`, `pretrained` and `preprocessing` name the encoder that made them.
+    """
+
+    path: Path
+    features: np.ndarray
+    timestamps: np.ndarray
+    model: str
+    pretrained: str
+    preprocessing: str
+    frames: str
+    features_sha256: str
+
+    @classmethod
+    def open(cls, path: Path | str) -> FeatureCache:
+        """Read a feature cache.
+
+        Raises:
+            ItemError: `missing_cache` or `damaged_cache`.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise ItemError(f"{path} is missing: run the stage 'features' first", reason="missing_cache")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                features, timestamps = file.get_tensor("features"), file.get_tensor("timestamps")
+            fields = {name: header[name] for name in _HEADER}
+        except (SafetensorError, KeyError) as error:
+            raise _damaged(path, str(error)) from error
+        if features.dtype != np.float16 or features.ndim != 2 or timestamps.shape != features.shape[:1]:
+            raise _damaged(path, f"features {features.dtype} {features.shape}, timestamps {timestamps.shape}")
+        return cls(path=path, features=features, timestamps=timestamps, **fields)
+
+    def __len__(self) -> int:
+        return len(self.timestamps)
+
+    def require_encoder(self, encoder: Encoder) -> None:
+        """Refuse the features of another encoder.
+
+        Raises:
+            CacheMismatchError: naming both.
+        """
+        mine = (self.model, self.pretrained, self.preprocessing)
+        other = (encoder.name, encoder.pretrained, encoder.preprocessing)
+        if mine != other:
+            raise CacheMismatchError(
+                f"{self.path} holds features of {_spell(*mine)}, but the encoder is {_spell(*other)}: "
+                "run the stage 'features' again, or load the encoder that made them"
+            )
+
+    def require_frames(self, frames: FrameCache) -> None:
+        """Refuse the features of other frames.
+
+        Raises:
+            CacheMismatchError: naming both.
+        """
+        if self.frames != frames.digest:
+            raise CacheMismatchError(
+                f"{self.path} holds features of the frame cache {self.frames[:12]}, but {frames.path} is "
+                f"{frames.digest[:12]}: run the stage 'features' again"
+            )
+
+    def verify(self) -> None:
+        """Compare the features with their digest.
+
+        Raises:
+            ItemError: `damaged_cache`.
+        """
+        if _digest(self.features, self.timestamps) != self.features_sha256:
+            raise _damaged(self.path, "its features do not fit their digest")
+
+
+_HEADER = ("model", "pretrained", "preprocessing", "frames", "features_sha256")
+
+
+def _spell(model: str, pretrained: str, preprocessing: str) -> str:
+    return f"{model} ({pretrained}, preprocessing {preprocessing})"
+
+
+def _damaged(path: Path, why: str) -> ItemError:
+    return ItemError(f"{path} is damaged ({why}): run the stage 'features' again to remake it", reason="damaged_cache")
+
+
+def _digest(features: np.ndarray, timestamps: np.ndarray) -> str:
+    return hashlib.sha256(features.tobytes() + timestamps.tobytes()).hexdigest()
+
+
+def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder, batch_size: int) -> int:
+    """Embed every frame of a frame cache; the next batch is decoded while the current one is embedded.
+
+    Returns:
+        Number of frames.
+
+    Raises:
+        ItemError: the frame cache is missing or damaged.
+    """
+    from safetensors.numpy import save_file
+
+    cache = FrameCache.open(frames)
+    batches = [range(first, min(first + batch_size, len(cache))) for first in range(0, len(cache), batch_size)]
+    rows = []
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(_prepare, cache, encoder, batches[0])
+        for batch in [*batches[1:], None]:
+            prepared = following.result()
+            if batch is not None:
+                following = reader.submit(_prepare, cache, encoder, batch)
+            rows.append(encoder.encode_prepared(prepared).astype(np.float16))
+    features = np.concatenate(rows)
+    header = {
+        "model": encoder.name,
+        "pretrained": encoder.pretrained,
+        "preprocessing": encoder.preprocessing,
+        "frames": cache.digest,
+        "features_sha256": _digest(features, cache.timestamps),
+    }
+    with atomic_path(target) as partial:
+        save_file({"features": features, "timestamps": cache.timestamps}, partial, metadata=header)
+    return len(cache)
+
+
+def _prepare(cache: FrameCache, encoder: Encoder, batch: range) -> object:
+    return encoder.prepare([cache.decode(index) for index in batch])
+
+
+def up_to_date(target: Path, frames: Path, encoder: Encoder) -> bool:
+    """Whether `target` is whole and holds the features of these frames by this encoder."""
+    try:
+        features = FeatureCache.open(target)
+        features.require_encoder(encoder)
+        features.require_frames(FrameCache.open(frames))
+        features.verify()
+    except (ItemError, CacheMismatchError):
+        return False
+    return True
+
+
+def cache_features(
+    frames: dict[str, Path], out: Path, encoder: Encoder, settings: Features, title: str = "features"
+) -> BatchResult:
+    """Make or renew the feature caches of many videos.
+
+    Args:
+        frames: name of each video (its feature cache is `<out>/<name>.safetensors`) and its frame cache.
+        out: folder of the feature caches; what failed is listed in its `failures.jsonl`.
+        encoder: embeds the frames.
+        settings: batch size and workers.
+    """
+    with exclusive(out):
+        work = functools.partial(_cache_one, frames=frames, out=out, encoder=encoder, batch_size=settings.batch_size)
+        return run_batch(title, list(frames), work, failures=out / "failures.jsonl", workers=settings.workers)
+
+
+def _cache_one(name: str, *, frames: dict[str, Path], out: Path, encoder: Encoder, batch_size: int) -> int | None:
+    target = inside(out, f"{name}.safetensors")
+    if up_to_date(target, frames[name], encoder):
+        return None
+    return make_feature_cache(frames[name], target, encoder, batch_size)
+
+
+def default_encoder(settings: Settings) -> Encoder:
+    """The encoder that stages use: the server of the parameters, else the one in `models/encoder`."""
+    from timesearch.retrieval.encoder import load_encoder
+
+    return load_encoder(settings.features.url or str(settings.paths.models / "encoder"))
+
+
+def sample_frames(settings: Settings) -> dict[str, Path]:
+    """The frame cache of each video that the samples ask about."""
+    return {video: cache_path(settings.paths.frames, video) for video in sample_videos(settings)}
+
+
+def run(settings: Settings) -> BatchResult:
+    """Stage `features`: the frame caches of all videos that the samples ask about, to `cache/features`."""
+    frames = sample_frames(settings)
+    return cache_features(frames, settings.paths.features, default_encoder(settings), settings.features)
