@@ -156,13 +156,25 @@ class Infer(Section):
     """Stage `infer`: episodes on the test samples."""
 
     engine: Literal["transformers", "openai"] = "openai"
-    urls: list[str] = Field(default_factory=list)
-    model: str | None = None
+    urls: list[str] = Field(
+        default_factory=list, description="servers with /v1 that are up already; empty: one is started a checkpoint"
+    )
+    model: str | None = Field(None, description="name under which `urls` serve the policy; empty: the checkpoint's path")
+    command: list[str] = Field(
+        default_factory=list, description="starts a server ({model}, {host}, {port} filled in); empty: vllm serve"
+    )
+    port: int = Field(8770, ge=1, le=65535, description="of the started server, on 127.0.0.1")
+    start_timeout: float = Field(1800.0, gt=0, description="seconds")
+    log: Path = Field(Path("runs/policy.log"), description="where the output of a started server goes")
     temperature: float = Field(0.0, ge=0)
     concurrency: int = Field(32, ge=1, description="episodes in flight")
     timeout: float = Field(600.0, gt=0, description="seconds a call")
-    baselines: list[str] = Field(default_factory=lambda: ["uniform", "one_shot", "coldstart"])
-    uniform_frames: int = Field(8, ge=1)
+    retry_for: float = Field(600.0, ge=0, description="seconds that an absent server is waited for")
+    baselines: list[str] = Field(
+        default_factory=lambda: ["uniform", "one_shot", "coldstart"],
+        description="methods beside the trained policy: uniform, one_shot, one_shot_<selection>, base, coldstart",
+    )
+    uniform_frames: int = Field(8, ge=1, description="frames of the baselines without search")
 
 
 class Evaluate(Section):
@@ -170,7 +182,11 @@ class Evaluate(Section):
 
     thresholds: list[float] = Field(default_factory=lambda: [5.0], description="seconds; the first is the headline")
     visual: bool = True
-    bootstrap: int = Field(1000, ge=0, description="resamples of each 95% interval")
+    bootstrap: int = Field(1000, ge=0, description="resamples of each 95% interval; 0 gives none")
+    groups: list[str] = Field(
+        default_factory=lambda: ["duration_group", "question_category", "duration", "domain", "task", "question_type"],
+        description="fields of `meta` whose values metrics are also given by (names of the published benchmarks)",
+    )
 
 
 class Tracking(Section):

@@ -1,0 +1,130 @@
+"""Measures the evaluation: 10,000 predictions (time, peak memory), and SSIM against the pair-by-pair method.
+
+    uv run python benchmarks/evaluation.py [--predictions 10000] [--size 640x360]
+
+The pair-by-pair method is the one that T* and its followers run: for each pair of frames, five 11 x 11 convolutions
+of float32 images by PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from timesearch.evaluation.evaluate import evaluate_files
+from timesearch.evaluation.visual import ssim_matrix
+from timesearch.settings import Evaluate
+
+GROUND_TRUTH, SEARCHED, TURNS = 5, 30, 4
+OPTIONS = ["a red car", "a dog", "the man in blue", "two people", "rain"]
+
+
+def write_predictions(path: Path, count: int, seed: int = 0) -> None:
+    """Multiple-choice episodes of four searches: 5 ground-truth and 30 searched frames each, with their messages."""
+    rng = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as handle:
+        for number in range(count):
+            times = np.sort(rng.uniform(0, 1800, SEARCHED).round(1)).tolist()
+            messages = [{"role": "user", "content": "Question"}]
+            for turn in range(TURNS):
+                call = {"name": "seek_video_frames", "arguments": {"query": "a red car", "num_frames": 8}}
+                blocks: list[dict] = []
+                for seconds in times[turn::TURNS]:
+                    blocks += [{"type": "text", "text": f"{seconds:.1f}s"}, {"type": "image", "seconds": seconds}]
+                said = f"<think>Where is it?</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+                messages += [{"role": "assistant", "content": said}, {"role": "tool", "content": blocks}]
+            answer = "ABCDE"[rng.integers(5)]
+            messages.append({"role": "assistant", "content": f"<think>There.</think>\n<answer>{answer}</answer>"})
+            row = {
+                "id": str(number),
+                "video": f"{number % 500}.mp4",
+                "question": "What passes by?",
+                "options": OPTIONS,
+                "answer": "ABCDE"[rng.integers(5)],
+                "type": "multiple_choice",
+                "duration": 1800.0,
+                "gt_seconds": np.sort(rng.uniform(0, 1800, GROUND_TRUTH)).tolist(),
+                "meta": {"duration_group": int(rng.choice([15, 60, 600, 3600]))},
+                "prediction": messages,
+                "searched_seconds": times,
+            }
+            handle.write(json.dumps(row) + "\n")
+
+
+def pair_by_pair(gt_frames: np.ndarray, pred_frames: np.ndarray) -> np.ndarray:
+    """SSIM over (H, W) of each pair, all five filtered images computed for each."""
+    import torch
+    from torch.nn.functional import conv2d
+
+    offsets = torch.arange(11) - 5.0
+    kernel = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel = (kernel / kernel.sum())[:, None]
+    window = (kernel @ kernel.T).expand(3, 1, 11, 11)
+
+    def smooth(image: torch.Tensor) -> torch.Tensor:
+        return conv2d(image, window, groups=3)
+
+    scores = np.zeros((len(gt_frames), len(pred_frames)))
+    for row, a in enumerate(gt_frames):
+        for column, b in enumerate(pred_frames):
+            x, y = (torch.tensor(frame, dtype=torch.float32).permute(2, 0, 1)[None] / 255 for frame in (a, b))
+            mean_x, mean_y = smooth(x), smooth(y)
+            variance_x, variance_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
+            covariance = smooth(x * y) - mean_x * mean_y
+            luminance = (2 * mean_x * mean_y + 1e-4) / (mean_x**2 + mean_y**2 + 1e-4)
+            contrast = (2 * covariance + 9e-4) / (variance_x + variance_y + 9e-4)
+            scores[row, column] = float((luminance * contrast).mean())
+    return scores
+
+
+def main() -> None:
+    """Run both measurements and print them as tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predictions", type=int, default=10_000)
+    parser.add_argument("--size", default="640x360", help="width x height of the frames in pixels")
+    arguments = parser.parse_args()
+    console = Console()
+
+    counts = Table("predictions", "seconds", "a second", "peak memory (MB)", title="Temporal and QA metrics, one core")
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (arguments.predictions // 10, arguments.predictions):
+            path = Path(folder) / f"{count}.jsonl"
+            write_predictions(path, count)
+            started = time.process_time()
+            evaluate_files({"searched": path}, Evaluate(), None)
+            spent = time.process_time() - started
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            counts.add_row(str(count), f"{spent:.2f}", f"{count / spent:.0f}", f"{peak:.0f}")
+    console.print(counts)
+
+    width, height = map(int, arguments.size.split("x"))
+    rng = np.random.default_rng(0)
+    gt_frames = rng.integers(0, 256, (GROUND_TRUTH, height, width, 3), dtype=np.uint8)
+    pred_frames = rng.integers(0, 256, (8, height, width, 3), dtype=np.uint8)
+    speeds = Table(
+        "method", "seconds", "times faster", "largest difference", title=f"SSIM of 5 x 8 frames, {width} x {height}"
+    )
+    pair_by_pair(gt_frames[:1], pred_frames[:1])
+    started = time.perf_counter()
+    expected = pair_by_pair(gt_frames, pred_frames)
+    slow = time.perf_counter() - started
+    speeds.add_row("pair by pair", f"{slow:.2f}", "1.0", "")
+    for mode in ("standard", "tstar"):
+        started = time.perf_counter()
+        found = ssim_matrix(gt_frames, pred_frames, mode)
+        fast = time.perf_counter() - started
+        difference = f"{np.abs(found - expected).max():.1e}" if mode == "standard" else "another metric"
+        speeds.add_row(mode, f"{fast:.2f}", f"{slow / fast:.1f}", difference)
+    console.print(speeds)
+
+
+if __name__ == "__main__":
+    main()

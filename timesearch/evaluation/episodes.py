@@ -1,0 +1,349 @@
+"""Reading prediction files, and scoring one episode at a time.
+
+What is not as it should be is named, with a reason, and handled as follows:
+
+=====================  ==============================================================================================
+``not_json``           a line that cannot be read: left out
+``invalid_row``        a row without the fields of a prediction, or with a wrong value: left out
+``unknown_type``       a question type other than multiple_choice, open_ended and grounding: left out
+``duplicate_id``       an id that the file had before: left out, the first row stands
+``empty_prediction``   neither messages, nor an answer, nor searched frames, nor an error: scored as wrong, with no
+                       frame found
+``episode_error``      the episode ended in an error: scored by what it has, which mostly is wrong
+``bad_times``          searched times that are NaN, infinite, negative, or past the video's end: they count as misses
+``bad_ground_truth``   such times in the ground truth: they are left out of it
+``no_ground_truth``    no ground-truth time, in a file whose other rows have some: left out of the temporal and visual
+                       metrics
+``unknown_frame_rate`` ground truth in frame numbers of a video that is not there, with no rate in `meta`: as above
+``bad_answer``         the right answer names none of the options: left out of the accuracy
+``missing_video``      the visual metrics need the video and it is not there (or why it cannot be read): left out of
+                       them
+=====================  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timesearch.batch import Failure
+from timesearch.errors import ItemError, RequestError
+from timesearch.evaluation.qa import answer_letter, parse_choice
+from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
+from timesearch.formats import to_rows
+from timesearch.messages import final_answer, parse_turn, searched_seconds, text_of
+from timesearch.rewards import interval_iou, parse_intervals
+from timesearch.samples import Prediction, read_rows, validate
+
+END_TOLERANCE = 1.0
+"""Seconds past the stated duration that a time may lie: stated durations and rounded times differ by less."""
+
+Report = Callable[[Failure], None]
+
+
+@dataclass
+class EpisodeScore:
+    """What evaluation keeps of an episode: no messages, so that memory does not grow with them.
+
+    `values` holds the metrics that the episode has a value of; `truth` and `times` are seconds, for the visual metrics;
+    `judged` holds open-ended answers that wait for the judge, by the metric that the verdict becomes.
+    """
+
+    id: str
+    video: str
+    type: str
+    groups: dict[str, list[str]]
+    duration: float | None
+    values: dict[str, float] = field(default_factory=dict)
+    answer: str | None = None
+    choice: str | None = None
+    unparsed: bool = False
+    truth: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    judged: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    calls_by_turn: list[int] = field(default_factory=list)
+
+
+def read_predictions(path: Path | str, report: Report) -> Iterator[Prediction]:
+    """Yield the predictions of a file in the project's form or a published one, line by line.
+
+    Args:
+        path: JSON lines, JSON or Parquet.
+        report: is told of each row that is left out.
+
+    Raises:
+        RequestError: the file is missing.
+    """
+    seen: set[str] = set()
+
+    def broken(number: int, error: RequestError) -> None:
+        report(Failure(f"line {number}", "not_json", str(error)))
+
+    for number, published in read_rows(path, on_error=broken):
+        where = f"{path}, line {number}"
+        try:
+            rows = to_rows(published, number)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            rows = []
+            detail = f"{where}: not a row of the benchmark that it looks like ({type(error).__name__}: {error})"
+            report(Failure(str(published.get("id", f"line {number}")), "invalid_row", detail))
+        for row in rows:
+            identity = str(row.get("id", f"line {number}"))
+            try:
+                prediction = validate(Prediction, row, where)
+                _check_messages(prediction, where)
+            except RequestError as error:
+                reason = "unknown_type" if "field 'type'" in str(error) else "invalid_row"
+                report(Failure(identity, reason, str(error)))
+                continue
+            if prediction.id in seen:
+                report(
+                    Failure(identity, "duplicate_id", f"{where}: id {identity!r} occurs again, the first row counts")
+                )
+                continue
+            seen.add(prediction.id)
+            yield prediction
+
+
+def _check_messages(prediction: Prediction, where: str) -> None:
+    for number, message in enumerate(prediction.prediction, start=1):
+        content = message.get("content") or []
+        blocks = content if isinstance(content, list) else []
+        readable = isinstance(content, (str, list)) and all(
+            isinstance(block, dict) and isinstance(block.get("text", ""), str) for block in blocks
+        )
+        if not isinstance(message.get("role"), str) or not readable:
+            raise RequestError(
+                f"{where}: field 'prediction': message {number} has no role, or content of no known form"
+            )
+
+
+class Videos:
+    """The folder of source videos: where a video lies, its frame rate and its length, each looked up once."""
+
+    def __init__(self, root: Path | str | None) -> None:
+        self._root = Path(root) if root else None
+        self._known: dict[str, tuple[Path, float, float | None] | ItemError] = {}
+
+    def __bool__(self) -> bool:
+        return self._root is not None
+
+    def path(self, video: str) -> Path:
+        """The video's file: the name under the folder, or the longest end of a foreign path that is there.
+
+        Raises:
+            ItemError: `missing_video`, or why the file is no video.
+        """
+        return self._look_up(video)[0]
+
+    def frame_rate(self, video: str) -> float:
+        """Frames a second, on average, as the container states them.
+
+        Raises:
+            ItemError: as `path`.
+        """
+        return self._look_up(video)[1]
+
+    def duration(self, video: str) -> float | None:
+        """Length in seconds, where the video is there and its container states one."""
+        try:
+            return self._look_up(video)[2] if self._root else None
+        except ItemError:
+            return None
+
+    def _look_up(self, video: str) -> tuple[Path, float, float | None]:
+        if video not in self._known:
+            try:
+                path = self._find(video)
+                self._known[video] = (path, *_header(path))
+            except ItemError as error:
+                self._known[video] = error
+        known = self._known[video]
+        if isinstance(known, ItemError):
+            raise known
+        return known
+
+    def _find(self, video: str) -> Path:
+        parts = [part for part in Path(video).parts if part != "/"]
+        if self._root is not None and ".." not in parts:
+            for start in range(len(parts)):
+                path = self._root.joinpath(*parts[start:])
+                if path.is_file():
+                    return path
+        raise ItemError(f"{video} is not under {self._root}", reason="missing_video")
+
+
+def _header(path: Path) -> tuple[float, float | None]:
+    """Frame rate and length of a video, from its container."""
+    from timesearch.video.probe import check_readable, choose_stream, open_video
+
+    check_readable(path)
+    with open_video(path) as container:
+        stream = choose_stream(container, path)
+        if not stream.average_rate:
+            raise ItemError(f"{path} states no frame rate", reason="unknown_frame_rate")
+        duration = float(stream.duration * stream.time_base) if stream.duration else None
+        if duration is None and container.duration:
+            duration = container.duration / 1_000_000
+        return float(stream.average_rate), duration
+
+
+class Scorer:
+    """Scores episodes one by one: everything except the visual metrics and the judge's verdicts."""
+
+    def __init__(self, thresholds: Sequence[float], groups: Sequence[str], videos: Videos, report: Report) -> None:
+        self._thresholds = thresholds
+        self._groups = groups
+        self._videos = videos
+        self._report = report
+        self.without_truth: list[str] = []
+        """Ids of episodes without ground-truth times."""
+
+    def score(self, prediction: Prediction) -> EpisodeScore:
+        """Score one episode."""
+        episode = EpisodeScore(
+            prediction.id, prediction.video, prediction.type, self._group(prediction), prediction.duration
+        )
+        if episode.duration is None:
+            episode.duration = self._videos.duration(prediction.video)
+        episode.times = _searched(prediction)
+        answered = bool(prediction.prediction) or prediction.predicted_answer is not None
+        if prediction.error:
+            self._fail(prediction, "episode_error", f"{prediction.error.type}: {prediction.error.message}")
+        elif not answered and not episode.times:
+            self._fail(prediction, "empty_prediction", "neither messages nor an answer nor searched frames")
+        self._count(prediction, episode)
+        self._score_times(prediction, episode)
+        if answered or prediction.error or not episode.times:
+            self._score_answer(prediction, episode)
+        return episode
+
+    def _fail(self, prediction: Prediction, reason: str, message: str) -> None:
+        self._report(Failure(prediction.id, reason, f"{prediction.id}: {message}"))
+
+    def _group(self, prediction: Prediction) -> dict[str, list[str]]:
+        found = {"type": [prediction.type]}
+        for name in self._groups:
+            value = prediction.meta.get(name)
+            if value not in (None, "", []):
+                found[name] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        return found
+
+    def _count(self, prediction: Prediction, episode: EpisodeScore) -> None:
+        for message in prediction.prediction:
+            if message.get("role") == "assistant":
+                episode.calls_by_turn.append(len(parse_turn(text_of(message)).calls))
+        calls = sum(episode.calls_by_turn) if prediction.prediction else prediction.tool_calls
+        episode.values |= {
+            "frames": len(episode.times),
+            "preview_frames": len(prediction.preview_seconds),
+            "tool_calls": calls,
+            "turns": len(episode.calls_by_turn) or prediction.turns,
+            "searched": float(bool(episode.times)),
+            "error": float(prediction.error is not None),
+        }
+
+    def _score_times(self, prediction: Prediction, episode: EpisodeScore) -> None:
+        end = math.inf if episode.duration is None else episode.duration + END_TOLERANCE
+        truth = self._ground_truth(prediction, end)
+        spans = [span for span in prediction.gt_spans if all(_sound(time, end) for time in span)]
+        if not truth and not spans:
+            self.without_truth.append(prediction.id)
+            return
+        sound = [time for time in episode.times if _sound(time, end)]
+        bad = len(episode.times) - len(sound)
+        if bad:
+            message = f"{bad} of {len(episode.times)} searched times are no time of the video: they count as misses"
+            self._fail(prediction, "bad_times", message)
+        scores = temporal_scores(truth or spans, sound, self._thresholds)
+        if bad:
+            scores = _with_misses(scores, len(sound), bad)
+        if spans:
+            scores["span_coverage"] = span_coverage(spans, sound)
+        episode.values |= scores
+        episode.truth, episode.times = truth or [(start + stop) / 2 for start, stop in spans], sound
+
+    def _ground_truth(self, prediction: Prediction, end: float) -> list[float]:
+        """Times of the ground-truth frames: `gt_seconds`, else `gt_frame_index` at the source's frame rate."""
+        truth = list(prediction.gt_seconds)
+        if not truth and prediction.gt_frame_index:
+            rate = self._frame_rate(prediction)
+            truth = [index / rate for index in prediction.gt_frame_index] if rate else []
+        sound = [time for time in truth if _sound(time, end)]
+        if len(sound) < len(truth):
+            message = f"{len(truth) - len(sound)} of {len(truth)} ground-truth times are no time of the video: left out"
+            self._fail(prediction, "bad_ground_truth", message)
+        return sound
+
+    def _frame_rate(self, prediction: Prediction) -> float | None:
+        try:
+            return self._videos.frame_rate(prediction.video)
+        except ItemError as error:
+            stated = prediction.meta.get("frame_rate") or prediction.meta.get("fps")
+            if isinstance(stated, (int, float)) and stated > 0:
+                return float(stated)
+            message = f"ground truth in frame numbers needs the video's frame rate: {error}"
+            self._fail(prediction, "unknown_frame_rate", message)
+            return None
+
+    def _score_answer(self, prediction: Prediction, episode: EpisodeScore) -> None:
+        episode.answer = final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer
+        if prediction.type == "grounding":
+            gold = prediction.answer or json.dumps([list(span) for span in prediction.gt_spans])
+            if parse_intervals(gold):
+                said = parse_intervals(episode.answer or "")
+                episode.values["grounding_iou"] = interval_iou(said, parse_intervals(gold))
+                episode.unparsed = not said
+            return
+        if not prediction.answer.strip():
+            return
+        if prediction.type == "multiple_choice":
+            self._score_choice(prediction, episode)
+        else:
+            self._ask(prediction, episode, "qa_accuracy", episode.answer)
+            episode.unparsed = not (episode.answer or "").strip()
+            if prediction.reanswer is not None:
+                self._ask(prediction, episode, "reanswer_accuracy", prediction.reanswer)
+
+    def _score_choice(self, prediction: Prediction, episode: EpisodeScore) -> None:
+        gold = answer_letter(prediction.answer, prediction.options)
+        if gold is None:
+            message = f"the right answer {prediction.answer!r} is none of the {len(prediction.options)} options"
+            self._fail(prediction, "bad_answer", message)
+            return
+        episode.choice = parse_choice(episode.answer, prediction.options)
+        episode.unparsed = episode.choice is None
+        episode.values["qa_accuracy"] = float(episode.choice == gold)
+        if prediction.reanswer is not None:
+            again = parse_choice(prediction.reanswer, prediction.options)
+            episode.values["reanswer_accuracy"] = float(again == gold)
+
+    def _ask(self, prediction: Prediction, episode: EpisodeScore, metric: str, answer: str | None) -> None:
+        episode.values[metric] = 0.0
+        if answer and answer.strip():
+            episode.judged[metric] = (prediction.question, prediction.answer, answer)
+
+
+def _searched(prediction: Prediction) -> list[float]:
+    """Times of the searched frames, each once: as the row lists them, else as its messages show them."""
+    times = prediction.searched_seconds or searched_seconds(prediction.prediction)
+    return list(dict.fromkeys(times))
+
+
+def _sound(time: Any, end: float) -> bool:
+    return math.isfinite(time) and 0 <= time <= end
+
+
+def _with_misses(scores: dict[str, float], sound: int, bad: int) -> dict[str, float]:
+    """Scores of an episode, with `bad` searched frames more that are right of nothing."""
+    diluted = dict(scores)
+    for name in scores:
+        if name.startswith("temporal_precision"):
+            ending = name.removeprefix("temporal_precision")
+            diluted[name] = scores[name] * sound / (sound + bad)
+            diluted[f"temporal_f1{ending}"] = harmonic_mean(diluted[name], scores[f"temporal_recall{ending}"])
+    return diluted
