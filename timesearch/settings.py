@@ -159,7 +159,7 @@ class Infer(Section):
     urls: list[str] = Field(
         default_factory=list, description="servers with /v1 that are up already; empty: one is started a checkpoint"
     )
-    model: str | None = Field(None, description="name under which `urls` serve the policy; empty: the checkpoint's path")
+    model: str | None = Field(None, description="name under which `urls` serve the policy; null: its path")
     command: list[str] = Field(
         default_factory=list, description="starts a server ({model}, {host}, {port} filled in); empty: vllm serve"
     )

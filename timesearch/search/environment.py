@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.errors import ItemError
 from timesearch.files import inside
 from timesearch.messages import Block, format_seconds, neutralise
 from timesearch.retrieval.features import FeatureCache
@@ -29,16 +29,10 @@ from timesearch.video.frames import FrameCache
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from timesearch.retrieval.encoder import Encoder
+
 QUERY_CHARS = 500
 """A longer query is no description of a frame, and no text encoder reads that far."""
-
-
-class QueryEncoder(Protocol):
-    """What the environment needs of an encoder."""
-
-    def encode_text(self, texts: list[str]) -> np.ndarray:
-        """Unit rows of shape (len(texts), D), float32."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class SearchEnvironment:
     def __init__(
         self,
         settings: Search,
-        encoder: QueryEncoder,
+        encoder: Encoder,
         frames: Path | str,
         features: Path | str,
         encoded: bool = False,
@@ -95,7 +89,8 @@ class SearchEnvironment:
             Content blocks of the user message: a time and an image for each preview frame, then the question.
 
         Raises:
-            ItemError: `missing_cache`, if the video has no frame or feature cache.
+            ItemError: `missing_cache` or `damaged_cache`.
+            CacheMismatchError: the features belong to other frames, or were made by another encoder.
         """
         self._enter(row)
         video = self._opened
@@ -173,7 +168,10 @@ class SearchEnvironment:
         for path, stage in ((frames, "frames"), (features, "features")):
             if not path.is_file():
                 raise ItemError(f"{video}: {path} is missing: run the stage {stage!r} first", reason="missing_cache")
-        return _open_video(frames, features, frames.stat().st_mtime_ns, features.stat().st_mtime_ns, self._encoded)
+        times = (frames.stat().st_mtime_ns, features.stat().st_mtime_ns)
+        opened = _open_video(frames, features, times, self._encoded)
+        opened.features.require_encoder(self._encoder)
+        return opened
 
     def _say(self, part: str, **values: object) -> list[Block]:
         return [{"type": "text", "text": self._prompts.render(part, **values)}]
@@ -222,11 +220,7 @@ class _Video:
         self.features = FeatureCache.open(features)
         self._encoded = encoded
         self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
-        if len(self.frames) != len(self.features.timestamps):
-            raise CacheMismatchError(
-                f"{frames} holds {len(self.frames)} frames and {features} {len(self.features.timestamps)}: "
-                "run the stage 'features' again"
-            )
+        self.features.require_frames(self.frames)
 
     def show(self, indices: list[int], size: tuple[int, int] | None = None) -> list[Block]:
         """A time and an image for each frame, scaled down to `size` (width, height) where that is another."""
@@ -253,8 +247,8 @@ class _Video:
 
 
 @lru_cache(maxsize=8)
-def _open_video(frames: Path, features: Path, frames_time: int, features_time: int, encoded: bool) -> _Video:
-    """Open a video's caches; the files' times (ns) are part of the key, so that a rebuilt cache is opened anew."""
+def _open_video(frames: Path, features: Path, times: tuple[int, int], encoded: bool) -> _Video:
+    """Open a video's caches; the files' `times` (ns) are part of the key, so that a rebuilt cache is opened anew."""
     return _Video(frames, features, encoded)
 
 

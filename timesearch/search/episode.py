@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from timesearch.errors import ItemError
+from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.messages import (
     Block,
     Message,
@@ -98,8 +98,8 @@ async def run_episode(
         reanswer: ask again from the searched frames alone, for the completeness reward.
 
     Returns:
-        The prediction. An `ItemError` (missing cache, engine gone, context too short) is recorded in its `error`,
-        beside the messages so far.
+        The prediction. What belongs to this episode alone (a missing cache, an engine gone, a context too short) is
+        recorded in its `error`, beside the messages so far.
     """
     episode = _Episode(environment, policy, sample, settings, watch or (lambda step: None))
     error: EpisodeError | None = None
@@ -107,8 +107,8 @@ async def run_episode(
         await episode.search()
         if reanswer and tool_frames(episode.messages):
             await episode.answer_again()
-    except ItemError as raised:
-        error = EpisodeError(type=raised.reason, message=str(raised))
+    except (ItemError, CacheMismatchError) as raised:
+        error = _as_data(raised)
     return episode.prediction(error)
 
 
@@ -128,9 +128,13 @@ async def answer_from_frames(
     error: EpisodeError | None = None
     try:
         await episode.answer_chosen(choose)
-    except ItemError as raised:
-        error = EpisodeError(type=raised.reason, message=str(raised))
+    except (ItemError, CacheMismatchError) as raised:
+        error = _as_data(raised)
     return episode.prediction(error)
+
+
+def _as_data(error: ItemError | CacheMismatchError) -> EpisodeError:
+    return EpisodeError(type=getattr(error, "reason", "cache_mismatch"), message=str(error))
 
 
 class _Episode:

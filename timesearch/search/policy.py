@@ -63,6 +63,10 @@ class Policy(Protocol):
         """Length of the context in tokens, where it is known."""
         ...
 
+    async def connect(self) -> None:
+        """Make ready: an engine behind HTTP checks that it serves the model, and asks for the context's length."""
+        ...
+
     def session(
         self, video: str, tools: Sequence[dict[str, Any]], max_new_tokens: int
     ) -> AbstractAsyncContextManager[Session]:

@@ -1,0 +1,1 @@
+"""Episodes in bulk (stage `infer`) and one at a time (`ask`)."""

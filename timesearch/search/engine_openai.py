@@ -1,0 +1,221 @@
+"""A policy behind the OpenAI protocol (vLLM, `transformers serve`): a thin client that keeps the server's cache warm.
+
+What lets a server take a conversation's past from its prefix cache: each message is serialised once, from the frame
+cache's own JPEG bytes, and sent again byte for byte; assistant turns are the server's own text, not re-rendered from
+parsed calls (tools are offered with ``tool_choice: none``, so the server describes them to the model and leaves its
+text alone); a conversation stays on one server, and conversations about one video prefer the same server.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import RequestError
+from timesearch.messages import Message
+from timesearch.redaction import redact
+from timesearch.search.policy import ContextOverflowError, EngineError, Reply
+
+if TYPE_CHECKING:
+    import httpx
+
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TOO_LONG = ("maximum context length", "maximum model length", "max_model_len", "context window", "context_length")
+_AFFINITY = 4
+"""A server that knows a video is preferred while it has at most this many more conversations than the idlest one."""
+
+
+class OpenAIPolicy:
+    """A model that one or several OpenAI-compatible servers serve.
+
+    Args:
+        urls: base URLs with ``/v1``; conversations go to the least busy.
+        model: name under which the servers list it.
+        temperature: 0 decodes greedily.
+        timeout: seconds that one call may take.
+        retry_for: seconds for which a call is tried again while servers refuse, fail (5xx, 429) or time out.
+        context: length of the context in tokens; asked from the server (`connect`) where None.
+        seed: of sampling.
+    """
+
+    encoded = True
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str,
+        temperature: float = 0.0,
+        timeout: float = 600.0,
+        retry_for: float = 600.0,
+        context: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.name = model
+        self._urls = [url.rstrip("/") for url in urls]
+        self._temperature, self._timeout, self._retry_for, self._seed = temperature, timeout, retry_for, seed
+        self._context = context
+        self._load = dict.fromkeys(self._urls, 0)
+        self._home: dict[str, str] = {}
+        self._client: httpx.AsyncClient | None = None
+
+    @property
+    def context(self) -> int | None:
+        """Length of the context in tokens, once `connect` has asked for it."""
+        return self._context
+
+    async def connect(self) -> None:
+        """Check that every server answers and serves the model, and learn the length of its context.
+
+        Raises:
+            EngineError: a server does not answer.
+            RequestError: a server does not serve the model.
+        """
+        for url in self._urls:
+            response = await self._send("GET", url, "/models")
+            entries = {entry["id"]: entry for entry in response.json()["data"]}
+            if self.name not in entries:
+                served = ", ".join(entries) or "nothing"
+                raise RequestError(f"the server at {redact(url)} serves {served}, not {self.name}: set infer.model")
+            self._context = self._context or entries[self.name].get("max_model_len")
+
+    @asynccontextmanager
+    async def session(
+        self, video: str, tools: Sequence[dict[str, Any]], max_new_tokens: int
+    ) -> AsyncIterator[_OpenAISession]:
+        """Open a conversation on the server that has least to do, or that knows the video already."""
+        home = self._home.get(video)
+        url = min(self._urls, key=lambda one: self._load[one] - (_AFFINITY if one == home else 0))
+        self._home[video] = url
+        self._load[url] += 1
+        try:
+            yield _OpenAISession(self, url, tools, max_new_tokens)
+        finally:
+            self._load[url] -= 1
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    def _http(self) -> httpx.AsyncClient:
+        import httpx
+
+        if self._client is None:
+            key = os.environ.get("OPENAI_API_KEY")
+            self._client = httpx.AsyncClient(
+                timeout=httpx.Timeout(self._timeout, connect=10.0),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+            )
+        return self._client
+
+    async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
+        """Send a request until a server answers it; other servers are tried in turn."""
+        import httpx
+        from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_delay, wait_random_exponential
+
+        def passes(error: BaseException) -> bool:
+            if isinstance(error, httpx.HTTPStatusError):
+                return error.response.status_code in _RETRIED
+            return isinstance(error, httpx.TransportError)
+
+        others = [other for other in self._urls if other != url] if body else []
+        order = [url, *others]
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(passes),
+                stop=stop_after_delay(self._retry_for),
+                wait=wait_random_exponential(multiplier=0.5, max=10),
+            ):
+                with attempt:
+                    target = order[(attempt.retry_state.attempt_number - 1) % len(order)]
+                    response = await self._http().request(
+                        method, target + path, content=body, headers={"Content-Type": "application/json"}
+                    )
+                    response.raise_for_status()
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise EngineError(
+                f"no policy server at {redact(', '.join(order))} for {self._retry_for:g} s "
+                f"({redact(str(cause) or repr(cause))}): see its log"
+            ) from cause
+        except httpx.HTTPStatusError as error:
+            said = redact(error.response.text[:300].replace("\n", " "))
+            if error.response.status_code in (400, 413, 422) and any(mark in error.response.text for mark in _TOO_LONG):
+                raise ContextOverflowError(f"{self.name}: {said}") from error
+            raise EngineError(
+                f"the policy server at {redact(url)} refused ({error.response.status_code}): {said}"
+            ) from error
+        return response
+
+
+class _OpenAISession:
+    """One conversation: its messages are serialised once each."""
+
+    def __init__(self, policy: OpenAIPolicy, url: str, tools: Sequence[dict[str, Any]], max_new_tokens: int) -> None:
+        self._policy, self._url = policy, url
+        settings: dict[str, Any] = {
+            "model": policy.name,
+            "temperature": policy._temperature,
+            "max_tokens": max_new_tokens,
+            "seed": policy._seed,
+        }
+        if tools:
+            settings |= {"tools": list(tools), "tool_choice": "none"}
+        self._head = json.dumps(settings).encode()[:-1] + b', "messages": ['
+        self._sent: list[tuple[Message, bytes]] = []
+
+    async def reply(self, messages: Sequence[Message]) -> Reply:
+        for position, message in enumerate(messages):
+            if position < len(self._sent) and self._sent[position][0] is message:
+                continue
+            del self._sent[position:]
+            self._sent.append((message, serialise(message)))
+        del self._sent[len(messages) :]
+        body = self._head + b", ".join(part for _, part in self._sent) + b"]}"
+        response = await self._policy._send("POST", self._url, "/chat/completions", body)
+        return _read(response)
+
+
+def serialise(message: Message) -> bytes:
+    """A message as the protocol has it; images become data URLs of their JPEG bytes."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [
+            block
+            if block["type"] == "text"
+            else {
+                "type": "image_url",
+                "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(block["jpeg"]).decode("ascii")},
+            }
+            for block in content
+        ]
+    value = {"role": message["role"], "content": content}
+    if message["role"] == "tool":
+        value["tool_call_id"] = "call"
+    return json.dumps(value).encode()
+
+
+def _read(response: httpx.Response) -> Reply:
+    """The assistant's text; thoughts and calls that the server has parsed out of it are put back."""
+    value = response.json()
+    try:
+        message = value["choices"][0]["message"]
+    except (KeyError, IndexError, TypeError):
+        raise EngineError(f"the policy server answered without a message: {response.text[:200]}") from None
+    text = message.get("content") or ""
+    thought = message.get("reasoning") or message.get("reasoning_content")
+    if thought:
+        text = f"<think>{thought}</think>\n{text}"
+    for call in message.get("tool_calls") or []:
+        function = call["function"]
+        written = f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
+        text = f"{text}\n<tool_call>\n{written}\n</tool_call>".lstrip()
+    usage = value.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Reply(text, usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0))
