@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,45 +104,63 @@ def _unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 class OpenClipEncoder:
-    """An open_clip model in this process: bfloat16 on a GPU, float32 on all cores of a CPU."""
+    """An open_clip model in this process: bfloat16 on a GPU, float32 on all cores of a CPU.
+
+    A local folder is checked at once and loaded when first used, so that a run that finds everything up to date does
+    not wait for it.
+    """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
+        self._device = device
+        self._queries = _Queries()
+        self._loading = threading.Lock()
+        folder = Path(model)
+        if folder.is_dir():
+            config, weights = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+            for needed in (config, weights):
+                if not needed.is_file():
+                    raise RequestError(f"{needed} is missing: {folder} is no folder in open_clip's layout")
+            self._identifier, self._tag = f"local-dir:{folder}", None
+            self.name, self.pretrained = folder.name, f"sha256:{file_digest(weights)[:16]}"
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            shaping = [settings.get("preprocess_cfg"), settings["model_cfg"]["vision_cfg"]]
+        else:
+            if not pretrained:
+                raise RequestError(f"the encoder {model!r} is no folder here: name its pretrained tag, too")
+            self._identifier, self._tag = model, pretrained
+            self.name, self.pretrained = model, pretrained
+            if Path(pretrained).is_file():
+                if Path(pretrained).suffix != ".safetensors":
+                    raise RequestError(f"{pretrained}: weights are read from .safetensors files alone")
+                self.pretrained = f"sha256:{file_digest(pretrained)[:16]}"
+            shaping = [str(self._parts.preprocess)]
+        self.preprocessing = json_digest(shaping)[:16]
+        self.digest = json_digest([self.name, self.pretrained, self.preprocessing])[:16]
+
+    @functools.cached_property
+    def _parts(self) -> _Parts:
         import open_clip
         import torch
 
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        folder = Path(model)
-        if folder.is_dir():
-            weights = folder / "open_clip_model.safetensors"
-            for needed in (folder / "open_clip_config.json", weights):
-                if not needed.is_file():
-                    raise RequestError(f"{needed} is missing: {folder} is no folder in open_clip's layout")
-            self.name, self.pretrained = folder.name, f"sha256:{file_digest(weights)[:16]}"
-            identifier, tag = f"local-dir:{folder}", None
-        else:
-            self.name, self.pretrained = model, pretrained or ""
-            identifier, tag = model, pretrained
-            if not tag:
-                raise RequestError(f"the encoder {model!r} is no folder here: name its pretrained tag, too")
-            if Path(tag).is_file():
-                if Path(tag).suffix != ".safetensors":
-                    raise RequestError(f"{tag}: weights are read from .safetensors files alone")
-                self.pretrained = f"sha256:{file_digest(tag)[:16]}"
-        precision = "bf16" if self._device.type == "cuda" else "fp32"
+        device = torch.device(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            self._model, _, self._preprocess = open_clip.create_model_and_transforms(
-                identifier, pretrained=tag, precision=precision, device=self._device
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                self._identifier,
+                pretrained=self._tag,
+                precision="bf16" if dtype == torch.bfloat16 else "fp32",
+                device=device,
             )
-            self._tokenizer = open_clip.get_tokenizer(identifier)
+            tokenizer = open_clip.get_tokenizer(self._identifier)
         except (RuntimeError, ValueError, OSError) as error:
-            first = str(error).splitlines()[0][:300]
-            raise RequestError(f"the encoder {model!r} ({pretrained}) cannot be loaded: {first}") from error
-        self._model.eval()
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.preprocessing = json_digest(str(self._preprocess))[:16]
-        self.digest = json_digest([self.name, self.pretrained, self.preprocessing])[:16]
-        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-        self._queries = _Queries()
+            why = str(error).splitlines()[0][:300]
+            raise RequestError(f"the encoder {self.name!r} ({self.pretrained}) cannot be loaded: {why}") from error
+        pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+        return _Parts(model.eval(), preprocess, tokenizer, device, dtype, pool)
+
+    def _load(self) -> _Parts:
+        with self._loading:
+            return self._parts
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embed queries as (n, D) float32 unit rows; each is computed once."""
@@ -149,8 +169,9 @@ class OpenClipEncoder:
     def _embed_texts(self, texts: list[str]) -> np.ndarray:
         import torch
 
+        parts = self._load()
         with torch.inference_mode():
-            rows = self._model.encode_text(self._tokenizer(texts).to(self._device))
+            rows = parts.model.encode_text(parts.tokenizer(texts).to(parts.device))
         return _unit_rows(rows.float().cpu().numpy())
 
     def encode_images(self, images: Sequence[Image]) -> np.ndarray:
@@ -161,15 +182,29 @@ class OpenClipEncoder:
         """Resize and normalise images into a (n, 3, H, W) tensor, in threads."""
         import torch
 
-        return torch.stack(list(self._pool.map(self._preprocess, images)))
+        parts = self._load()
+        return torch.stack(list(parts.pool.map(parts.preprocess, images)))
 
     def encode_prepared(self, batch: Any) -> np.ndarray:
         """Embed a prepared batch."""
         import torch
 
+        parts = self._load()
         with torch.inference_mode():
-            rows = self._model.encode_image(batch.to(self._device, self._dtype, non_blocking=True))
+            rows = parts.model.encode_image(batch.to(parts.device, parts.dtype, non_blocking=True))
         return _unit_rows(rows.float().cpu().numpy())
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A loaded open_clip model with what stands before it."""
+
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+    device: Any
+    dtype: Any
+    pool: ThreadPoolExecutor
 
 
 class ServedEncoder:

@@ -124,7 +124,7 @@ def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder,
     Raises:
         ItemError: the frame cache is missing or damaged.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     cache = FrameCache.open(frames)
     batches = [range(first, min(first + batch_size, len(cache))) for first in range(0, len(cache), batch_size)]
@@ -145,7 +145,7 @@ def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder,
         "features_sha256": _digest(features, cache.timestamps),
     }
     with atomic_path(target) as partial:
-        save_file({"features": features, "timestamps": cache.timestamps}, partial, metadata=header)
+        partial.write_bytes(save({"features": features, "timestamps": cache.timestamps}, metadata=header))
     return len(cache)
 
 
