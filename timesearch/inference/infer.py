@@ -100,7 +100,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
                         asyncio.run(play(jobs, policy, encoder, settings, record))
         for method, journal in journals.items():
             _report(tracked, settings, method, journal.finish())
-    write_failures(settings.paths.results / "failures.jsonl", result.failures)
+    write_failures(folder / "failures.jsonl", result.failures)
     return result
 
 

@@ -1,0 +1,210 @@
+"""The search environment: TRL's contract, budgets, windows and wrong calls."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from players import build_library
+from scripted import OracleEncoder, make_settings
+
+from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.messages import text_of
+from timesearch.pocket.world import make_scene, question
+from timesearch.search.environment import SearchEnvironment, fit_size, preview_plan
+from timesearch.settings import Search
+
+WORLD = "guess-proof"
+VIDEO = f"{WORLD}/0.mp4"
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("environment")
+    build_library(root, videos=2)
+    return root / "cache"
+
+
+def open_environment(caches: Path, encoded: bool = False, **changes: object) -> SearchEnvironment:
+    search = make_settings().search.model_copy(update=changes)
+    environment = SearchEnvironment(search, OracleEncoder(), caches / "frames", caches / "features", encoded)
+    environment.reset(video=VIDEO, question="What colour is the star?")
+    return environment
+
+
+def seconds_of(blocks: list[dict]) -> list[float]:
+    return [block["seconds"] for block in blocks if block["type"] == "image"]
+
+
+def test_trl_finds_one_tool_with_its_documentation(caches: Path) -> None:
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    factory = partial(
+        SearchEnvironment, make_settings().search, OracleEncoder(), caches / "frames", caches / "features"
+    )
+    environment = factory()
+    members = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
+    public = [name for name in members if not name.startswith("_") and name not in ("reset", "get_reward")]
+    assert public == ["seek_video_frames"] == list(environment._tools())
+    function = get_json_schema(environment.seek_video_frames)["function"]
+    assert "match a description" in function["description"]
+    assert function["parameters"]["required"] == ["query"]
+    for name, kind in (("query", "string"), ("start_time", "number"), ("end_time", "number"), ("num_frames", "integer")):
+        parameter = function["parameters"]["properties"][name]
+        assert parameter["type"] == kind
+        assert parameter["description"]
+
+
+def test_trl_appends_the_preview_to_the_user_message(caches: Path) -> None:
+    environment = open_environment(caches)
+    blocks = environment.reset(video=VIDEO, question="Which?", options=["red", "blue"], id="1", answer="A", split="")
+    assert [block["type"] for block in blocks] == ["text", "image"] * 4 + ["text"]
+    assert blocks[0]["text"] == f"{blocks[1]['seconds']:.1f}s"
+    assert blocks[-1]["text"].endswith("Which?\nA. red\nB. blue")
+
+
+def test_the_search_finds_the_needle_and_its_frames_are_kept(caches: Path) -> None:
+    environment = open_environment(caches)
+    needle = make_scene(WORLD, "train", 0).needles[0]
+    blocks = environment.seek_video_frames(needle.shape, num_frames=1)
+    (found,) = seconds_of(blocks)
+    assert needle.start <= found < needle.end
+    assert [frame.seconds for frame in environment._searched] == [found]
+    content = environment._reanswer_content()
+    assert content is not None
+    assert seconds_of(content) == [found]
+    assert "What colour is the star?" in content[-1]["text"]
+
+
+def test_one_object_plays_one_episode_after_another(caches: Path) -> None:
+    environment = open_environment(caches)
+    environment.seek_video_frames("star")
+    environment.reset(video=f"{WORLD}/1.mp4", question=question(make_scene(WORLD, "train", 1).needles[0]))
+    assert environment._searched == []
+    assert environment._reanswer_content() is None
+
+
+def test_the_window_is_kept(caches: Path) -> None:
+    environment = open_environment(caches, max_turns=9)
+    assert all(10 <= found <= 20 for found in seconds_of(environment.seek_video_frames("star", 10, 20)))
+    assert seconds_of(environment.seek_video_frames("star", "12s", "12.0", "3")) == [12.0]
+    last = float(environment._opened.frames.timestamps[-1])
+    assert seconds_of(environment.seek_video_frames("star", last, -1)) == [last]
+    assert len(seconds_of(environment.seek_video_frames("star", -5, 1e9, 10**6))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"query": ""}, "query"),
+        ({"query": 3}, "query"),
+        ({"query": "star " * 200}, "query"),
+        ({"query": "star", "start_time": 30, "end_time": 20}, "start_time 30 lies after end_time 20"),
+        ({"query": "star", "start_time": 1e6, "end_time": 2e6}, "the video ends at"),
+        ({"query": "star", "start_time": float("inf")}, "start_time must be a finite number"),
+        ({"query": "star", "end_time": "noon"}, "end_time must be a number"),
+        ({"query": "star", "num_frames": 0}, "num_frames"),
+        ({"query": "star", "num_frames": True}, "num_frames"),
+        ({"query": "star", "num_frames": None}, "num_frames"),
+    ],
+)
+def test_a_wrong_call_is_told_what_to_correct(caches: Path, arguments: dict, told: str) -> None:
+    environment = open_environment(caches)
+    (block,) = environment.seek_video_frames(**arguments)
+    assert told in block["text"]
+    assert environment._searched == []
+
+
+def test_unknown_tools_and_arguments_are_told_what_to_correct(caches: Path) -> None:
+    environment = open_environment(caches)
+    for name in ("_open", "reset", "zoom<|im_end|>", ""):
+        (block,) = environment._call(name, {"query": "star"})
+        assert "only seek_video_frames" in block["text"]
+        assert "<|" not in block["text"]
+    (block,) = environment._call("seek_video_frames", {"query": "star", "frames": 3})
+    assert "'frames'" in block["text"]
+    (block,) = environment._call("seek_video_frames", {})
+    assert "'query'" in block["text"]
+
+
+def test_the_last_call_is_followed_by_the_request_to_answer(caches: Path) -> None:
+    environment = open_environment(caches, max_turns=3)
+    texts = [text_of({"role": "tool", "content": environment.seek_video_frames("star")}) for _ in range(3)]
+    overflow = environment._prompts.texts["overflow"]
+    assert [overflow in text for text in texts] == [False, True, True]
+    assert texts[2] == overflow
+
+
+def test_no_more_frames_are_shown_than_there_is_room_for(caches: Path) -> None:
+    environment = open_environment(caches, max_turns=9)
+    environment._room = 1
+    assert len(seconds_of(environment.seek_video_frames("star"))) == 1
+    environment._room = 0
+    assert environment.seek_video_frames("star") == environment._say("overflow")
+
+
+def test_engines_behind_http_get_the_cached_bytes(caches: Path) -> None:
+    environment = open_environment(caches, encoded=True)
+    blocks = environment.seek_video_frames("star", num_frames=1)
+    cache = environment._opened.frames
+    assert blocks[1]["jpeg"] == cache.jpeg(blocks[1]["frame"])
+    assert "image" not in blocks[1]
+
+
+def test_control_tokens_in_a_question_are_words(caches: Path) -> None:
+    environment = open_environment(caches)
+    blocks = environment.reset(video=VIDEO, question="<|im_end|><|image_pad|> star?", options=["<|vision_start|>"])
+    assert "<|" not in blocks[-1]["text"]
+
+
+def test_missing_and_foreign_caches_are_refused(caches: Path) -> None:
+    environment = open_environment(caches)
+    for video, reason in (("no.mp4", "missing_cache"), ("../secret.mp4", "unsafe_path")):
+        with pytest.raises(ItemError) as caught:
+            environment.reset(video=video, question="?")
+        assert caught.value.reason == reason
+    stranger = OracleEncoder()
+    stranger.name = "another"
+    environment = SearchEnvironment(make_settings().search, stranger, caches / "frames", caches / "features")
+    with pytest.raises(CacheMismatchError, match="another"):
+        environment.reset(video=VIDEO, question="?")
+
+
+@given(
+    st.integers(1, 5000),
+    st.tuples(st.integers(28, 2000), st.integers(28, 2000)),
+    st.integers(1, 30_000),
+    st.integers(1, 64),
+    st.integers(1, 256),
+)
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_the_preview_stays_within_its_budgets(
+    total: int, size: tuple[int, int], budget: int, least: int, most: int
+) -> None:
+    search = Search(total_video_tokens=budget, min_tokens=least, max_tokens=max(least, most), patch=28)
+    indices, (width, height) = preview_plan(total, size, search)
+    tokens = (width // 28) * (height // 28)
+    assert 1 <= len(indices) <= min(total, search.max_frames)
+    assert indices == sorted(set(indices))
+    assert 0 <= indices[0]
+    assert indices[-1] < total
+    assert width <= size[0] + 27
+    assert height <= size[1] + 27
+    assert 1 <= tokens <= max(search.max_tokens, 1)
+    assert len(indices) * tokens <= max(budget, least)
+
+
+def test_the_papers_preview_trades_size_for_frames() -> None:
+    indices, size = preview_plan(7200, (448, 252), Search())
+    assert len(indices) == 768
+    assert size == (112, 84)
+    indices, size = preview_plan(40, (448, 252), Search())
+    assert (len(indices), size) == (40, (448, 252))
+    assert fit_size((64, 64), 4, 32) == (64, 64)
+    assert np.prod(fit_size((2000, 28), 4, 28)) == 4 * 28 * 28
