@@ -1,0 +1,81 @@
+"""How far a judge agrees with people: accuracy, and Cohen's kappa, which takes agreement by chance away.
+
+`labelled.jsonl` beside this file was written for it: answers that are right in other words, incomplete, hedged,
+negated, evasive, or that try to instruct the judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from timesearch.errors import RequestError
+from timesearch.judge.client import JudgeClient, RuleJudge
+from timesearch.samples import read_rows
+
+LABELLED = Path(__file__).with_name("labelled.jsonl")
+
+
+class Labelled(BaseModel):
+    """A candidate answer, and what a person says of it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    question: str
+    reference: str
+    candidate: str
+    label: int = Field(ge=0, le=1, description="1 right, 0 wrong")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement over `rows` candidates; `disputed` are those on which judge and person differ, with the judge's say."""
+
+    rows: int
+    accuracy: float
+    kappa: float
+    disputed: list[tuple[Labelled, int]]
+
+
+def read_labelled(path: Path | str) -> list[Labelled]:
+    """Read labelled answers, JSON lines.
+
+    Raises:
+        RequestError: a missing file, or a line that is not a labelled answer (named).
+    """
+    rows = []
+    for number, row in read_rows(path):
+        try:
+            rows.append(Labelled.model_validate(row))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise RequestError(f"{path}, line {number}: field {field!r}: {first['msg']}") from error
+    if not rows:
+        raise RequestError(f"{path} holds no labelled answers")
+    return rows
+
+
+def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float:
+    """Cohen's kappa of two lists of labels 0 and 1; 1.0 where both never vary and agree.
+
+    J. Cohen, A coefficient of agreement for nominal scales, 1960.
+    """
+    total = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / total
+    ones_first, ones_second = sum(first) / total, sum(second) / total
+    chance = ones_first * ones_second + (1 - ones_first) * (1 - ones_second)
+    return 1.0 if chance == 1.0 else (observed - chance) / (1 - chance)
+
+
+def measure(judge: JudgeClient | RuleJudge, rows: Sequence[Labelled]) -> Agreement:
+    """Let a judge score labelled answers."""
+    triples = [(row.question, row.reference, row.candidate) for row in rows]
+    verdicts = [int(score > 0.5) for score in asyncio.run(judge.score_many(triples))]
+    labels = [row.label for row in rows]
+    disputed = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.label != verdict]
+    return Agreement(len(rows), 1 - len(disputed) / len(rows), cohen_kappa(labels, verdicts), disputed)
