@@ -1,0 +1,65 @@
+"""The pocket profile's questions: `python -m timesearch.pocket.dataset --out data`.
+
+Three questions a video, one for each needle. The train and test files share no video.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from timesearch.files import write_jsonl
+from timesearch.pocket.world import WORLDS, Scene, make_scene, question
+from timesearch.samples import Sample
+
+TRAIN_VIDEOS, TEST_VIDEOS = 48, 50
+"""Sizes that keep the whole demo within its 15 minutes on two cores."""
+
+
+def samples_of(scene: Scene) -> list[Sample]:
+    """The questions about one video. `gt_seconds` holds the middle of the event that answers, `gt_spans` all of it."""
+    return [
+        Sample(
+            id=f"{scene.world}-{scene.split}-{scene.seed}-{event.shape}",
+            video=f"{scene.world}/{scene.split}/{scene.seed}.mp4",
+            source=scene.url,
+            question=question(event),
+            answer=event.colour,
+            type="open_ended",
+            duration=scene.duration,
+            gt_seconds=[(event.start + event.end) / 2],
+            gt_spans=[(event.start, event.end)],
+            split=scene.split,
+            meta={"shape": event.shape, "world": scene.world},
+        )
+        for event in scene.needles
+    ]
+
+
+def write_samples(path: Path | str, world: str, split: str, videos: int, first: int = 0) -> int:
+    """Write the samples of `videos` videos, seeds from `first` on, and return how many there are."""
+    rows = [
+        sample.model_dump(mode="json", exclude_defaults=True)
+        for seed in range(first, first + videos)
+        for sample in samples_of(make_scene(world, split, seed))
+    ]
+    write_jsonl(path, rows)
+    return len(rows)
+
+
+def main() -> None:
+    """Write `train.jsonl` and `test.jsonl`."""
+    parser = argparse.ArgumentParser(description="Write the pocket profile's sample files.")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder that gets train.jsonl and test.jsonl")
+    parser.add_argument("--world", choices=sorted(WORLDS), default="demo")
+    parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS)
+    parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS)
+    arguments = parser.parse_args()
+    for split, videos in (("train", arguments.train_videos), ("test", arguments.test_videos)):
+        path = arguments.out / f"{split}.jsonl"
+        count = write_samples(path, arguments.world, split, videos)
+        print(f"{path}: {count} questions about {videos} videos")
+
+
+if __name__ == "__main__":
+    main()

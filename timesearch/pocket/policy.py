@@ -1,0 +1,204 @@
+"""The pocket policy: a Qwen3-VL of under two million parameters, with a tokenizer and processor of its own.
+
+It is the same architecture, processor class and chat template that a large Qwen-VL goes through, so nothing downstream
+knows that it is small. The tokenizer is byte-level BPE over the pocket prompts (any text can be encoded); the tools
+block and the fixed parts of a tool call are single tokens, which keeps an episode near 150 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.pocket.world import COLOURS, SHAPES
+from timesearch.search.prompts import Prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+PATCH = 32
+"""Pixels along the side of one vision token: patches of 16, merged 2 x 2."""
+FRAME = 64
+"""Width and height of a cached pocket frame in pixels: four vision tokens."""
+
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_MARKUP = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+_CALL = (
+    '\n{"name": "seek_video_frames", "arguments": {"query": "',
+    '", "start_time": ',
+    ', "end_time": ',
+    '"}}\n',
+    "}}\n",
+)
+# Words with their leading space, integers whole, and the tenth of a second with its unit, as in "112.5s".
+_WORDS = r" ?\p{L}+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}]+|\s"
+
+
+def tool_schemas() -> list[dict[str, Any]]:
+    """JSON schemas of the search environment's tools, as the chat template renders them."""
+    from transformers.utils import get_json_schema
+
+    from timesearch.search.environment import SearchEnvironment
+
+    schema = get_json_schema(SearchEnvironment.seek_video_frames)
+    return [schema]
+
+
+def make_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
+    """Train the tokenizer on everything that a pocket episode can say."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=896,
+        min_frequency=2,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(prompts), trainer)
+    phrases = (*_MARKUP, *_CALL, tools_block())
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(_SPECIAL[1:]),
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+        padding_side="left",
+    )
+
+
+def tools_block() -> str:
+    """What the chat template puts after the system text to describe the tools."""
+    import jinja2
+    from trl.chat_template_utils import qwen3_vl_chat_template
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    text = environment.from_string(qwen3_vl_chat_template).render(
+        messages=[{"role": "system", "content": ""}], tools=tool_schemas()
+    )
+    return text.removeprefix("<|im_start|>system\n\n\n").removesuffix("<|im_end|>\n")
+
+
+def _corpus(prompts: str) -> list[str]:
+    """Texts whose words become tokens; each occurs often enough to be merged whole."""
+    words = [
+        *Prompts.load(prompts).texts.values(),
+        *(f"I need to see the {shape}. No {shape} here." for shape in SHAPES),
+        *(f"The {shape} is {colour}." for shape in SHAPES for colour in COLOURS),
+        *(f"What colour is the {shape}? What" for shape in SHAPES),
+        *(f"{shape}|{colour}|" for shape in SHAPES for colour in COLOURS),
+        "system\nuser\nassistant\n" * 3,
+        "<answer>I don't know</answer> I can guess. I do not know. A an the in on at of frame frames empty nothing",
+        "user\n\n\n",
+        tools_block(),
+    ]
+    numbers = [f"{seconds}.{tenth}s," for seconds in range(152) for tenth in (0, 5)]
+    return words * 8 + numbers * 4 + [f".{tenth}s" for tenth in range(10)] * 400
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
+    """A Qwen3-VL processor that leaves FRAME x FRAME pictures as they are."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from trl.chat_template_utils import qwen3_vl_chat_template
+
+    vision = {"patch_size": PATCH // 2, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": PATCH * PATCH, "longest_edge": 16 * FRAME * FRAME}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**vision, size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**vision),
+        chat_template=qwen3_vl_chat_template,
+    )
+
+
+def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """An untrained policy; the same seed gives the same weights."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    identity = tokenizer.convert_tokens_to_ids
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 2,
+            "patch_size": PATCH // 2,
+            "out_hidden_size": 128,
+            "num_position_embeddings": (FRAME // (PATCH // 2)) ** 2,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=identity("<|image_pad|>"),
+        video_token_id=identity("<|video_pad|>"),
+        vision_start_token_id=identity("<|vision_start|>"),
+        vision_end_token_id=identity("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def save_policy(model: Any, processor: Any, folder: Path | str) -> Path:
+    """Write a whole checkpoint (weights as float32 safetensors, configuration, processor); files appear one by one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
+    model.save_pretrained(partial, safe_serialization=True)
+    processor.save_pretrained(partial)
+    for file in sorted(partial.iterdir()):
+        file.replace(folder / file.name)
+    partial.rmdir()
+    return folder

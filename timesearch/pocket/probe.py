@@ -1,0 +1,132 @@
+"""A quick look at a pocket policy: batched episodes on cached videos, scored by what the generator knows.
+
+`timesearch infer` and `timesearch evaluate` measure for the record; this is for watching a checkpoint while it is
+trained, at about 30 episodes a second of one core's time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from timesearch.messages import Message, parse_turn
+from timesearch.pocket.world import generator, question
+from timesearch.rewards import rule_judge, score_episode
+from timesearch.search.checkpoint import vision_token_ids
+from timesearch.search.environment import SearchEnvironment
+from timesearch.training.supervised import images_of
+
+if TYPE_CHECKING:
+    from timesearch.pocket.pretrain import Corpus
+
+BATCH = 64
+"""Episodes that are generated together."""
+
+
+def probe(
+    model: Any, processor: Any, corpus: Corpus, count: int, temperature: float, seed: int = 0
+) -> dict[str, float]:
+    """Play `count` episodes on a corpus.
+
+    Args:
+        model: the policy.
+        processor: of the policy.
+        corpus: cached videos; their needles are asked about, in an order drawn by `seed`.
+        count: episodes.
+        temperature: 0 is greedy.
+        seed: of questions and samples.
+
+    Returns:
+        Means in [0, 1]: `format`, `accuracy`, `completeness`, `search` (episodes that search), `right_query` (first
+        query names the asked shape), `seen` (the shape was among the searched frames), `accuracy_if_seen`,
+        `temporal_f1` (T*, threshold 2 s against the middle of the event), and `frames`, `calls` (counts an episode).
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    asked = [(scene, event) for scene in corpus.scenes for event in scene.needles]
+    order = generator("probe", seed).permutation(len(asked))[:count]
+    rows: list[dict[str, float]] = []
+    for start in range(0, len(order), BATCH):
+        group = [asked[i] for i in order[start : start + BATCH]]
+        environments, conversations = [], []
+        for scene, event in group:
+            environment = SearchEnvironment(corpus.settings, corpus.encoder, corpus.frames, corpus.features)
+            video = f"{scene.world}/{scene.split}/{scene.seed}.mp4"
+            blocks = environment.reset(video=video, question=question(event))
+            environments.append(environment)
+            conversations.append([corpus.system, {"role": "user", "content": blocks}])
+        running = list(range(len(group)))
+        for _ in range(corpus.settings.max_turns):
+            replies = generate(model, processor, [conversations[i] for i in running], corpus.tools, temperature, corpus)
+            going = []
+            for i, reply in zip(running, replies, strict=True):
+                conversations[i].append({"role": "assistant", "content": reply})
+                calls = [call for call in parse_turn(reply).calls if not call.error]
+                if calls:
+                    found = environments[i]._call(calls[0].name, calls[0].arguments)
+                    conversations[i].append({"role": "tool", "name": calls[0].name, "content": found})
+                    going.append(i)
+            running = going
+            if not running:
+                break
+        contents = [environment._reanswer_content() for environment in environments]
+        some = [i for i, content in enumerate(contents) if content]
+        again: list[str | None] = [None] * len(group)
+        if some:
+            asking: list[list[Message]] = [[{"role": "user", "content": contents[i]}] for i in some]
+            for i, reply in zip(some, generate(model, processor, asking, None, temperature, corpus), strict=True):
+                again[i] = parse_turn(reply).answer
+        for (scene, event), environment, messages, answer in zip(
+            group, environments, conversations, again, strict=True
+        ):
+            times = sorted({frame.seconds for frame in environment._searched})
+            scores = score_episode(messages, event.colour, "open_ended", answer)
+            first = next((parse_turn(m["content"]).calls for m in messages if m["role"] == "assistant"), [])
+            seen = any(scene.visible(seconds) == event for seconds in times)
+            middle = (event.start + event.end) / 2
+            near = [abs(seconds - middle) <= 2 for seconds in times]
+            precision, recall = (float(np.mean(near)), float(any(near))) if times else (0.0, 0.0)
+            rows.append(
+                {
+                    **scores,
+                    "search": float(bool(times)),
+                    "right_query": float(bool(first) and event.shape in str(first[0].arguments.get("query"))),
+                    "seen": float(seen),
+                    "accuracy_if_seen": scores["accuracy"] if seen else np.nan,
+                    "reanswer_if_seen": rule_judge(event.colour, answer or "") if seen else np.nan,
+                    "unknown_if_unseen": float("know" in (answer or "")) if times and not seen else np.nan,
+                    "temporal_f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+                    "frames": float(len(times)),
+                    "calls": float(environment._calls),
+                }
+            )
+    return {key: round(float(np.nanmean([row[key] for row in rows])), 3) for key in rows[0]}
+
+
+def generate(
+    model: Any, processor: Any, conversations: list[list[Message]], tools: Any, temperature: float, corpus: Corpus
+) -> list[str]:
+    """The next assistant turn of each conversation, in one batch."""
+    import torch
+
+    texts = [
+        processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        for messages in conversations
+    ]
+    images = [image for messages in conversations for image in images_of(messages)]
+    batch = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            **batch,
+            **sampling,
+            max_new_tokens=corpus.settings.max_new_tokens,
+            suppress_tokens=vision_token_ids(processor.tokenizer),
+        )
+    written = processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in written]

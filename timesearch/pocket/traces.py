@@ -1,0 +1,169 @@
+"""Search episodes about pocket videos, written by a rule that knows the scene: what supervised training imitates.
+
+Every trace runs through the real search environment, so its frames are what the policy would have been shown. Traces
+are imperfect on purpose, in stated shares: only some search well, others narrow the window to the wrong place, look for
+the wrong thing, or guess. A policy that imitates them has the skills and bad habits besides, which is what
+reinforcement learning can then mend.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from timesearch.messages import Block, Message
+from timesearch.pocket.world import SHAPES, Event, Scene, answer_prior
+
+if TYPE_CHECKING:
+    from timesearch.search.environment import SearchEnvironment
+
+UNKNOWN = "I don't know"
+
+
+@dataclass(frozen=True)
+class Habits:
+    """Shares of the ways in which a trace behaves; they sum to 1."""
+
+    good: float
+    """searches the asked shape in the whole video, again within windows until it is seen"""
+    narrow: float
+    """searches the asked shape in a window of 10 to 30 s that misses it"""
+    wrong: float
+    """searches another shape"""
+    guess: float
+    """answers at once, by the prior of the world"""
+    give_up: float = 0.5
+    """chance that a narrow or wrong search that did not show the shape ends in a guess instead of a good search"""
+
+
+COLD_START = Habits(good=0.50, narrow=0.13, wrong=0.15, guess=0.22)
+"""The imperfect traces of the demo's cold start."""
+BASE = Habits(good=0.12, narrow=0.18, wrong=0.35, guess=0.35, give_up=0.8)
+"""A base model that can read, call the tool and answer, but seldom searches well."""
+
+
+def write_trace(
+    environment: SearchEnvironment,
+    row: dict[str, Any],
+    scene: Scene,
+    target: Event,
+    habits: Habits,
+    rng: np.random.Generator,
+    max_turns: int,
+) -> list[Message]:
+    """One episode about `target`.
+
+    Args:
+        environment: holds the caches of the video; it is reset.
+        row: the sample's fields, given to `reset`.
+        scene: the truth about the video.
+        target: the event that is asked about.
+        habits: how to behave, by chance.
+        rng: decides.
+        max_turns: assistant turns at most; the last answers.
+
+    Returns:
+        The messages after the system message: user, assistant, tool, ..., assistant.
+    """
+    messages: list[Message] = [{"role": "user", "content": environment.reset(**row)}]
+    kinds = ["good", "narrow", "wrong", "guess"]
+    kind = str(rng.choice(kinds, p=[habits.good, habits.narrow, habits.wrong, habits.guess]))
+    if kind == "guess":
+        return [*messages, _turn("I can guess.", answer=draw_guess(scene.world, rng))]
+    end = scene.duration
+    if kind == "wrong":
+        other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
+        first = _turn(f"I need to see the {other}.", call={"query": other})
+    elif kind == "narrow":
+        window = _window_without(target, end, rng)
+        first = _turn(f"I need to see the {target.shape}.", call={"query": target.shape, **window})
+    else:
+        first = _turn(f"I need to see the {target.shape}.", call={"query": target.shape})
+    # Windows for the searches after one that did not show the shape: halves of the video, then its thirds.
+    windows = [(0.0, end), (0.0, end / 2), (end / 2, end), (0.0, end / 3), (end / 3, 2 * end / 3), (2 * end / 3, end)]
+    tried = 1 if kind == "good" else 0
+    turn = first
+    for remaining in range(max_turns - 1, -1, -1):
+        messages.append(turn)
+        if "call" not in turn:
+            break
+        found = environment.seek_video_frames(**turn["call"])
+        messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
+        if sees(scene, target, found):
+            turn = _turn(f"The {target.shape} is {target.colour}.", answer=target.colour)
+        elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
+            turn = _turn(f"No {target.shape} here. I can guess.", answer=draw_guess(scene.world, rng))
+        else:
+            start, stop = windows[tried]
+            limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
+            turn = _turn(f"No {target.shape} here.", call={"query": target.shape, **limits})
+            tried += 1
+    return [{key: value for key, value in message.items() if key != "call"} for message in messages]
+
+
+def write_reanswer(
+    environment: SearchEnvironment,
+    row: dict[str, Any],
+    scene: Scene,
+    target: Event,
+    known: bool,
+    rng: np.random.Generator,
+) -> list[Message] | None:
+    """One example of the re-answer task: searched frames alone, the question, and the answer or "I don't know".
+
+    Args:
+        environment: holds the caches of the video; it is reset.
+        row: the sample's fields, given to `reset`.
+        scene: the truth about the video.
+        target: the event that is asked about.
+        known: whether the frames are to show it.
+        rng: decides what is searched.
+
+    Returns:
+        A user and an assistant message; None where the search did not give what `known` asks for.
+    """
+    environment.reset(**row)
+    shown: list[Block] = []
+    for _ in range(int(rng.integers(1, 4))):
+        other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
+        middle = float(rng.uniform(0, scene.duration))
+        near = {"start_time": max(0.0, middle - 20), "end_time": min(scene.duration, middle + 20)}
+        shown += environment.seek_video_frames(other, **(near if rng.random() < 0.5 else {}))
+    if known:
+        shown += environment.seek_video_frames(target.shape)
+    content = environment._reanswer_content()
+    if content is None or sees(scene, target, shown) != known:
+        return None
+    answer = target.colour if known else UNKNOWN
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": f"<answer>{answer}</answer>"}]
+
+
+def draw_guess(world: str, rng: np.random.Generator) -> str:
+    """A colour drawn from the world's prior: a guess as good as one can be made without looking."""
+    prior = answer_prior(world)
+    return str(rng.choice(list(prior), p=list(prior.values())))
+
+
+def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
+    """Whether one of the shown frames lies within the target's time."""
+    times = [float(block["text"][:-1]) for block in blocks if block["type"] == "text" and block["text"].endswith("s")]
+    return any(scene.visible(seconds) == target for seconds in times)
+
+
+def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
+    if call is None:
+        return {"role": "assistant", "content": f"<think>{thought}</think>\n<answer>{answer}</answer>"}
+    body = json.dumps({"name": "seek_video_frames", "arguments": call})
+    text = f"<think>{thought}</think>\n<tool_call>\n{body}\n</tool_call>"
+    return {"role": "assistant", "content": text, "call": call}
+
+
+def _window_without(target: Event, end: float, rng: np.random.Generator) -> dict[str, int]:
+    while True:
+        start = int(rng.integers(0, int(end) - 10))
+        stop = min(int(end), start + int(rng.integers(10, 31)))
+        if stop <= target.start or start >= target.end:
+            return {"start_time": start, "end_time": stop}

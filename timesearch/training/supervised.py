@@ -1,0 +1,223 @@
+"""Supervised fine-tuning on whole episodes: the loss falls on what the policy itself wrote, and on nothing else.
+
+An example is a conversation as an episode leaves it (system, preview, assistant, tool message with frames, assistant,
+...), rendered by the processor's chat template with the tools and with the images of tool messages in their place, so
+that its token ids are those of GRPO and of inference. Assistant turns, each with its closing `<|im_end|>`, carry the
+loss; prompts, previews and searched frames are seen and carry none. The optimiser loop is transformers' `Trainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import ItemError
+from timesearch.messages import Message
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a token that carries no loss."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation to imitate; `tools` are the schemas that its system message shows."""
+
+    name: str
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+class Collator:
+    """Turns examples into a padded batch with labels.
+
+    Args:
+        processor: of the policy; its chat template must know tools.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        tokenizer = processor.tokenizer
+        self._opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+        self._closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self._image = tokenizer.convert_tokens_to_ids(processor.image_token)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Encode examples.
+
+        Returns:
+            The processor's tensors, with `input_ids`, `attention_mask` and `labels` of shape (examples, longest), padded
+            on the right.
+
+        Raises:
+            ItemError: `image_mismatch` or `turn_mismatch`, naming the example.
+        """
+        import torch
+
+        texts = [
+            self._processor.apply_chat_template(example.messages, tools=example.tools or None, tokenize=False)
+            for example in examples
+        ]
+        images = [images_of(example.messages) for example in examples]
+        batch = self._processor(
+            text=texts,
+            images=[image for group in images for image in group] or None,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        done = 0
+        merge = self._processor.image_processor.merge_size**2
+        for row, (example, group) in enumerate(zip(examples, images, strict=True)):
+            ids = batch["input_ids"][row]
+            features = sum(
+                int(grid.prod()) // merge for grid in batch.get("image_grid_thw", [])[done : done + len(group)]
+            )
+            done += len(group)
+            tokens = int((ids == self._image).sum())
+            if tokens != features:
+                raise ItemError(
+                    f"{example.name}: {tokens} image tokens stand for {features} image features; "
+                    "does its text hold vision markup?",
+                    reason="image_mismatch",
+                )
+            spans = self.assistant_spans(ids.tolist())
+            turns = sum(message["role"] == "assistant" for message in example.messages)
+            if len(spans) != turns:
+                raise ItemError(
+                    f"{example.name}: {len(spans)} assistant turns are found in the tokens of {turns}; "
+                    "does its text hold chat markup?",
+                    reason="turn_mismatch",
+                )
+            for start, end in spans:
+                labels[row, start:end] = ids[start:end]
+        return {**batch, "labels": labels}
+
+    def assistant_spans(self, ids: list[int]) -> list[tuple[int, int]]:
+        """[start, end) of each assistant turn in token ids: after its header, up to and with its closing token."""
+        spans, at, header = [], 0, len(self._opening)
+        while at + header <= len(ids):
+            if ids[at : at + header] != self._opening:
+                at += 1
+                continue
+            start = at + header
+            end = ids.index(self._closing, start) + 1 if self._closing in ids[start:] else start
+            if end > start:
+                spans.append((start, end))
+            at = max(end, start)
+        return spans
+
+
+def images_of(messages: Sequence[Message]) -> list[Any]:
+    """The pictures of a conversation, in order."""
+    return [
+        block["image"]
+        for message in messages
+        if not isinstance(message["content"], str)
+        for block in message["content"]
+        if block["type"] == "image"
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to optimise; one process sees `batch_size` examples a step, in micro-batches of `micro_batch`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    micro_batch: int | None = None
+    warmup: int = 10
+    decay: bool = True
+    """fall linearly to zero; else stay constant"""
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    save_steps: int = 0
+    """write a checkpoint to resume from every so many steps; 0: never"""
+    workers: int = 0
+    """processes that prepare batches"""
+
+
+def fine_tune(
+    model: Any,
+    processor: Any,
+    examples: Any,
+    plan: Plan,
+    folder: Path | str,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Any:
+    """Train `model` on examples, and give it back with adapters merged.
+
+    Args:
+        model: a vision-language model of transformers.
+        processor: of the model.
+        examples: a map-style dataset of `Example`.
+        plan: how to optimise.
+        folder: takes checkpoints while training goes on; a run that finds one there resumes from it.
+        on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`.
+    """
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class Report(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if on_step and state.is_world_process_zero and logs and "loss" in logs:
+                on_step(state.global_step, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm")})
+
+    cuda = torch.cuda.is_available()
+    if plan.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    micro = plan.micro_batch or plan.batch_size
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=plan.batch_size // micro,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="linear" if plan.decay else "constant_with_warmup",
+        warmup_steps=plan.warmup,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        adam_beta2=0.98,
+        seed=plan.seed,
+        bf16=plan.bf16,
+        use_cpu=not cuda,
+        ddp_backend=None if cuda else "gloo",
+        gradient_checkpointing=plan.gradient_checkpointing,
+        save_strategy="steps" if plan.save_steps else "no",
+        save_steps=plan.save_steps or 1,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=plan.workers,
+        dataloader_pin_memory=cuda,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=Collator(processor),
+        processing_class=processor,
+        callbacks=[Report()],
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    resume = get_last_checkpoint(str(folder)) if plan.save_steps and Path(folder).is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return trained.merge_and_unload() if plan.lora_rank else trained
