@@ -1,1 +1,37 @@
-"""Commands: learning."""
+"""Commands: models, coldstart, train, curate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from timesearch.cli.app import ParamsOption, app, say
+
+
+@app.command()
+def train(
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what it would take: memory, tokens, commands.")
+    ] = False,
+    profile: Annotated[str | None, typer.Option("--profile", help="A profile in place of params.yaml.")] = None,
+    node_rank: Annotated[int, typer.Option("--node-rank", help="Number of this node, from 0.")] = 0,
+    main_address: Annotated[str | None, typer.Option("--main-address", help="Host name of node 0.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Train the cold-started policy by GRPO with completeness self-verification."""
+    from timesearch.profiles import load_profile
+    from timesearch.settings import load_settings
+
+    settings = load_profile(profile) if profile else load_settings(params)
+    if plan:
+        from timesearch.training.plan import make_plan
+
+        report = make_plan(settings)
+        typer.echo(report.text())
+        raise typer.Exit(0 if report.fits else 2)
+    from timesearch.training.launch import run
+
+    folder = run(settings, node_rank, main_address)
+    say(f"trained: {folder} (curves in {folder / 'metrics.jsonl'}); next: timesearch infer")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 import time
@@ -52,7 +53,10 @@ from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples
+from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 
+RESAMPLES = 2
+"""Further batches that are played to replace groups without advantages."""
 PARTS = ("format", "accuracy", "completeness")
 
 
@@ -159,24 +163,75 @@ class GRPOCSVTrainer(GRPOTrainer):
     Args:
         judge: scores open-ended answers.
         verify: generate re-answers; without them this is plain GRPO on format and accuracy.
+        zero_advantage: what becomes of groups that teach nothing: `keep`, `replay` or `resample`.
         clock: shared with the environments, which time their decoding in it.
         **arguments: those of `GRPOTrainer`, without `reward_funcs`.
     """
 
-    def __init__(self, *, judge: Judge, verify: bool, clock: Clock, **arguments: Any) -> None:
+    def __init__(self, *, judge: Judge, verify: bool, zero_advantage: str, clock: Clock, **arguments: Any) -> None:
         self._judge = judge
         self._verify = verify
+        self._zero_advantage = zero_advantage
         self.clock = clock
         self.episodes: list[Episode] = []
         self._rows: list[dict[str, Any]] = []
         super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
+        self._replay = ReplayBuffer(capacity=max(1, self.args.generation_batch_size // self.num_generations))
 
     # Rollouts
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._play(inputs)
+        if self._zero_advantage == "keep":
+            return batch
+        size = math.gcd(len(inputs), self.num_generations)
+        pad_token = self._tokenizer.pad_token_id
+        if self._zero_advantage == "replay":
+            if "old_per_token_logps" not in batch:
+                batch["old_per_token_logps"] = self._logps_of(batch)
+            batch, replaced = self._replay.exchange(batch, size, pad_token)
+        else:
+            replaced = 0
+            for attempt in range(RESAMPLES):
+                idle = torch.tensor(len(idle_groups(batch["advantages"], size)), device=self.accelerator.device)
+                if not self.accelerator.gather(idle).any():
+                    break
+                kept = self.episodes
+                batch, more = refill(batch, self._play(self._other_rows(len(inputs), attempt)), size, pad_token)
+                self.episodes = kept + self.episodes
+                replaced += more
+        mask = batch["completion_mask"] * batch["tool_mask"]
+        batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        self._metrics["train"]["replaced"].append(replaced * size / len(inputs))
+        return batch
+
+    def _play(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows, self.episodes = inputs, []
         return super()._generate_and_score_completions(inputs)
+
+    def _other_rows(self, count: int, attempt: int) -> list[dict[str, Any]]:
+        """This process's share of a fresh draw of questions, the same in every process."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        draw = torch.Generator().manual_seed(hash((self.args.seed, self.state.global_step, attempt)))
+        questions = torch.randperm(len(self.train_dataset), generator=draw).tolist()
+        groups = count * processes // self.num_generations
+        rows = [index for index in (questions * groups)[:groups] for _ in range(self.num_generations)]
+        return [self.train_dataset[index] for index in rows[rank * count : (rank + 1) * count]]
+
+    @torch.no_grad()
+    def _logps_of(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities (B, C) of the completions under the policy that played them."""
+        names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            batch_size=self.args.per_device_train_batch_size,
+            **{name: batch[name] for name in names if name in batch},
+        )
+        return logps
 
     def _generate(self, prompts: list[list[Message]]) -> tuple[Any, ...]:
         self._sync_tool_dicts = [_Tools(environment) for environment in self.environments]
@@ -379,6 +434,7 @@ def run(settings: Settings) -> Path:
         trainer = GRPOCSVTrainer(
             judge=make_judge(settings.judge),
             verify=settings.train.completeness_weight > 0,
+            zero_advantage=settings.train.zero_advantage,
             clock=clock,
             model=str(policy),
             args=config,
@@ -405,16 +461,11 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
     train, search = settings.train, settings.search
     cuda = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    local, rest = divmod(train.prompts_per_step, processes)
+    passes, rest = divmod(train.prompts_per_step * train.num_generations, processes * train.micro_batch)
     if rest:
         raise RequestError(
-            f"train.prompts_per_step {train.prompts_per_step} cannot be shared by {processes} processes: "
-            "each takes whole groups"
-        )
-    episodes = local * train.num_generations
-    if episodes % train.micro_batch:
-        raise RequestError(
-            f"train.micro_batch {train.micro_batch} does not divide the {episodes} episodes of a process and step"
+            f"train.prompts_per_step x train.num_generations ({train.prompts_per_step} x {train.num_generations}) "
+            f"does not divide into {processes} processes with micro-batches of {train.micro_batch} episodes"
         )
     processor = load_processor(policy)
     vision = vision_token_ids(processor.tokenizer)
@@ -427,7 +478,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         beta=train.beta,
         num_generations=train.num_generations,
         per_device_train_batch_size=train.micro_batch,
-        gradient_accumulation_steps=episodes // train.micro_batch,
+        gradient_accumulation_steps=passes,
         temperature=train.temperature,
         loss_type=train.loss_type,
         scale_rewards=train.scale_rewards,

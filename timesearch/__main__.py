@@ -1,0 +1,5 @@
+"""`python -m timesearch`: the command line."""
+
+from timesearch.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""One process or many: how a training run is started.
+
+A GPU run of several processes goes through `accelerate launch` with a file of `configs/`. On a CPU the processes are
+started here, one thread each, and average their gradients over gloo. Every process is `timesearch train` again, which
+finds its rank in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import yaml
+
+from timesearch.errors import RequestError, TimeSearchError
+from timesearch.processes import start_guarded, stop
+from timesearch.settings import Settings, Train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MAIN_PORT = 29500
+
+
+def run(settings: Settings, node_rank: int = 0, main_address: str | None = None) -> Path:
+    """Train as `settings.train` asks, with the judge that `settings.judge` asks for.
+
+    Args:
+        settings: a run.
+        node_rank: number of this node, from 0.
+        main_address: host name of node 0, needed where there are several nodes.
+
+    Returns:
+        The folder of the trained checkpoint.
+
+    Raises:
+        RequestError: what cannot be started as it is.
+        TimeSearchError: a training process failed.
+    """
+    from timesearch.judge.server import judge_server
+    from timesearch.training.data import load_training_samples
+
+    if "RANK" in os.environ:
+        from timesearch.training.grpo_csv import run as train
+
+        return train(settings)
+    load_training_samples(settings)
+    with ExitStack() as stack:
+        if node_rank == 0:
+            stack.enter_context(judge_server(settings.judge))
+        if settings.train.launcher == "single" and settings.train.processes == 1:
+            from timesearch.training.grpo_csv import run as train
+
+            return train(settings)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="timesearch-")))
+        params = folder / "params.yaml"
+        params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
+        if settings.train.launcher == "single":
+            _run_processes(settings.train.processes, params, folder)
+        else:
+            command = launch_command(settings.train, node_rank, main_address, params)
+            code = _wait([start_guarded(command, env=_environment(settings.train))])
+            if code:
+                raise TimeSearchError(f"{command[0]} ended with exit code {code}: its messages are above")
+    return settings.paths.train
+
+
+def launch_command(train: Train, node_rank: int, main_address: str | None, params: Path | str) -> list[str]:
+    """The `accelerate launch` command of one node.
+
+    Raises:
+        RequestError: several nodes, and no address of the first.
+    """
+    if train.nodes > 1 and main_address is None:
+        raise RequestError(
+            f"train.nodes is {train.nodes}: give --main-address HOST and --node-rank on each node "
+            "(`timesearch train --plan` prints the commands)"
+        )
+    command = [*_ACCELERATE, "--config_file", str(_config(train.launcher))]
+    command += ["--num_machines", str(train.nodes), "--num_processes", str(train.nodes * train.gpus_per_node)]
+    command += ["--machine_rank", str(node_rank), "--main_process_port", str(MAIN_PORT)]
+    if main_address:
+        command += ["--main_process_ip", main_address]
+    command += ["--mixed_precision", "bf16" if train.bf16 else "no"]
+    return [*command, "-m", "timesearch", "train", "--params", str(params)]
+
+
+_ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def _config(launcher: str) -> Path:
+    path = CONFIGS / f"{launcher}.yaml"
+    if not path.is_file():
+        raise RequestError(f"{path} is missing: run in a checkout of the project, which has the folder configs/")
+    return path
+
+
+def _environment(train: Train) -> dict[str, str]:
+    """An environment in which a process computes with one thread, unless it was told otherwise."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _run_processes(count: int, params: Path, folder: Path) -> None:
+    """Start `count` processes on this CPU, wait for them, and stop all once one fails."""
+    shared = {
+        **_environment(Train()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, "-m", "timesearch", "train", "--params", str(params)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+    processes = []
+    with ExitStack() as stack:
+        for rank, log in enumerate(logs):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            output = None if rank == 0 else stack.enter_context(log.open("wb"))
+            processes.append(start_guarded(command, stdout=output, env={**shared, **own}))
+            stack.callback(stop, processes[-1])
+        code = _wait(processes)
+    if code:
+        failed = next(rank for rank, process in enumerate(processes) if process.returncode == code)
+        said = "its messages are above" if failed == 0 else logs[failed].read_text(errors="replace")[-2000:]
+        raise TimeSearchError(f"training process {failed} of {count} ended with exit code {code}: {said}")
+
+
+def _wait(processes: list[subprocess.Popen[str]]) -> int:
+    """The exit code of the first process that fails, else 0 once all have ended."""
+    try:
+        while True:
+            codes = [process.poll() for process in processes]
+            failed = [code for code in codes if code]
+            if failed or None not in codes:
+                return failed[0] if failed else 0
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
