@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --no-sync
-POINTERS := data.dvc pretrained/pocket.dvc
+POINTERS := $(wildcard data.dvc pretrained/*.dvc)
 export DVC_NO_ANALYTICS := 1
 
 .PHONY: help setup demo test check format data ui worker
@@ -49,7 +49,7 @@ format: .venv/.synced  ## Put the code in shape
 
 data: .venv/.synced  ## Put data/ and pretrained/pocket, as they are now, under DVC
 	$(RUN) dvc add data pretrained/pocket
-	$(RUN) dvc push $(POINTERS)
+	$(RUN) dvc push data.dvc pretrained/pocket.dvc
 	@echo "commit data.dvc, pretrained/pocket.dvc and dvcstore/"
 
 ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left
