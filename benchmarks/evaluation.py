@@ -113,14 +113,14 @@ def main() -> None:
         "method", "seconds", "times faster", "largest difference", title=f"SSIM of 5 x 8 frames, {width} x {height}"
     )
     pair_by_pair(gt_frames[:1], pred_frames[:1])
-    started = time.perf_counter()
+    started = time.process_time()
     expected = pair_by_pair(gt_frames, pred_frames)
-    slow = time.perf_counter() - started
+    slow = time.process_time() - started
     speeds.add_row("pair by pair", f"{slow:.2f}", "1.0", "")
     for mode in ("standard", "tstar"):
-        started = time.perf_counter()
+        started = time.process_time()
         found = ssim_matrix(gt_frames, pred_frames, mode)
-        fast = time.perf_counter() - started
+        fast = time.process_time() - started
         difference = f"{np.abs(found - expected).max():.1e}" if mode == "standard" else "another metric"
         speeds.add_row(mode, f"{fast:.2f}", f"{slow / fast:.1f}", difference)
     console.print(speeds)

@@ -2,63 +2,94 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say
 from timesearch.errors import RequestError
 
+if TYPE_CHECKING:
+    from timesearch.batch import BatchResult
+
+PredictionsOption = Annotated[
+    list[Path] | None, typer.Option("--predictions", help="Prediction file; repeat to compare several.")
+]
+
 
 @app.command()
 def evaluate(
-    predictions: Annotated[
-        list[Path] | None, typer.Option("--predictions", help="Prediction file; repeat to compare several.")
-    ] = None,
+    predictions: PredictionsOption = None,
     videos: Annotated[Path | None, typer.Option("--videos", help="Folder of the source videos.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
     threshold: Annotated[
-        list[float] | None, typer.Option("--threshold", help="Seconds; repeat for several, the first leads.")
+        list[float] | None, typer.Option("--threshold", min=0.0, help="Seconds; repeat for several, the first leads.")
     ] = None,
     visual: Annotated[bool | None, typer.Option("--visual/--no-visual", help="Compare frames by SSIM.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some rows were bad.")] = False,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
-    """Score predictions: search, answers, intervals, comparisons.
-
-    Without --predictions: those of the project, by params.yaml.
-    """
+    """Score predictions: searches, answers, intervals, comparisons. Without --predictions, the project's own."""
     from timesearch.evaluation import evaluate as stage
+    from timesearch.evaluation.table import print_table
     from timesearch.settings import Settings, load_settings
 
     if not predictions:
-        outcome = stage.run(load_settings(params))
+        settings = load_settings(params)
+        results = settings.paths.results
+        outcome = stage.run(settings)
+        _conclude(outcome, results, results / "evaluation" / "failures.jsonl", f"report: {results / 'report.html'}")
         raise typer.Exit(outcome.exit_code(keep_going))
     if out is None:
         raise RequestError("--out is missing: name a folder for the results")
-    settings = load_settings(params) if params.is_file() else Settings()
-    if not params.is_file():
-        settings.judge.kind = "rule"
-    options = settings.evaluate.model_copy()
-    if threshold:
-        options.thresholds = threshold
-    if visual is not None:
-        options.visual = visual
-    files = _by_name(predictions)
+    if videos is not None and not videos.is_dir():
+        raise RequestError(f"--videos {videos} is no folder: name the folder of the source videos, or leave it out")
+    settings = load_settings(params) if params.is_file() else Settings(judge={"kind": "rule"})
+    options = settings.evaluate
+    options.thresholds = threshold or options.thresholds
+    options.visual = options.visual if visual is None else visual
+    files = stage.files_by_name(predictions)
     methods = stage.evaluate_files(files, options, videos, lambda: stage.make_judge(settings.judge), settings.seed)
-    outcome = stage.write_evaluation(methods, out, options, settings.seed, single=len(files) == 1)
-    stage.print_table(methods)
-    _say_outcome(outcome.failures, out)
+    outcome = stage.write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
+    print_table(methods)
+    note = "visual metrics need --videos" if options.visual and videos is None else ""
+    _conclude(outcome, out, out / "failures.jsonl", note)
     raise typer.Exit(outcome.exit_code(keep_going))
 
 
-def _by_name(predictions: list[Path]) -> dict[str, Path]:
-    files = {path.stem: path for path in predictions}
-    if len(files) < len(predictions):
-        raise RequestError("two prediction files have the same name: rename one, methods are told apart by it")
-    return files
+@app.command()
+def report(
+    predictions: PredictionsOption = None,
+    results: Annotated[Path | None, typer.Option("--results", help="Folder that `evaluate` wrote.")] = None,
+    frames: Annotated[Path | None, typer.Option("--frames", help="Folder of frame caches, for pictures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML file.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Write one HTML file with the table, the plots and every episode. Without --predictions, the project's own."""
+    from timesearch.evaluation.evaluate import files_by_name
+    from timesearch.report import build
+    from timesearch.settings import load_settings
+
+    if not predictions:
+        settings = load_settings(params)
+        if results is not None:
+            settings.paths.results = results
+        if frames is not None:
+            settings.paths.frames = frames
+        target = build.write_results_report(settings, out)
+    elif results is None:
+        raise RequestError("--results is missing: name the folder that `timesearch evaluate --out` wrote")
+    else:
+        target = out or results / "report.html"
+        build.write_report(files_by_name(predictions), results / "evaluation", target, frames)
+    say(f"report: {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
-def _say_outcome(failures: list, out: Path) -> None:
-    say(f"metrics: {out / 'metrics.json'}")
+def _conclude(outcome: BatchResult, results: Path, failures: Path, note: str) -> None:
+    say(f"metrics: {results / 'metrics.json'}; {len(outcome.done)} episodes" + (f"; {note}" if note else ""))
+    if outcome.failures:
+        reasons = Counter(failure.reason for failure in outcome.failures)
+        named = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        typer.echo(f"  rows with a problem: {named}; each in {failures}", err=True)

@@ -68,6 +68,17 @@ class EpisodeScore:
     calls_by_turn: list[int] = field(default_factory=list)
 
 
+@dataclass
+class MethodScores:
+    """All episodes of one prediction file, scored."""
+
+    name: str
+    path: Path
+    episodes: list[EpisodeScore]
+    failures: list[Failure]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
 def read_predictions(path: Path | str, report: Report) -> Iterator[Prediction]:
     """Yield the predictions of a file in the project's form or a published one, line by line.
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from timesearch.batch import Failure
 from timesearch.errors import ItemError
-from timesearch.evaluation.episodes import EpisodeScore, Videos
+from timesearch.evaluation.episodes import EpisodeScore, MethodScores, Videos
 from timesearch.evaluation.temporal import harmonic_mean
 from timesearch.evaluation.visual import Mode, Ssim
 from timesearch.progress import progress_bar
-
-if TYPE_CHECKING:
-    from timesearch.evaluation.evaluate import MethodScores
 
 _MODES: tuple[tuple[str, Mode], ...] = (("visual", "standard"), ("visual_tstar", "tstar"))
 _CHUNK = 16  # searched frames held at once; a frame of 1280 x 720 is 2.8 MB, its statistics 44 MB a mode

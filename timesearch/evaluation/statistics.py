@@ -56,8 +56,8 @@ def mcnemar(a_right: Sequence[bool], b_right: Sequence[bool]) -> dict[str, float
     """
     from scipy.stats import binomtest
 
-    only_a = sum(a and not b for a, b in zip(a_right, b_right, strict=True))
-    only_b = sum(b and not a for a, b in zip(a_right, b_right, strict=True))
+    only_a = sum(bool(a and not b) for a, b in zip(a_right, b_right, strict=True))
+    only_b = sum(bool(b and not a) for a, b in zip(a_right, b_right, strict=True))
     split = only_a + only_b
     p_value = float(binomtest(only_a, split, 0.5).pvalue) if split else 1.0
     return {"only_a": only_a, "only_b": only_b, "p_value": p_value}

@@ -68,7 +68,7 @@ class Ssim:
             raise ValueError(f"a frame must have the shape (height, width, 3), not {array.shape}")
         if not self._tstar and min(array.shape[:2]) < WINDOW:
             raise ValueError(f"a frame of {array.shape[1]} x {array.shape[0]} pixels is smaller than the SSIM window")
-        pixels = np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32)
+        pixels = np.ascontiguousarray(array.transpose(2, 0, 1)).astype(np.float32)
         if self._tstar:
             pixels /= np.float32(_LEVELS)
         mean = self._filter(pixels)

@@ -1,0 +1,225 @@
+"""From episodes' scores to numbers: means, intervals, groups, paired comparisons, plots.
+
+Headline names, as in `metrics.json` (a mean over the episodes that have such a value, null where none has):
+
+- ``temporal_precision|recall|f1`` within the first threshold, others as ``temporal_f1@2``; ``temporal_f1`` is the mean
+  of the episodes' F1, as T* reports it, and ``temporal_f1_of_means`` the F1 of mean precision and mean recall.
+- ``annd_precision|recall``: mean distances to the nearest neighbour in seconds, over episodes that searched.
+- ``span_coverage``: share of the ground-truth spans that a searched frame lies in.
+- ``visual_precision|recall|f1`` by standard SSIM, ``visual_tstar_...`` as T* computes it.
+- ``qa_accuracy`` of multiple-choice and open-ended answers; ``qa_unparsed``: answers that name no option, or nothing,
+  and so are wrong; ``grounding_iou`` of grounding answers.
+- ``reanswer_accuracy`` of the answers from the searched frames alone, and ``completeness``, right both times.
+- ``frames_mean``: searched frames an episode, each counted once; ``tool_calls_mean``; ``search_rate``: share of the
+  episodes that searched.
+- ``episodes`` scored, and ``errors``: those of them that ended in an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from timesearch.evaluation.episodes import EpisodeScore, MethodScores
+from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
+from timesearch.evaluation.temporal import harmonic_mean
+from timesearch.settings import Evaluate
+
+_MEANS = {
+    "temporal_precision": "temporal_precision",
+    "temporal_recall": "temporal_recall",
+    "temporal_f1": "temporal_f1",
+    "visual_precision": "visual_precision",
+    "visual_recall": "visual_recall",
+    "visual_f1": "visual_f1",
+    "visual_tstar_precision": "visual_tstar_precision",
+    "visual_tstar_recall": "visual_tstar_recall",
+    "visual_tstar_f1": "visual_tstar_f1",
+    "annd_precision": "annd_precision",
+    "annd_recall": "annd_recall",
+    "span_coverage": "span_coverage",
+    "qa_accuracy": "qa_accuracy",
+    "grounding_iou": "grounding_iou",
+    "reanswer_accuracy": "reanswer_accuracy",
+    "completeness": "completeness",
+    "frames_mean": "frames",
+    "preview_frames_mean": "preview_frames",
+    "tool_calls_mean": "tool_calls",
+    "turns_mean": "turns",
+    "search_rate": "searched",
+}
+"""Headline name -> value of an episode that it is the mean of."""
+_OF_MEANS = ("temporal", "visual", "visual_tstar")
+
+
+def _matrix(episodes: Sequence[EpisodeScore], names: Iterable[str]) -> np.ndarray:
+    return np.array([[episode.values.get(name, np.nan) for name in names] for episode in episodes], dtype=np.float64)
+
+
+def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, Any]:
+    """All numbers of a method: headline, intervals, counts of problems, and the same by group."""
+    thresholds = [
+        f"temporal_{part}@{threshold:g}"
+        for threshold in settings.thresholds[1:]
+        for part in ("precision", "recall", "f1")
+    ]
+    means = {**_MEANS, **{name: name for name in thresholds}}
+    metrics = _block(method.episodes, means, settings.bootstrap, seed)
+    metrics["threshold"] = settings.thresholds[0]
+    metrics["failures"] = dict(sorted(Counter(failure.reason for failure in method.failures).items()))
+    by: dict[str, dict[str, Any]] = {}
+    for name in ("type", *settings.groups):
+        members: dict[str, list[EpisodeScore]] = {}
+        for episode in method.episodes:
+            for value in episode.groups.get(name, []):
+                members.setdefault(value, []).append(episode)
+        if members:
+            by[name] = {
+                value: _block(members[value], means, settings.bootstrap, seed)
+                for value in sorted(members, key=_natural)
+            }
+    return {**metrics, "by": by}
+
+
+def _natural(value: str) -> tuple[int, float, str]:
+    try:
+        return (0, float(value), value)
+    except ValueError:
+        return (1, 0.0, value)
+
+
+def _block(episodes: Sequence[EpisodeScore], means: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
+    """Headline numbers of some episodes and their intervals."""
+    values = _matrix(episodes, means.values()) if episodes else np.empty((0, len(means)))
+    numbers = dict(zip(means, _column_means(values), strict=True))
+    metrics: dict[str, Any] = {name: plain(number) for name, number in numbers.items()}
+    for kind in _OF_MEANS:
+        precision, recall = metrics[f"{kind}_precision"], metrics[f"{kind}_recall"]
+        metrics[f"{kind}_f1_of_means"] = None if precision is None else plain(harmonic_mean(precision, recall))
+    metrics["qa_episodes"] = sum("qa_accuracy" in episode.values for episode in episodes)
+    metrics["qa_unparsed"] = sum(episode.unparsed for episode in episodes)
+    metrics["temporal_episodes"] = sum("temporal_f1" in episode.values for episode in episodes)
+    metrics["visual_episodes"] = sum("visual_f1" in episode.values for episode in episodes)
+    metrics["episodes"] = len(episodes)
+    metrics["errors"] = int(sum(episode.values.get("error", 0.0) for episode in episodes))
+    if resamples and episodes:
+        draws = bootstrap_means(values, resamples, seed)
+        intervals = {name: percentile_interval(draws[:, column]) for column, name in enumerate(means)}
+        metrics["intervals"] = {
+            name: [round(low_high[0], 6), round(low_high[1], 6)] for name, low_high in intervals.items() if low_high
+        }
+    return metrics
+
+
+def _column_means(values: np.ndarray) -> list[float]:
+    present = ~np.isnan(values)
+    counts = present.sum(axis=0)
+    sums = np.where(present, values, 0.0).sum(axis=0)
+    return [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
+
+
+def plain(number: float) -> float | None:
+    """A number for JSON: 12 digits are more than any computer differs in."""
+    return None if np.isnan(number) else float(f"{number:.12g}")
+
+
+def compare(methods: Sequence[MethodScores], settings: Evaluate, seed: int) -> list[dict[str, Any]]:
+    """Each pair of methods on the episodes that both have: McNemar for accuracy, paired bootstrap for temporal F1."""
+    comparisons = []
+    for a, b in combinations(methods, 2):
+        others = {episode.id: episode for episode in b.episodes}
+        pairs = [(episode, others[episode.id]) for episode in a.episodes if episode.id in others]
+        entry: dict[str, Any] = {"a": a.name, "b": b.name, "episodes": len(pairs)}
+        right = _paired(pairs, "qa_accuracy")
+        if len(right):
+            test = mcnemar(list(right[:, 0] > 0.5), list(right[:, 1] > 0.5))
+            entry["qa_accuracy"] = {
+                "difference": plain(float((right[:, 1] - right[:, 0]).mean())),
+                "only_a": test["only_a"],
+                "only_b": test["only_b"],
+                "p_value": plain(test["p_value"]),
+            }
+        for name in ("temporal_f1", "visual_f1"):
+            values = _paired(pairs, name)
+            if len(values) and settings.bootstrap:
+                test = paired_bootstrap(values[:, 0], values[:, 1], settings.bootstrap, seed)
+                entry[name] = {key: plain(round(value, 9)) for key, value in test.items()}
+        comparisons.append(entry)
+    return comparisons
+
+
+def _paired(pairs: Sequence[tuple[EpisodeScore, EpisodeScore]], name: str) -> np.ndarray:
+    both = [(a.values[name], b.values[name]) for a, b in pairs if name in a.values and name in b.values]
+    return np.array(both, dtype=np.float64).reshape(-1, 2)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a method without its groups and intervals, for a table or `dvc metrics show`."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, (dict, list))}
+
+
+LENGTH_BINS = ((60, "up to 1 min"), (600, "1 to 10 min"), (1800, "10 to 30 min"), (float("inf"), "over 30 min"))
+FRAME_BINS = ((0, "0"), (4, "1–4"), (8, "5–8"), (16, "9–16"), (32, "17–32"), (float("inf"), "over 32"))
+
+
+class Plot(NamedTuple):
+    """A plot's data: rows of (method, place on the x axis, value, episodes)."""
+
+    name: str
+    columns: list[str]
+    categories: list[str]
+    rows: list[list[Any]]
+
+
+def plot_data(methods: Sequence[MethodScores]) -> list[Plot]:
+    """F1 by frames used, accuracy by video length, tool calls by turn."""
+    frames: list[list[Any]] = []
+    lengths: list[list[Any]] = []
+    turns: list[list[Any]] = []
+    for method in methods:
+        for label, members in _binned(method.episodes, FRAME_BINS, lambda episode: episode.values["frames"]):
+            frames += _mean_row(method, label, members, "temporal_f1")
+        for label, members in _binned(method.episodes, LENGTH_BINS, lambda episode: episode.duration):
+            lengths += _mean_row(method, label, members, "qa_accuracy")
+        longest = max((len(episode.calls_by_turn) for episode in method.episodes), default=0)
+        for turn in range(longest):
+            calls = [episode.calls_by_turn[turn] for episode in method.episodes if turn < len(episode.calls_by_turn)]
+            turns.append([method.name, str(turn + 1), plain(sum(calls) / len(method.episodes)), len(calls)])
+    last = max((int(row[1]) for row in turns), default=0)
+    return [
+        Plot("f1_by_frames", ["method", "frames", "temporal_f1", "episodes"], [name for _, name in FRAME_BINS], frames),
+        Plot(
+            "accuracy_by_length",
+            ["method", "length", "qa_accuracy", "episodes"],
+            [name for _, name in LENGTH_BINS],
+            lengths,
+        ),
+        Plot(
+            "tool_calls_by_turn",
+            ["method", "turn", "tool_calls", "episodes"],
+            [str(turn) for turn in range(1, last + 1)],
+            turns,
+        ),
+    ]
+
+
+def _mean_row(method: MethodScores, label: str, members: Sequence[EpisodeScore], name: str) -> list[list[Any]]:
+    values = [episode.values[name] for episode in members if name in episode.values]
+    return [[method.name, label, plain(sum(values) / len(values)), len(values)]] if values else []
+
+
+def _binned(
+    episodes: Sequence[EpisodeScore],
+    bins: Sequence[tuple[float, str]],
+    value: Callable[[EpisodeScore], float | None],
+) -> list[tuple[str, list[EpisodeScore]]]:
+    members: dict[str, list[EpisodeScore]] = {label: [] for _, label in bins}
+    for episode in episodes:
+        number = value(episode)
+        if number is not None:
+            members[next(label for top, label in bins if number <= top)].append(episode)
+    return [(label, found) for label, found in members.items() if found]

@@ -1,0 +1,456 @@
+"""The report: one HTML file that carries its data, styles and script, and asks nothing of any network.
+
+What is shown later is stored apart: transcripts in chunks and pictures by video, as JSON that the page parses when an
+episode is opened. All of it is data to the page: a content security policy lets nothing run but the report's own
+script, known by its hash, and that script makes text nodes, never markup.
+
+Pictures and transcripts have budgets, shared out among the methods; what does not fit is said on the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from timesearch.batch import Failure
+from timesearch.errors import ItemError
+from timesearch.evaluation.episodes import read_predictions
+from timesearch.evaluation.evaluate import load_metrics, prediction_files
+from timesearch.evaluation.qa import answer_letter
+from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
+from timesearch.files import atomic_path, inside
+from timesearch.messages import Message, final_answer, parse_turn, text_of, tool_frames
+from timesearch.samples import Prediction, read_rows
+from timesearch.settings import Settings
+
+if TYPE_CHECKING:
+    from timesearch.video.frames import FrameCache
+
+_FOLDER = Path(__file__).parent
+_CHUNK = 25  # transcripts that are parsed together
+TRANSCRIPT_BUDGET = 24_000_000
+"""Bytes of transcripts in a report."""
+THUMBNAIL_BUDGET = 16_000_000
+"""Bytes of pictures in a report, as base64."""
+_THUMBNAIL_SIDE = 144
+_THUMBNAIL_QUALITY = 55
+_PREVIEWS = 12  # preview frames of an episode that get a picture, evenly chosen
+_TEXT_LIMIT = 20_000  # characters of one turn; a policy that never stops must not fill the page
+_GROUP_VALUES = 60
+_CURVES = ("reward", "accuracy", "completeness", "search_rate", "tool_calls", "format")
+
+
+def write_results_report(settings: Settings, out: Path | None = None) -> Path:
+    """Write the report of what the stage `evaluate` left in `results/`, with the curves of the training runs.
+
+    Returns:
+        The file, `out` or ``results/report.html``.
+
+    Raises:
+        RequestError: nothing has been evaluated yet.
+    """
+    results = settings.paths.results
+    target = out or results / "report.html"
+    files = prediction_files(results / "predictions")
+    write_report(files, results / "evaluation", target, settings.paths.frames, settings.paths.train.parent)
+    return target
+
+
+def write_report(
+    files: Mapping[str, Path],
+    evaluation: Path,
+    out: Path,
+    frames: Path | None = None,
+    runs: Path | None = None,
+) -> None:
+    """Write the report of evaluated prediction files.
+
+    Args:
+        files: prediction files by method.
+        evaluation: folder that `evaluate` wrote: each method's metrics and its episodes' scores.
+        out: the HTML file.
+        frames: folder of frame caches, for the pictures; None gives none.
+        runs: folder of training runs; each ``metrics.jsonl`` below it becomes a curve.
+
+    Raises:
+        RequestError: a method has no evaluation.
+    """
+    names = sorted(files, key=method_order)
+    metrics = {name: load_metrics(evaluation / f"{name}.json") for name in names}
+    page = _Page(frames, TRANSCRIPT_BUDGET // len(names))
+    head, tail = _template()
+    with atomic_path(out) as partial, partial.open("w", encoding="utf-8") as handle:
+        handle.write(head)
+        for number, name in enumerate(names):
+            scores = _episode_scores(evaluation / "episodes" / f"{name}.jsonl")
+            page.add_method(handle, number, files[name], scores)
+        page.write_pictures(handle)
+        _write_data(handle, "summary", _summary(names, metrics, page, evaluation, runs))
+        handle.write(tail)
+
+
+def _template() -> tuple[str, str]:
+    style, script, page = (
+        (_FOLDER / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html")
+    )
+    filled = {"style_hash": _hash(style), "script_hash": _hash(script), "style": style, "script": script}
+    head, tail = page.split("{data}")
+    for name, value in filled.items():
+        mark = "{" + name + "}"
+        head, tail = head.replace(mark, value), tail.replace(mark, value)
+    return head, tail
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _write_data(handle: IO[str], identity: str, value: Any) -> int:
+    """Embed a JSON value. ``<`` is escaped, so that no text can end the element or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    handle.write(f'<script type="application/json" id="{identity}">{text}</script>\n')
+    return len(text)
+
+
+def _episode_scores(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for _, row in read_rows(path)}
+
+
+@dataclass
+class _Page:
+    """What the page knows of all episodes, gathered while transcripts are written out."""
+
+    frames: Path | None
+    budget: int
+    samples: dict[str, int] = field(default_factory=dict)
+    sample_rows: list[dict[str, Any]] = field(default_factory=list)
+    episodes: list[list[Any]] = field(default_factory=list)
+    chunks: int = 0
+    videos: dict[str, int] = field(default_factory=dict)
+    wanted: dict[str, dict[int, None]] = field(default_factory=dict)
+    pictured: int = 0
+    without_transcript: int = 0
+    without_picture: int = 0
+
+    def add_method(self, handle: IO[str], method: int, path: Path, scores: Mapping[str, dict[str, Any]]) -> None:
+        """Write the transcripts of a file, and list its episodes."""
+        spent = 0
+        pending: list[dict[str, Any]] = []
+        for prediction in read_predictions(path, _ignore):
+            score = scores.get(prediction.id, {})
+            place: tuple[int | None, int | None] = (None, None)
+            if spent < self.budget:
+                place = (self.chunks, len(pending))
+                pending.append(self._transcript(prediction, score))
+            else:
+                self.without_transcript += 1
+            self.episodes.append(
+                [
+                    method,
+                    self._sample(prediction, score),
+                    _verdict(prediction, score),
+                    int(score.get("searched", 0)),
+                    score.get("temporal_f1"),
+                    int(score.get("frames", 0)),
+                    int(score.get("tool_calls", 0)),
+                    *place,
+                ]
+            )
+            if len(pending) == _CHUNK:
+                spent += self._flush(handle, pending)
+        if pending:
+            self._flush(handle, pending)
+
+    def _flush(self, handle: IO[str], pending: list[dict[str, Any]]) -> int:
+        size = _write_data(handle, f"episodes-{self.chunks}", pending)
+        self.chunks += 1
+        pending.clear()
+        return size
+
+    def _sample(self, prediction: Prediction, score: Mapping[str, Any]) -> int:
+        if prediction.id not in self.samples:
+            self.samples[prediction.id] = len(self.sample_rows)
+            self.sample_rows.append(
+                {"id": prediction.id, "question": prediction.question[:400], "groups": score.get("groups", {})}
+            )
+        return self.samples[prediction.id]
+
+    def _transcript(self, prediction: Prediction, score: Mapping[str, Any]) -> dict[str, Any]:
+        cache = self._cache(prediction.video)
+        preview = [_located(seconds, None, cache) for seconds in prediction.preview_seconds]
+        turns = _turns(prediction.prediction, cache)
+        if not turns and prediction.searched_seconds:
+            frames = [_located(seconds, None, cache) for seconds in prediction.searched_seconds]
+            turns = [{"thought": "", "text": "", "calls": [], "answer": None, "frames": frames}]
+        searched = [place for turn in turns for place in turn["frames"]]
+        self._want(prediction.video, cache, searched, preview)
+        reported = {name: score[name] for name in _REPORTED if score.get(name) is not None}
+        return {
+            "video": prediction.video,
+            "duration": prediction.duration or (float(cache.timestamps[-1]) if cache else None),
+            "options": prediction.options,
+            "answer": prediction.answer,
+            "gold": answer_letter(prediction.answer, prediction.options) if prediction.options else None,
+            "said": final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer,
+            "choice": score.get("choice"),
+            "reanswer": prediction.reanswer,
+            "truth": _finite(prediction.gt_seconds),
+            "spans": [list(span) for span in prediction.gt_spans if len(_finite(span)) == 2],
+            "preview": preview,
+            "turns": turns,
+            "scores": {_REPORTED[name]: _short(value) for name, value in reported.items()},
+            "error": f"{prediction.error.type}: {prediction.error.message}" if prediction.error else None,
+            "thumbs": self.videos.get(prediction.video),
+        }
+
+    def _cache(self, video: str) -> FrameCache | None:
+        from timesearch.video.frames import FrameCache
+
+        if self.frames is None:
+            return None
+        try:
+            path = inside(self.frames, f"{video}.frames")
+            return FrameCache.open(path) if path.is_file() else None
+        except ItemError:
+            return None
+
+    def _want(self, video: str, cache: FrameCache | None, searched: list[Any], preview: list[Any]) -> None:
+        """Ask for pictures: of searched frames, and of some of the preview."""
+        if cache is None:
+            return
+        step = max(1, len(preview) // _PREVIEWS)
+        frames = [frame for _, frame in [*searched, *preview[::step]] if frame is not None]
+        self.wanted.setdefault(video, {}).update(dict.fromkeys(frames))
+        self.videos.setdefault(video, len(self.videos))
+
+    def write_pictures(self, handle: IO[str]) -> None:
+        """Write the pictures video by video, as many of each as fit into an even share of the budget."""
+        left, videos = THUMBNAIL_BUDGET, len(self.wanted)
+        for video, frames in self.wanted.items():
+            share, pictures = left // videos, {}
+            cache = self._cache(video)
+            for frame in frames:
+                if cache is None or share <= 0:
+                    self.without_picture += 1
+                    continue
+                pictures[str(frame)] = _thumbnail(cache, frame)
+                share -= len(pictures[str(frame)])
+            self.pictured += len(pictures)
+            left -= _write_data(handle, f"thumbs-{self.videos[video]}", pictures)
+            videos -= 1
+
+    def embedded(self) -> str:
+        """What is in the page and what is not, in a sentence."""
+        told = len(self.episodes) - self.without_transcript
+        text = f"This page carries {told} of {len(self.episodes)} transcripts and {self.pictured} pictures"
+        if self.without_picture:
+            text += f"; {self.without_picture} further frames are shown by their times only, to keep the file small"
+        return text + "."
+
+
+_REPORTED = {
+    "temporal_precision": "temporal precision",
+    "temporal_recall": "temporal recall",
+    "temporal_f1": "temporal F1",
+    "visual_f1": "visual F1",
+    "span_coverage": "span coverage",
+    "grounding_iou": "IoU",
+    "completeness": "completeness",
+}
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _ignore(failure: Failure) -> None:
+    """Rows that cannot be read are counted by the evaluation, which the page shows."""
+
+
+def _verdict(prediction: Prediction, score: Mapping[str, Any]) -> str:
+    if prediction.error:
+        return "error"
+    value = score.get("qa_accuracy", score.get("grounding_iou"))
+    if value is None:
+        return "none"
+    if score.get("unparsed"):
+        return "unparsed"
+    return "right" if value > 0.5 else "wrong"
+
+
+def _finite(times: Sequence[float]) -> list[float]:
+    return [time for time in times if 0 <= time < float("inf")]
+
+
+def _located(seconds: float, frame: Any, cache: FrameCache | None) -> list[Any]:
+    """[time, index in the frame cache]; the nearest frame's index where none is given, null without a cache."""
+    if cache is None or not 0 <= seconds < float("inf"):
+        return [seconds if 0 <= seconds < float("inf") else 0.0, None]
+    index = frame if isinstance(frame, int) and 0 <= frame < len(cache) else cache.nearest(seconds)
+    return [seconds, index]
+
+
+def _turns(messages: Sequence[Message], cache: FrameCache | None) -> list[dict[str, Any]]:
+    """What each assistant turn thought and did, with the frames that its tools returned.
+
+    Frames that stand before the first turn (a baseline that is shown its frames) make a turn of their own.
+    """
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        said = text_of(message)[:_TEXT_LIMIT]
+        turn = parse_turn(said)
+        plain = turn.thought is None and not turn.calls and turn.answer is None
+        calls = [{"name": call.name, "arguments": call.arguments, "error": call.error} for call in turn.calls]
+        turns.append(
+            {
+                "thought": turn.thought or "",
+                "text": said if plain else "",
+                "calls": _plain_json(calls),
+                "answer": turn.answer,
+                "frames": [],
+            }
+        )
+    shown: list[list[Any]] = []
+    for number, seconds, block in tool_frames(messages):
+        place = _located(seconds, block.get("frame"), cache)
+        (turns[number]["frames"] if number >= 0 else shown).append(place)
+    if shown:
+        turns.insert(0, {"thought": "", "text": "", "calls": [], "answer": None, "frames": shown})
+    return turns
+
+
+def _plain_json(value: Any) -> Any:
+    """Arguments that a policy wrote may hold NaN, which JSON has not: such numbers become text."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return str(value)
+    if isinstance(value, list):
+        return [_plain_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain_json(item) for key, item in value.items()}
+    return value
+
+
+def _thumbnail(cache: FrameCache, index: int) -> str:
+    image = cache[index].copy()
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY, optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _summary(
+    names: Sequence[str], metrics: Mapping[str, dict[str, Any]], page: _Page, evaluation: Path, runs: Path | None
+) -> dict[str, Any]:
+    columns = [{"name": name, "label": label, "share": scale == 100} for label, name, scale in TABLE_COLUMNS]
+    comparisons = evaluation / "comparisons.json"
+    methods = [
+        {
+            "name": name,
+            "label": method_label(name),
+            "cells": {
+                column["name"]: {
+                    "value": metrics[name][column["name"]],
+                    "interval": metrics[name].get("intervals", {}).get(column["name"]),
+                }
+                for column in columns
+            },
+            "failures": metrics[name]["failures"],
+            "unparsed": metrics[name]["qa_unparsed"],
+        }
+        for name in names
+    ]
+    questions = len(page.sample_rows)
+    scope = f"{questions} question{'s' * (questions != 1)}, {len(names)} method{'s' * (len(names) != 1)}: "
+    groups: dict[str, dict[str, None]] = {}
+    for sample in page.sample_rows:
+        for name, values in sample["groups"].items():
+            groups.setdefault(name, {}).update(dict.fromkeys(values))
+    useful = {name: list(values) for name, values in groups.items() if 1 < len(values) <= _GROUP_VALUES}
+    return {
+        "scope": scope + ", ".join(method["label"] for method in methods) + ".",
+        "threshold": f"{metrics[names[0]]['threshold']:g}",
+        "embedded": page.embedded(),
+        "columns": columns,
+        "methods": methods,
+        "comparisons": json.loads(comparisons.read_text(encoding="utf-8")) if comparisons.is_file() else [],
+        "groups": {name: _group_rows(name, names, metrics) for name in useful},
+        "group_values": [[name, values] for name, values in useful.items()],
+        "plots": [*_plots(names, evaluation), *_curves(runs)],
+        "samples": page.sample_rows,
+        "episodes": page.episodes,
+    }
+
+
+def _group_rows(group: str, names: Sequence[str], metrics: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    values = dict.fromkeys(value for name in names for value in metrics[name]["by"].get(group, {}))
+    rows = []
+    for value in values:
+        blocks = [metrics[name]["by"].get(group, {}).get(value) for name in names]
+        rows.append(
+            {
+                "value": value,
+                "episodes": max(block["episodes"] for block in blocks if block),
+                "scores": [[block["qa_accuracy"], block["temporal_f1"]] if block else None for block in blocks],
+            }
+        )
+    return rows
+
+
+_PLOTS = (
+    ("f1_by_frames", "Temporal F1 against frames used", "searched frames", "temporal F1", True),
+    ("accuracy_by_length", "Accuracy against video length", "video length", "accuracy", True),
+    ("tool_calls_by_turn", "Tool calls by turn", "turn", "calls an episode", False),
+)
+
+
+def _plots(names: Sequence[str], evaluation: Path) -> Iterator[dict[str, Any]]:
+    """Plots of the tables that `evaluate` wrote: method, place on the x axis, value, episodes."""
+    tables = json.loads((evaluation / "plots.json").read_text(encoding="utf-8"))
+    for table, title, x, y, share in _PLOTS:
+        categories, rows = tables[table]["categories"], tables[table]["rows"]
+        present = [category for category in categories if any(row[1] == category for row in rows)]
+        series = [
+            {
+                "name": method_label(name),
+                "points": [
+                    [present.index(label), value, episodes] for method, label, value, episodes in rows if method == name
+                ],
+            }
+            for name in names
+        ]
+        yield {"title": title, "x": x, "y": y, "share": share, "categories": present, "series": series}
+
+
+def _curves(runs: Path | None) -> Iterator[dict[str, Any]]:
+    """Curves of training runs, one plot a number."""
+    histories = {
+        path.parent.name: [row for _, row in read_rows(path)]
+        for path in sorted(runs.glob("*/metrics.jsonl") if runs else [])
+    }
+    for name in _CURVES:
+        series = [
+            {
+                "name": run_name,
+                "points": [[row["step"], row[name]] for row in rows if isinstance(row.get(name), (int, float))],
+            }
+            for run_name, rows in histories.items()
+            if any("reward" in row for row in rows)
+        ]
+        if any(one["points"] for one in series):
+            words = name.replace("_", " ")
+            yield {
+                "title": f"Training: {words}",
+                "x": "step",
+                "y": words,
+                "share": False,
+                "categories": None,
+                "series": [one for one in series if one["points"]],
+            }
