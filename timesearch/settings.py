@@ -124,10 +124,13 @@ class Train(Section):
     bf16: bool = True
     generation: Literal["transformers", "vllm_colocate", "vllm_server"] = "vllm_colocate"
     vllm_url: str | None = None
-    launcher: Literal["single", "zero2", "zero3", "fsdp"] = "single"
+    launcher: Literal["single", "ddp", "zero2", "zero3", "fsdp"] = Field(
+        "single", description="one process, or what configs/ holds a file of for `accelerate launch`"
+    )
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(1, ge=0)
     micro_batch: int = Field(1, ge=1, description="episodes of one forward and backward pass, a process")
+    gpu_memory: float = Field(80.0, gt=0, description="GiB of one GPU, for `train --plan`")
     processes: int = Field(1, ge=1, description="training processes on a machine without GPUs")
     save_steps: int = Field(50, ge=1)
     log_episodes_every: int = Field(20, ge=1)

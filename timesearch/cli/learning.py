@@ -25,10 +25,11 @@ def train(
     from timesearch.settings import load_settings
 
     settings = load_profile(profile) if profile else load_settings(params)
+    named = f"profiles/{profile}.yaml" if profile else str(params)
     if plan:
         from timesearch.training.plan import make_plan
 
-        report = make_plan(settings)
+        report = make_plan(settings, named)
         typer.echo(report.text())
         raise typer.Exit(0 if report.fits else 2)
     from timesearch.training.launch import run

@@ -37,7 +37,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import AutoConfig, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
@@ -52,7 +52,7 @@ from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
-from timesearch.training.data import dataset_row, load_training_samples
+from timesearch.training.data import dataset_row, load_training_samples, prompt_tokens
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 
 RESAMPLES = 2
@@ -470,8 +470,11 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
     processor = load_processor(policy)
     vision = vision_token_ids(processor.tokenizer)
     vllm = train.generation != "transformers"
+    # DeepSpeed keeps a float32 master copy of bf16 weights itself; elsewhere what is trained is float32.
+    zero = train.launcher in ("zero2", "zero3")
     return GRPOConfig(
         output_dir=str(settings.paths.train / "checkpoints"),
+        model_init_kwargs={"dtype": "bfloat16" if train.bf16 and (zero or train.lora_rank) else "float32"},
         max_steps=train.steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant",
@@ -495,6 +498,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         use_vllm=vllm,
         vllm_mode="server" if train.generation == "vllm_server" else "colocate",
         vllm_server_base_url=train.vllm_url,
+        vllm_max_model_length=min(prompt_tokens(search) + train.max_completion_length, _context(policy)),
         gradient_checkpointing=train.gradient_checkpointing,
         bf16=train.bf16,
         use_cpu=not cuda,
@@ -508,6 +512,11 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
     )
+
+
+def _context(policy: str) -> int:
+    """Length of a checkpoint's context in tokens."""
+    return int(AutoConfig.from_pretrained(policy).get_text_config().max_position_embeddings)
 
 
 def _lora(train: Train) -> Any:

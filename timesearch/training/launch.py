@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,17 +47,13 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
     from timesearch.training.data import load_training_samples
 
     if "RANK" in os.environ:
-        from timesearch.training.grpo_csv import run as train
-
-        return train(settings)
+        return load_trainer(settings.train.generation).run(settings)
     load_training_samples(settings)
     with ExitStack() as stack:
         if node_rank == 0:
             stack.enter_context(judge_server(settings.judge))
         if settings.train.launcher == "single" and settings.train.processes == 1:
-            from timesearch.training.grpo_csv import run as train
-
-            return train(settings)
+            return load_trainer(settings.train.generation).run(settings)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="timesearch-")))
         params = folder / "params.yaml"
         params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
@@ -96,7 +94,7 @@ def _config(launcher: str) -> Path:
     path = CONFIGS / f"{launcher}.yaml"
     if not path.is_file():
         raise RequestError(f"{path} is missing: run in a checkout of the project, which has the folder configs/")
-    return path
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _environment(train: Train) -> dict[str, str]:
@@ -142,6 +140,27 @@ def _wait(processes: list[subprocess.Popen[str]]) -> int:
     finally:
         for process in processes:
             stop(process)
+
+
+@contextmanager
+def hidden(*modules: str) -> Iterator[None]:
+    """Make modules look absent while others are imported."""
+    saved = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(dict.fromkeys(name for name, module in saved.items() if module is None))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in saved.items():
+            if module is None:
+                del sys.modules[name]
+
+
+def load_trainer(generation: str) -> Any:
+    """The module `grpo_csv`. TRL imports vLLM wherever it is installed, which costs 8 s: only where it is used."""
+    import importlib
+
+    with hidden(*(() if generation.startswith("vllm") else ("vllm",))):
+        return importlib.import_module("timesearch.training.grpo_csv")
 
 
 def _free_port() -> int:

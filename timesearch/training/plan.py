@@ -1,0 +1,291 @@
+"""`timesearch train --plan`: what a training run takes, worked out from its settings alone, without a GPU.
+
+Memory is counted by its large parts. Weights, gradients and optimiser follow ZeRO (arXiv 1910.02054, Section 3: 2, 2
+and 12 bytes a parameter with mixed-precision Adam); activations are what transformer layers with fused attention and
+gated feed-forward keep for the backward pass (after arXiv 2205.05198, Section 4). It is an estimate for deciding what
+to start, checked against counted parameters, not against measured GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timesearch.errors import RequestError
+from timesearch.settings import Settings
+from timesearch.training.data import TIME_TOKENS, preview_frames, prompt_tokens
+from timesearch.training.launch import launch_command
+
+GIB = 2**30
+VLLM_SHARE = 0.3
+"""Share of a GPU's memory that TRL gives a colocated vLLM."""
+SLACK = 0.1
+"""Share of a GPU's memory left to the allocator and to communication buffers."""
+CHUNK = 256
+"""Tokens whose logits exist at the same time (TRL's fused language-model head)."""
+
+
+def _qwen25(
+    hidden: int, inner: int, layers: int, heads: int, kv: int, vision: int, tied: bool = False
+) -> dict[str, Any]:
+    text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
+    text |= {"vocab_size": 151_936 if tied else 152_064}
+    tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": vision, "num_heads": 16, "out_hidden_size": hidden}
+    return {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": tower, "tie_word_embeddings": tied}
+
+
+def _qwen3(
+    hidden: int, inner: int, layers: int, heads: int, vision: tuple[int, int, int], tied: bool
+) -> dict[str, Any]:
+    text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": tied}
+    tower = dict(zip(("depth", "hidden_size", "intermediate_size"), vision, strict=True))
+    tower |= {"num_heads": 16, "out_hidden_size": hidden, "num_position_embeddings": 2304}
+    tower |= {"deepstack_visual_indexes": [5, 11, 17], "patch_size": 16}
+    return {"model_type": "qwen3_vl", "text_config": text, "vision_config": tower, "tie_word_embeddings": tied}
+
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL-3B": _qwen25(2048, 11_008, 36, 16, 2, 3420, tied=True),
+    "Qwen2.5-VL-7B": _qwen25(3584, 18_944, 28, 28, 4, 3420),
+    "Qwen2.5-VL-32B": _qwen25(5120, 27_648, 64, 40, 8, 3456),
+    "Qwen2.5-VL-72B": _qwen25(8192, 29_568, 80, 64, 8, 3456),
+    "Qwen3-VL-2B": _qwen3(2048, 6144, 28, 16, (24, 1024, 4096), tied=True),
+    "Qwen3-VL-4B": _qwen3(2560, 9728, 36, 32, (24, 1024, 4096), tied=True),
+    "Qwen3-VL-8B": _qwen3(4096, 12_288, 36, 32, (27, 1152, 4304), tied=False),
+    "Qwen3-VL-32B": _qwen3(5120, 25_600, 64, 64, (27, 1152, 4304), tied=False),
+}
+"""Sizes of published checkpoints, so that a run can be planned before they are downloaded."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of a checkpoint that memory depends on.
+
+    `largest` is the largest piece of parameters that sharding gathers at once; `text_kept` and `vision_kept` are bytes
+    a token and a patch that the forward pass keeps, in bf16.
+    """
+
+    parameters: int
+    lora_parameters: int
+    largest: int
+    vocabulary: int
+    text_kept: float
+    vision_kept: float
+    cache_bytes: int
+    """bytes of key-value cache a token"""
+
+
+def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool) -> ModelSize:
+    """Count a model by building it without weights.
+
+    Args:
+        config: contents of a `config.json`.
+        lora_rank: rank of adapters on all linear layers; 0 for none.
+        checkpointing: whether layers keep their inputs only.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    parsed = AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(parsed)
+    text, vision = parsed.get_text_config(), parsed.vision_config
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query, key_value = head * text.num_attention_heads, head * text.num_key_value_heads
+    linear = [
+        module.in_features + module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    ]
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        lora_parameters=lora_rank * sum(linear),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        vocabulary=text.vocab_size,
+        text_kept=_kept(
+            text.num_hidden_layers, text.hidden_size, text.intermediate_size, query, key_value, checkpointing
+        ),
+        vision_kept=_kept(
+            vision.depth,
+            vision.hidden_size,
+            vision.intermediate_size,
+            vision.hidden_size,
+            vision.hidden_size,
+            checkpointing,
+        ),
+        cache_bytes=2 * 2 * key_value * text.num_hidden_layers,
+    )
+
+
+def _kept(layers: int, hidden: int, inner: int, query: int, key_value: int, checkpointing: bool) -> float:
+    layer = 2 * (5 * hidden + 2 * query + 2 * key_value + 4 * inner)
+    return 2 * hidden * layers + layer if checkpointing else layer * layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers; `problems` are reasons why it cannot work, `warnings` why it may not work well."""
+
+    model: str
+    size: ModelSize
+    gpus: int
+    memory: dict[str, float]
+    """GiB on each GPU, by part"""
+    capacity: float
+    step: dict[str, int]
+    commands: list[str]
+    problems: list[str]
+    warnings: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run can be started."""
+        return not self.problems
+
+    def text(self) -> str:
+        """The plan for a person."""
+        lines = [f"model             {self.model}: {self.size.parameters / 1e9:.2f} billion parameters"]
+        if self.size.lora_parameters:
+            lines.append(f"trained           {self.size.lora_parameters / 1e6:.0f} million parameters of LoRA adapters")
+        lines += ["", f"memory of each of {self.gpus} GPUs of {self.capacity:.0f} GiB, at most"]
+        lines += [f"  {part:<24}{gib:8.1f} GiB" for part, gib in self.memory.items()]
+        lines += [f"  {'together':<24}{sum(self.memory.values()):8.1f} GiB", "", "one step, at most"]
+        lines += [f"  {part:<24}{count:12,}" for part, count in self.step.items()]
+        lines += ["", "start on each node"]
+        lines += [f"  {command}" for command in self.commands]
+        lines += [f"\nwarning: {text}" for text in self.warnings]
+        lines += [f"\ncannot work: {text}" for text in self.problems]
+        return "\n".join(lines)
+
+
+def find_config(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Name and `config.json` of the policy: a folder on disk, or a published model by name.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    policy = settings.models.policy
+    name = policy.rstrip("/").rsplit("/", 1)[-1]
+    known = next((config for model, config in KNOWN_MODELS.items() if name.startswith(model)), None)
+    for folder in (Path(policy), settings.paths.models / "policy"):
+        if (folder / "config.json").is_file() and (known is None or folder == Path(policy)):
+            return str(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if known is not None:
+        return policy, known
+    raise RequestError(
+        f"models.policy {policy!r} is no folder with a config.json, and none of the known models: "
+        + ", ".join(KNOWN_MODELS)
+    )
+
+
+def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
+    """Work out what `settings.train` takes."""
+    train, search = settings.train, settings.search
+    name, config = find_config(settings)
+    size = model_size(config, train.lora_rank, train.gradient_checkpointing)
+    gpus = max(1, train.nodes * train.gpus_per_node) if train.launcher != "single" else 1
+    frame = min(search.max_tokens, max(1, settings.frames.max_pixels // search.patch**2))
+    searched = (search.max_turns - 1) * search.max_frames_per_turn
+    preview, prompt = preview_frames(search), prompt_tokens(search)
+    wanted = searched * (frame + TIME_TOKENS) + search.max_turns * search.max_new_tokens
+    completion = min(train.max_completion_length, wanted)
+    reanswer = searched * (frame + TIME_TOKENS) if train.completeness_weight else 0
+    episodes = train.prompts_per_step * train.num_generations
+    problems, warnings = [], []
+    if episodes % (gpus * train.micro_batch):
+        problems.append(
+            f"prompts_per_step x num_generations = {episodes} episodes do not divide into {gpus} processes with "
+            f"micro-batches of {train.micro_batch}"
+        )
+    if wanted > train.max_completion_length:
+        warnings.append(
+            f"an episode that uses every turn and frame takes {wanted:,} tokens and is cut at max_completion_length "
+            f"{train.max_completion_length:,}"
+        )
+    memory = _memory(settings, size, gpus, (prompt + completion), search.total_video_tokens + searched * frame)
+    usable = train.gpu_memory * (1 - SLACK)
+    if (needed := sum(memory.values())) > usable:
+        problems.append(
+            f"{needed:.1f} GiB are needed and {usable:.1f} of {train.gpu_memory:.0f} GiB usable on each GPU: "
+            + _advice(settings)
+        )
+    if train.generation == "vllm_colocate" and memory["vLLM"] * GIB < 2 * size.parameters + size.cache_bytes * prompt:
+        problems.append(
+            f"vLLM gets {memory['vLLM']:.1f} GiB, less than the weights ({2 * size.parameters / GIB:.1f} GiB) and one "
+            "episode: set train.generation to vllm_server, on GPUs of its own"
+        )
+    return Plan(
+        model=name,
+        size=size,
+        gpus=gpus,
+        memory=memory,
+        capacity=train.gpu_memory,
+        step={
+            "episodes": episodes,
+            "tokens of episodes": episodes * (prompt + completion),
+            "tokens of re-answers": episodes * reanswer,
+            "images": episodes * (preview + searched * (2 if reanswer else 1)),
+            "tokens of one episode": prompt + completion,
+        },
+        commands=_commands(settings, params),
+        problems=problems,
+        warnings=warnings,
+    )
+
+
+def _memory(settings: Settings, size: ModelSize, gpus: int, tokens: int, vision_tokens: int) -> dict[str, float]:
+    """GiB on each GPU by part, for one episode of `tokens` tokens, of which `vision_tokens` stand for images."""
+    train = settings.train
+    full = train.lora_rank == 0
+    trained = size.parameters if full else size.lora_parameters
+    sharded = train.launcher in ("zero3", "fsdp")
+    weights = gradients = optimiser = 1
+    if train.launcher in ("zero2", "zero3", "fsdp"):
+        gradients = optimiser = gpus
+    if sharded:
+        weights = gpus
+    # Without sharding the policy is kept in float32 and computed in bf16: the weights are their own master copy.
+    master = full and train.launcher in ("single", "ddp")
+    parts = {
+        "weights": (4 if master or not train.bf16 else 2) * size.parameters / weights,
+        "gradients": (4 if master or not train.bf16 else 2) * trained / gradients,
+        "optimiser": (8 if master else 12) * trained / optimiser,
+        "reference model": 2 * size.parameters / weights if train.beta and full else 0.0,
+        "gathered layers": 2 * 2 * size.largest if sharded else 0.0,
+        "activations": train.micro_batch * (tokens * size.text_kept + 4 * vision_tokens * size.vision_kept)
+        + 3 * 4 * CHUNK * size.vocabulary,
+    }
+    if train.generation == "vllm_colocate":
+        parts["vLLM"] = VLLM_SHARE * train.gpu_memory * GIB
+    elif train.generation == "transformers":
+        rollouts = math.ceil(train.prompts_per_step * train.num_generations / gpus)
+        parts["key-value cache"] = rollouts * tokens * size.cache_bytes
+    return {part: amount / GIB for part, amount in parts.items() if amount}
+
+
+def _advice(settings: Settings) -> str:
+    train = settings.train
+    if not train.gradient_checkpointing:
+        return "set train.gradient_checkpointing"
+    if train.launcher in ("single", "ddp", "zero2") and train.nodes * train.gpus_per_node > 1:
+        return "set train.launcher to zero3"
+    if not train.lora_rank:
+        return "use more GPUs with zero3, or set train.lora_rank"
+    return "lower search.total_video_tokens or train.max_completion_length, or take a smaller model"
+
+
+def _commands(settings: Settings, params: str) -> list[str]:
+    train = settings.train
+    if train.launcher == "single":
+        return [f"timesearch train --params {shlex.quote(params)}"]
+    commands = []
+    for rank in range(train.nodes):
+        command = launch_command(train, rank, "$MAIN_ADDRESS" if train.nodes > 1 else None, params)
+        commands.append(f"node {rank}: " + " ".join(["accelerate", "launch", *command[3:]]))
+    return commands
