@@ -36,3 +36,27 @@ def train(
 
     folder = run(settings, node_rank, main_address)
     say(f"trained: {folder} (curves in {folder / 'metrics.jsonl'}); next: timesearch infer")
+
+
+@app.command()
+def curate(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the kept samples and the verdicts.")] = Path(
+        "curation"
+    ),
+    policy: Annotated[Path | None, typer.Option("--policy", help="Checkpoint that plays; else the cold start.")] = None,
+    easy_frames: Annotated[int, typer.Option("--easy-frames", min=1, help="Uniform frames of filter 1.")] = 4,
+    hard_frames: Annotated[int, typer.Option("--hard-frames", min=1, help="Preview frames of filter 2.")] = 64,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Drop training samples that need no search, and those that search cannot solve."""
+    from timesearch.judge.server import judge_server
+    from timesearch.settings import load_settings
+    from timesearch.training.curate import run
+
+    settings = load_settings(params)
+    with judge_server(settings.judge):
+        curation = run(settings, policy or settings.paths.coldstart, out, easy_frames, hard_frames)
+    typer.echo(curation.table())
+    say(
+        f"kept samples: {curation.samples}; set paths.train_samples to it, or copy it to {settings.paths.train_samples}"
+    )

@@ -1,0 +1,149 @@
+"""The paper's two filters for training data (arXiv 2511.05489, Section 4.1), by any policy.
+
+Filter 1 drops what a few uniform frames already solve: nothing there has to be searched. Filter 2 drops what a dense
+preview and search cannot solve: no episode of a group would be right, and nothing is learned. What is left is copied
+unchanged, row by row, and `curation.jsonl` says of every sample what became of it and why.
+
+Both passes are runs of the stage `infer` in a folder of their own, and go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timesearch.errors import RequestError
+from timesearch.files import write_jsonl
+from timesearch.judge.client import make_judge
+from timesearch.messages import final_answer
+from timesearch.rewards import accuracy
+from timesearch.samples import Prediction, Sample, read_rows
+from timesearch.settings import Settings
+from timesearch.training.data import load_training_samples
+
+VERDICTS = {
+    "kept": "neither too easy nor too hard",
+    "too_easy": "solved from {easy} uniform frames",
+    "too_hard": "not solved with {hard} preview frames and search",
+    "failed": "no episode could be played",
+}
+
+
+@dataclass(frozen=True)
+class Curation:
+    """What became of the samples."""
+
+    counts: dict[str, int]
+    reasons: dict[str, str]
+    samples: Path
+
+    def table(self) -> str:
+        """Markdown: verdict, samples, share, reason."""
+        total = max(1, sum(self.counts.values()))
+        lines = ["| verdict | samples | share | reason |", "| --- | ---: | ---: | --- |"]
+        for verdict, count in self.counts.items():
+            lines.append(f"| {verdict} | {count} | {count / total:.1%} | {self.reasons[verdict]} |")
+        return "\n".join(lines)
+
+
+def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_frames: int = 64) -> Curation:
+    """Filter the train samples.
+
+    Args:
+        settings: a run; `paths.train_samples`, the caches, `infer` (engine) and `judge` are used.
+        policy: checkpoint that plays.
+        out: folder for `train.jsonl` (the kept rows), `curation.jsonl`, `curation.md` and the passes' predictions.
+        easy_frames: uniform frames of filter 1.
+        hard_frames: preview frames of filter 2.
+
+    Raises:
+        RequestError: no sample that could be played, or no policy.
+    """
+    if settings.infer.model is None and not policy.is_dir():
+        raise RequestError(f"{policy} is missing: name a checkpoint by --policy")
+    samples, unfit = load_training_samples(settings)
+    easy = _play(settings, policy, out / "easy", samples, "uniform", easy_frames)
+    solved = _solved(easy, settings)
+    open_still = [sample for sample in samples if solved.get(sample.id) is False]
+    hard = _solved(_play(settings, policy, out / "hard", open_still, "coldstart", hard_frames), settings)
+
+    verdicts = {failure.item: (failure.reason, failure.message) for failure in unfit}
+    reasons = {name: text.format(easy=easy_frames, hard=hard_frames) for name, text in VERDICTS.items()}
+    for sample in samples:
+        attempt = solved.get(sample.id)
+        verdict = (
+            "too_easy"
+            if attempt
+            else "failed"
+            if attempt is None or sample.id not in hard
+            else "kept"
+            if hard[sample.id]
+            else "too_hard"
+        )
+        verdicts[sample.id] = (verdict, reasons[verdict])
+    reasons |= {reason: "cannot be used for training" for reason in {failure.reason for failure in unfit}}
+    write_jsonl(
+        out / "curation.jsonl",
+        [{"id": name, "verdict": verdict, "reason": reason} for name, (verdict, reason) in verdicts.items()],
+    )
+    kept = {sample.id for sample in samples if verdicts[sample.id][0] == "kept"}
+    rows = [row for _, row in read_rows(settings.paths.train_samples)]
+    write_jsonl(out / "train.jsonl", [row for row in rows if _identity(row) in kept])
+    counts = Counter({name: 0 for name in VERDICTS})
+    counts.update(verdict for verdict, _ in verdicts.values())
+    curation = Curation(dict(counts), reasons, out / "train.jsonl")
+    (out / "curation.md").write_text(curation.table() + "\n", encoding="utf-8")
+    return curation
+
+
+def _identity(row: dict[str, Any]) -> str:
+    """A sample's id as `read_samples` gives it."""
+    from timesearch.formats import to_sample_row
+
+    return str(to_sample_row(row, 0)["id"])
+
+
+def _play(
+    settings: Settings, policy: Path, folder: Path, samples: Sequence[Sample], method: str, frames: int
+) -> list[Prediction]:
+    """One pass of the stage `infer`: `uniform` answers from `frames` frames, `coldstart` searches from as many."""
+    from timesearch.inference.infer import run as infer
+
+    if not samples:
+        return []
+    questions = folder / "samples.jsonl"
+    write_jsonl(questions, [sample.model_dump(mode="json") for sample in samples])
+    search = settings.search
+    paths = {"test_samples": questions, "results": folder, "train": policy, "coldstart": policy}
+    budget = {"max_frames": frames, "total_video_tokens": max(search.total_video_tokens, frames * search.min_tokens)}
+    pass_settings = settings.model_copy(
+        update={
+            "paths": settings.paths.model_copy(update=paths),
+            "infer": settings.infer.model_copy(update={"uniform_frames": frames}),
+            "search": search.model_copy(update=budget if method == "coldstart" else {}),
+        }
+    )
+    infer(pass_settings, [method])
+    rows = read_rows(folder / "predictions" / f"{method}.jsonl")
+    return [Prediction.model_validate(row) for _, row in rows]
+
+
+def _solved(predictions: Sequence[Prediction], settings: Settings) -> dict[str, bool]:
+    """Whether each episode's answer is right; episodes that failed are left out."""
+    played = [(row, final_answer(row.prediction)) for row in predictions if row.error is None]
+    triples = sorted({(row.question, row.answer, said) for row, said in played if said and row.type == "open_ended"})
+    scores = dict(zip(triples, asyncio.run(make_judge(settings.judge).score_many(triples)), strict=True))
+    return {
+        row.id: accuracy(
+            said,
+            row.answer,
+            row.type,
+            judge=lambda reference, candidate, question=row.question: scores[question, reference, candidate],
+        )
+        > 0.5
+        for row, said in played
+    }
