@@ -85,7 +85,7 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
             else "too_hard"
         )
         verdicts[sample.id] = (verdict, reasons[verdict])
-    reasons |= {reason: "cannot be used for training" for reason in {failure.reason for failure in unfit}}
+    reasons |= dict.fromkeys({failure.reason for failure in unfit}, "cannot be used for training")
     write_jsonl(
         out / "curation.jsonl",
         [{"id": name, "verdict": verdict, "reason": reason} for name, (verdict, reason) in verdicts.items()],
@@ -93,7 +93,7 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
     kept = {sample.id for sample in samples if verdicts[sample.id][0] == "kept"}
     rows = [row for _, row in read_rows(settings.paths.train_samples)]
     write_jsonl(out / "train.jsonl", [row for row in rows if _identity(row) in kept])
-    counts = Counter({name: 0 for name in VERDICTS})
+    counts = Counter(dict.fromkeys(VERDICTS, 0))
     counts.update(verdict for verdict, _ in verdicts.values())
     curation = Curation(dict(counts), reasons, out / "train.jsonl")
     (out / "curation.md").write_text(curation.table() + "\n", encoding="utf-8")
