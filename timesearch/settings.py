@@ -94,12 +94,18 @@ class ColdStart(Section):
     """Stage `coldstart`: supervised fine-tuning on search episodes (paper, Section 4.1)."""
 
     traces: str = Field("pocket", description="'pocket', 'teacher', or a file of episodes")
-    teacher_url: str | None = None
-    teacher_model: str | None = None
+    teacher_url: str | None = Field(None, description="base URL of the teacher's server, with /v1")
+    teacher_model: str | None = Field(None, description="name under which the server lists the teacher")
+    teacher_temperature: float = Field(0.7, ge=0)
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="examples an optimiser step, over all processes")
+    micro_batch: int = Field(4, ge=1, description="examples of one forward and backward pass, a process")
     learning_rate: float = Field(1e-6, gt=0)
     reanswer_share: float = Field(0.25, ge=0, le=1, description="share of re-answer examples in the mix")
+    lora_rank: int = Field(0, ge=0, description="0 trains all weights")
+    gradient_checkpointing: bool = False
+    bf16: bool = True
+    save_steps: int = Field(50, ge=1, description="steps between the checkpoints that an interrupted run resumes from")
 
 
 class Train(Section):

@@ -11,6 +11,31 @@ from timesearch.cli.app import ParamsOption, app, say
 
 
 @app.command()
+def models(
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Pretrain the pocket policy anew, from nothing.")] = False,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Bring the encoder and the base policy."""
+    from timesearch.models import run
+    from timesearch.settings import load_settings
+
+    settings = load_settings(params)
+    made = run(settings, rebuild)
+    which = " and ".join(str(folder) for folder in made) or "nothing, all is up to date"
+    say(f"models: made {which}; next: timesearch frames")
+
+
+@app.command()
+def coldstart(params: ParamsOption = Path("params.yaml")) -> None:
+    """Fine-tune the base policy on search episodes, so that it can search before it is rewarded."""
+    from timesearch.settings import load_settings
+    from timesearch.training.coldstart import run
+
+    folder = run(load_settings(params))
+    say(f"cold-started: {folder} (losses in {folder / 'metrics.jsonl'}); next: timesearch train")
+
+
+@app.command()
 def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only say what it would take: memory, tokens, commands.")

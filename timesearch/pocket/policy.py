@@ -153,8 +153,8 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
             "head_dim": 64,
             "max_position_embeddings": 4096,
             "rope_parameters": {

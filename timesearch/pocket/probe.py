@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.messages import Message, parse_turn
-from timesearch.pocket.world import generator, question
+from timesearch.pocket.world import generator
 from timesearch.rewards import rule_judge, score_episode
 from timesearch.search.checkpoint import vision_token_ids
-from timesearch.search.environment import SearchEnvironment
-from timesearch.training.supervised import images_of
+from timesearch.training.supervised import UNKNOWN, images_of
 
 if TYPE_CHECKING:
-    from timesearch.pocket.pretrain import Corpus
+    from timesearch.pocket.lessons import Asked, Corpus
+    from timesearch.search.environment import SearchEnvironment
 
 BATCH = 64
 """Episodes that are generated together."""
@@ -38,75 +38,82 @@ def probe(
         seed: of questions and samples.
 
     Returns:
-        Means in [0, 1]: `format`, `accuracy`, `completeness`, `search` (episodes that search), `right_query` (first
+        Means in [0, 1]: `format`, `accuracy`, `completeness`, `search` (episodes that search), `right_query` (the first
         query names the asked shape), `seen` (the shape was among the searched frames), `accuracy_if_seen`,
-        `temporal_f1` (T*, threshold 2 s against the middle of the event), and `frames`, `calls` (counts an episode).
+        `reanswer_if_seen`, `unknown_if_unseen`, `temporal_f1` (T*, threshold 2 s, against the middle of the event);
+        and `frames` and `calls`, counts an episode.
     """
     import torch
 
     torch.manual_seed(seed)
-    asked = [(scene, event) for scene in corpus.scenes for event in scene.needles]
-    order = generator("probe", seed).permutation(len(asked))[:count]
+    order = generator("probe", seed).permutation(len(corpus.asked))[:count]
     rows: list[dict[str, float]] = []
     for start in range(0, len(order), BATCH):
-        group = [asked[i] for i in order[start : start + BATCH]]
-        environments, conversations = [], []
-        for scene, event in group:
-            environment = SearchEnvironment(corpus.settings, corpus.encoder, corpus.frames, corpus.features)
-            video = f"{scene.world}/{scene.split}/{scene.seed}.mp4"
-            blocks = environment.reset(video=video, question=question(event))
-            environments.append(environment)
-            conversations.append([corpus.system, {"role": "user", "content": blocks}])
-        running = list(range(len(group)))
-        for _ in range(corpus.settings.max_turns):
-            replies = generate(model, processor, [conversations[i] for i in running], corpus.tools, temperature, corpus)
-            going = []
-            for i, reply in zip(running, replies, strict=True):
-                conversations[i].append({"role": "assistant", "content": reply})
-                calls = [call for call in parse_turn(reply).calls if not call.error]
-                if calls:
-                    found = environments[i]._call(calls[0].name, calls[0].arguments)
-                    conversations[i].append({"role": "tool", "name": calls[0].name, "content": found})
-                    going.append(i)
-            running = going
-            if not running:
-                break
-        contents = [environment._reanswer_content() for environment in environments]
-        some = [i for i, content in enumerate(contents) if content]
-        again: list[str | None] = [None] * len(group)
-        if some:
-            asking: list[list[Message]] = [[{"role": "user", "content": contents[i]}] for i in some]
-            for i, reply in zip(some, generate(model, processor, asking, None, temperature, corpus), strict=True):
-                again[i] = parse_turn(reply).answer
-        for (scene, event), environment, messages, answer in zip(
-            group, environments, conversations, again, strict=True
-        ):
-            times = sorted({frame.seconds for frame in environment._searched})
-            scores = score_episode(messages, event.colour, "open_ended", answer)
-            first = next((parse_turn(m["content"]).calls for m in messages if m["role"] == "assistant"), [])
-            seen = any(scene.visible(seconds) == event for seconds in times)
-            middle = (event.start + event.end) / 2
-            near = [abs(seconds - middle) <= 2 for seconds in times]
-            precision, recall = (float(np.mean(near)), float(any(near))) if times else (0.0, 0.0)
-            rows.append(
-                {
-                    **scores,
-                    "search": float(bool(times)),
-                    "right_query": float(bool(first) and event.shape in str(first[0].arguments.get("query"))),
-                    "seen": float(seen),
-                    "accuracy_if_seen": scores["accuracy"] if seen else np.nan,
-                    "reanswer_if_seen": rule_judge(event.colour, answer or "") if seen else np.nan,
-                    "unknown_if_unseen": float("know" in (answer or "")) if times and not seen else np.nan,
-                    "temporal_f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-                    "frames": float(len(times)),
-                    "calls": float(environment._calls),
-                }
-            )
+        rows += _play([corpus.asked[i] for i in order[start : start + BATCH]], model, processor, corpus, temperature)
     return {key: round(float(np.nanmean([row[key] for row in rows])), 3) for key in rows[0]}
 
 
+def _play(group: list[Asked], model: Any, processor: Any, corpus: Corpus, temperature: float) -> list[dict[str, float]]:
+    """Play episodes side by side, ask each again, and score them."""
+    environments = [corpus.new_environment() for _ in group]
+    episodes: list[list[Message]] = [
+        [corpus.system, {"role": "user", "content": environment.reset(**asked.row)}]
+        for environment, asked in zip(environments, group, strict=True)
+    ]
+    running = list(range(len(group)))
+    for _ in range(corpus.settings.max_turns):
+        turns = generate(model, processor, [episodes[i] for i in running], corpus.tools, temperature)
+        for i, turn in zip(list(running), turns, strict=True):
+            episodes[i].append({"role": "assistant", "content": turn})
+            calls = [call for call in parse_turn(turn).calls if not call.error]
+            if calls:
+                found = environments[i]._call(calls[0].name, calls[0].arguments)
+                episodes[i].append({"role": "tool", "name": calls[0].name, "content": found})
+            else:
+                running.remove(i)
+        if not running:
+            break
+    contents = [environment._reanswer_content() for environment in environments]
+    searched = [i for i, content in enumerate(contents) if content]
+    again: list[str | None] = [None] * len(group)
+    if searched:
+        asking: list[list[Message]] = [[{"role": "user", "content": contents[i]}] for i in searched]
+        for i, turn in zip(searched, generate(model, processor, asking, None, temperature), strict=True):
+            again[i] = parse_turn(turn).answer
+    return [_score(*episode) for episode in zip(group, environments, episodes, again, strict=True)]
+
+
+def _score(
+    asked: Asked, environment: SearchEnvironment, messages: list[Message], again: str | None
+) -> dict[str, float]:
+    event = asked.event
+    times = sorted({frame.seconds for frame in environment._searched})
+    seen = any(asked.scene.visible(seconds) == event for seconds in times)
+    near = [abs(seconds - (event.start + event.end) / 2) <= 2 for seconds in times]
+    precision, recall = (float(np.mean(near)), float(any(near))) if times else (0.0, 0.0)
+    first = parse_turn(messages[2]["content"]).calls
+    scores = score_episode(messages, event.colour, "open_ended", again)
+    return {
+        **scores,
+        "search": float(bool(times)),
+        "right_query": float(bool(first) and event.shape in str(first[0].arguments.get("query"))),
+        "seen": float(seen),
+        "accuracy_if_seen": scores["accuracy"] if seen else np.nan,
+        "reanswer_if_seen": rule_judge(event.colour, again or "") if seen else np.nan,
+        "unknown_if_unseen": rule_judge(UNKNOWN, again or "") if times and not seen else np.nan,
+        "temporal_f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "frames": float(len(times)),
+        "calls": float(environment._calls),
+    }
+
+
 def generate(
-    model: Any, processor: Any, conversations: list[list[Message]], tools: Any, temperature: float, corpus: Corpus
+    model: Any,
+    processor: Any,
+    conversations: list[list[Message]],
+    tools: Any,
+    temperature: float,
+    max_new_tokens: int = 64,
 ) -> list[str]:
     """The next assistant turn of each conversation, in one batch."""
     import torch
@@ -125,7 +132,7 @@ def generate(
         out = model.generate(
             **batch,
             **sampling,
-            max_new_tokens=corpus.settings.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             suppress_tokens=vision_token_ids(processor.tokenizer),
         )
     written = processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

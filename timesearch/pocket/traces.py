@@ -16,11 +16,10 @@ import numpy as np
 
 from timesearch.messages import Block, Message
 from timesearch.pocket.world import SHAPES, Event, Scene, answer_prior
+from timesearch.training.supervised import UNKNOWN
 
 if TYPE_CHECKING:
     from timesearch.search.environment import SearchEnvironment
-
-UNKNOWN = "I don't know"
 
 
 @dataclass(frozen=True)

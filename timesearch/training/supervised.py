@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that carries no loss."""
+UNKNOWN = "I don't know"
+"""What the re-answer says where the frames do not settle the question, in the words of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Collator:
         """Encode examples.
 
         Returns:
-            The processor's tensors, with `input_ids`, `attention_mask` and `labels` of shape (examples, longest), padded
-            on the right.
+            The processor's tensors, with `input_ids`, `attention_mask` and `labels` of shape (examples, longest),
+            padded on the right.
 
         Raises:
             ItemError: `image_mismatch` or `turn_mismatch`, naming the example.

@@ -1,0 +1,124 @@
+"""Stage `models`: the encoder and the base policy, brought as whole folders to `models/encoder` and `models/policy`.
+
+Later stages read these folders and nothing else, so that a run does not depend on a hub after this stage.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from timesearch.errors import RequestError
+from timesearch.files import file_digest, write_json
+from timesearch.progress import progress_bar
+from timesearch.settings import Models, Settings
+
+_MARK = "source.json"
+"""Says what a folder was made from; the same again is not made again."""
+
+
+def run(settings: Settings, rebuild: bool = False) -> list[Path]:
+    """Make both folders, and give back those that were made now.
+
+    Args:
+        settings: `models`, and for a rebuild `frames`, `features` and `search`.
+        rebuild: first pretrain the pocket policy anew into the folder `models.policy`, which takes about half an hour.
+
+    Raises:
+        RequestError: a model or folder does not exist or cannot be fetched.
+    """
+    models, root = settings.models, settings.paths.models
+    made = []
+    origin = {"encoder": models.encoder, "pretrained": models.pretrained}
+    if models.encoder == "pocket":
+        origin = {"encoder": "pocket", "steps": models.encoder_steps, "seed": settings.seed}
+    elif Path(models.encoder).is_dir():
+        origin = {"encoder": models.encoder, **_digests(Path(models.encoder))}
+    if _make(root / "encoder", origin, lambda folder: _encoder(folder, models, settings.seed)):
+        made.append(root / "encoder")
+    if rebuild:
+        from timesearch.pocket.pretrain import pretrain
+        from timesearch.retrieval.encoder import load_encoder
+
+        made.append(pretrain(settings, load_encoder(str(root / "encoder")), Path(models.policy), settings.seed))
+    source = Path(models.policy)
+    origin = {"policy": models.policy, **(_digests(source) if source.is_dir() else {})}
+    if _make(root / "policy", origin, lambda folder: _policy(folder, models.policy)):
+        made.append(root / "policy")
+    return made
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _make(target: Path, origin: dict[str, object], make: Callable[[Path], None]) -> bool:
+    """Make `target` unless it was made from the same `origin`; a folder appears whole or not at all."""
+    mark = target / _MARK
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == origin:
+        return False
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        make(partial)
+        write_json(partial / _MARK, origin)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _encoder(folder: Path, models: Models, seed: int) -> None:
+    if models.encoder == "pocket":
+        from timesearch.pocket.encoder import train_encoder
+
+        with progress_bar("encoder", models.encoder_steps) as bar:
+            train_encoder(folder, models.encoder_steps, seed, lambda loss: bar.advance(note=f"loss {loss:.2f}"))
+    elif Path(models.encoder).is_dir():
+        shutil.copytree(models.encoder, folder, dirs_exist_ok=True)
+    else:
+        _published_encoder(folder, models.encoder, models.pretrained)
+
+
+def _published_encoder(folder: Path, name: str, pretrained: str) -> None:
+    """Write an open_clip model with its tokenizer in the local-dir layout."""
+    import open_clip
+    from open_clip.push_to_hf_hub import save_for_hf
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise RequestError(f"open_clip knows no model {name!r}: see open_clip.list_models(), or name a local folder")
+    if not Path(pretrained).is_file() and pretrained not in open_clip.list_pretrained_tags_by_model(name):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise RequestError(f"open_clip has no weights {pretrained!r} of {name}: choose one of {tags}, or name a file")
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError) as error:
+        raise RequestError(f"{name} ({pretrained}) cannot be loaded: {str(error).splitlines()[0]}") from error
+    save_for_hf(model, tokenizer, config, str(folder), safe_serialization=True)
+
+
+def _policy(folder: Path, source: str) -> None:
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise RequestError(f"{source} holds no checkpoint (config.json is missing)")
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return
+    if source.count("/") != 1:
+        raise RequestError(
+            f"{source} does not exist: get it by `dvc pull`, or make it by `timesearch models --rebuild`"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        snapshot_download(source, local_dir=folder, allow_patterns=wanted)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise RequestError(f"{source} cannot be fetched from the model hub: {str(error).splitlines()[0]}") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)

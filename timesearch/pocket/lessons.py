@@ -1,0 +1,187 @@
+"""Supervised examples about cached pocket videos, made one by one as training asks for them.
+
+Both datasets are maps from a number to an example, decided by a seed: any process makes the same one, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import RequestError
+from timesearch.messages import Message
+from timesearch.pocket.filesystem import parse_url
+from timesearch.pocket.policy import tool_schemas
+from timesearch.pocket.traces import Habits, write_reanswer, write_trace
+from timesearch.pocket.world import Event, Scene, generator, question
+from timesearch.samples import Sample
+from timesearch.search.environment import SearchEnvironment
+from timesearch.search.prompts import Prompts
+from timesearch.settings import Search
+from timesearch.training.supervised import UNKNOWN, Example
+
+if TYPE_CHECKING:
+    from timesearch.search.environment import QueryEncoder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a pocket video, with the truth beside it."""
+
+    sample: Sample
+    scene: Scene
+    event: Event
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What `SearchEnvironment.reset` takes."""
+        return {"video": self.sample.video, "question": self.sample.question}
+
+
+@dataclass
+class Corpus:
+    """Pocket samples whose videos are cached, and the environment that searches them."""
+
+    samples: Sequence[Sample]
+    settings: Search
+    encoder: QueryEncoder
+    frames: Path
+    features: Path
+
+    @cached_property
+    def environment(self) -> SearchEnvironment:
+        """Made where it is first used, so that each data process has its own."""
+        return self.new_environment()
+
+    def new_environment(self) -> SearchEnvironment:
+        """An environment over the corpus's caches."""
+        return SearchEnvironment(self.settings, self.encoder, self.frames, self.features)
+
+    @cached_property
+    def asked(self) -> list[Asked]:
+        """The questions with the truth about them.
+
+        Raises:
+            RequestError: a sample is not one of the generator's.
+        """
+        return [_ask(sample) for sample in self.samples]
+
+    @cached_property
+    def system(self) -> Message:
+        """The system message."""
+        return {"role": "system", "content": Prompts.load(self.settings.prompts).texts["system"]}
+
+    @cached_property
+    def tools(self) -> list[dict[str, Any]]:
+        """Schemas of the tools."""
+        return tool_schemas()
+
+
+def _ask(sample: Sample) -> Asked:
+    if not (sample.source or "").startswith("pocket://"):
+        raise RequestError(f"sample {sample.id!r} has no pocket:// source: pocket traces are about generated videos")
+    scene = parse_url(str(sample.source))
+    for event in scene.needles:
+        if question(event) == sample.question:
+            return Asked(sample, scene, event)
+    raise RequestError(f"sample {sample.id!r} asks nothing that the generator knows about {sample.source}")
+
+
+class Reading:
+    """Re-answer examples on frames drawn at random, 1 to `most` of them.
+
+    A share of `unknown` does not show the asked shape.
+    """
+
+    def __init__(self, corpus: Corpus, count: int, most: int, unknown: float, seed: int) -> None:
+        self._corpus, self._count, self._most, self._unknown, self._seed = corpus, count, most, unknown, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("reading", self._seed, number)
+        asked = self._corpus.asked[int(rng.integers(len(self._corpus.asked)))]
+        target = asked.scene.events[int(rng.integers(len(asked.scene.events)))]
+        environment = self._corpus.environment
+        environment._enter({**asked.row, "question": question(target)})
+        shown = [asked.scene.visible(seconds) for seconds in environment._opened.frames.timestamps]
+        holding = [i for i, event in enumerate(shown) if event == target]
+        others = [i for i, event in enumerate(shown) if event not in (None, target)]
+        empty = [i for i, event in enumerate(shown) if event is None]
+        count = int(rng.integers(1, self._most + 1))
+        known = bool(rng.random() >= self._unknown)
+        hits = int(rng.integers(1, min(3, count, len(holding)) + 1)) if known else 0
+        distractors = min(len(others), int(rng.binomial(count - hits, 0.7)))
+        picked = [
+            *rng.choice(holding, size=hits, replace=False),
+            *rng.choice(others, size=distractors, replace=False),
+            *rng.choice(empty, size=count - hits - distractors, replace=False),
+        ]
+        content = environment._answer_content(sorted(int(index) for index in picked))
+        answer = f"<answer>{target.colour if known else UNKNOWN}</answer>"
+        messages: list[Message] = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return Example(f"{asked.sample.id}, reading {number}", messages)
+
+
+class Episodes:
+    """Search episodes with `habits`; a share of `reanswer_share` are re-answer examples instead.
+
+    Args:
+        corpus: what is asked and searched.
+        count: examples.
+        habits: how the traces behave.
+        reanswer_share: in [0, 1].
+        seed: decides everything.
+        reworded_tools: share of episodes whose tool schema is rendered in other words. A server may drop a part of it,
+            or space it otherwise, and a policy that has seen one rendering alone would be lost.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        count: int,
+        habits: Habits,
+        reanswer_share: float,
+        seed: int,
+        reworded_tools: float = 0.0,
+    ) -> None:
+        self._corpus, self._count, self._habits = corpus, count, habits
+        self._reanswer_share, self._seed, self._reworded = reanswer_share, seed, reworded_tools
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("episode", self._seed, number)
+        asked = self._corpus.asked[int(rng.integers(len(self._corpus.asked)))]
+        environment = self._corpus.environment
+        if rng.random() < self._reanswer_share:
+            known = bool(rng.random() < 0.5)
+            pair = write_reanswer(environment, asked.row, asked.scene, asked.event, known, rng)
+            if pair is not None:
+                return Example(f"{asked.sample.id}, re-answer {number}", pair)
+        turns = self._corpus.settings.max_turns
+        trace = write_trace(environment, asked.row, asked.scene, asked.event, self._habits, rng, turns)
+        tools = self._corpus.tools
+        if rng.random() < self._reworded:
+            function = {key: value for key, value in tools[0]["function"].items() if key != "return"}
+            tools = [{**tools[0], "function": function}]
+        return Example(f"{asked.sample.id}, episode {number}", [self._corpus.system, *trace], tools)
+
+
+class Mixture:
+    """Examples of two datasets; `share` of them from the first."""
+
+    def __init__(self, first: Reading | Episodes, second: Reading | Episodes, share: float) -> None:
+        self._first, self._second, self._share = first, second, share
+
+    def __len__(self) -> int:
+        return min(len(self._first), len(self._second))
+
+    def __getitem__(self, number: int) -> Example:
+        dataset = self._first if generator("mixture", number).random() < self._share else self._second
+        return dataset[number]

@@ -1,0 +1,304 @@
+"""Stage `coldstart`: supervised fine-tuning on search episodes, so that RL starts from a policy that can search.
+
+Traces come from the pocket generator, from a file of episodes, or from a teacher behind an OpenAI-compatible server.
+Those of a file or teacher are kept if they are well-formed and right; the others are listed with their reason. Beside
+whole episodes the policy sees re-answer examples: the searched frames alone and the answer, or frames far from the
+event and "I don't know", so that it knows the completeness task before it is rewarded for it (paper, Section 3.2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import ItemError, RequestError
+from timesearch.files import file_digest, write_json, write_jsonl
+from timesearch.messages import Block, Message, final_answer, tool_frames
+from timesearch.progress import progress_bar
+from timesearch.rewards import accuracy, format_reward
+from timesearch.samples import Sample, read_rows
+from timesearch.search.checkpoint import load_model, load_processor
+from timesearch.search.environment import SearchEnvironment
+from timesearch.search.policy import tool_schemas
+from timesearch.search.prompts import Prompts
+from timesearch.settings import Settings
+from timesearch.training.data import load_training_samples
+from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
+
+if TYPE_CHECKING:
+    from timesearch.batch import Failure
+    from timesearch.retrieval.encoder import Encoder
+
+FAR = 10.0
+"""Seconds between an event and the frames that are taken to say nothing about it."""
+
+
+def run(settings: Settings) -> Path:
+    """Fine-tune `models/policy` into `runs/coldstart`.
+
+    The folder gets a whole checkpoint (safetensors and processor), `metrics.jsonl` and `failures.jsonl`; while the run
+    lasts, `checkpoints/` is there too, and the same call goes on from it.
+
+    Raises:
+        RequestError: no policy, no usable sample, or no usable trace.
+    """
+    from timesearch.retrieval.encoder import load_encoder
+    from timesearch.tracking import stage_run
+
+    folder, options = settings.paths.coldstart, settings.coldstart
+    policy = settings.paths.models / "policy"
+    if not (policy / "config.json").is_file():
+        raise RequestError(f"{policy} holds no policy: run the stage 'models' first")
+    if options.batch_size % options.micro_batch:
+        raise RequestError(
+            f"coldstart.micro_batch {options.micro_batch} does not divide coldstart.batch_size {options.batch_size}"
+        )
+    samples, failures = load_training_samples(settings)
+    encoder = load_encoder(str(settings.paths.models / "encoder"))
+    _prepare_folder(folder, settings, policy)
+    examples, rejected = _examples(settings, samples, encoder)
+    write_jsonl(folder / "failures.jsonl", [vars(failure) for failure in [*failures, *rejected]])
+    plan = Plan(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batch=options.micro_batch,
+        learning_rate=options.learning_rate,
+        seed=settings.seed,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        lora_rank=options.lora_rank,
+        save_steps=options.save_steps,
+    )
+    processor = load_processor(policy)
+    rows: list[dict[str, float]] = []
+    with stage_run(settings, "coldstart") as record, progress_bar("cold start", options.steps) as bar:
+
+        def report(step: int, values: dict[str, float]) -> None:
+            if not rows:
+                bar.advance(step - 1)
+            rows.append({"step": step, **values})
+            record.log_metrics(values, step=step)
+            bar.advance(note=f"loss {values['loss']:.3f}")
+
+        model = fine_tune(load_model(policy), processor, examples, plan, folder / "checkpoints", report)
+        model.save_pretrained(folder, safe_serialization=True)
+        processor.save_pretrained(folder)
+        write_jsonl(folder / "metrics.jsonl", rows)
+        record.log_artifact(folder / "metrics.jsonl")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return folder
+
+
+def _prepare_folder(folder: Path, settings: Settings, policy: Path) -> None:
+    """Keep what an interrupted run of the same settings left, and clear away what another run did."""
+    identity = {
+        "settings": settings.model_dump(mode="json", include={"seed", "search", "coldstart"}),
+        "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
+        "samples": file_digest(settings.paths.train_samples),
+    }
+    mark = folder / "run.json"
+    known = mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity
+    if not (known and (folder / "checkpoints").is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(mark, identity)
+
+
+def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -> tuple[Any, list[Failure]]:
+    """The dataset that the settings ask for, and the traces that were turned away."""
+    paths, options = settings.paths, settings.coldstart
+    count = options.steps * options.batch_size
+    if options.traces == "pocket":
+        from timesearch.pocket.lessons import Corpus, Episodes
+        from timesearch.pocket.traces import COLD_START
+
+        corpus = Corpus(samples, settings.search, encoder, paths.frames, paths.features)
+        return Episodes(corpus, count, COLD_START, options.reanswer_share, settings.seed), []
+    file = Path(options.traces)
+    if options.traces == "teacher":
+        file = paths.coldstart.with_name(f"{paths.coldstart.name}.teacher.jsonl")
+        ask_teacher(settings, samples, encoder, file)
+    traces, rejected = read_traces(file, samples)
+    if not traces:
+        first = f" The first: {rejected[0].message}" if rejected else ""
+        raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
+    environment = SearchEnvironment(settings.search, encoder, paths.frames, paths.features)
+    system = Prompts.load(settings.search.prompts).texts["system"]
+    return Recorded(traces, environment, system, count, options.reanswer_share, settings.seed), rejected
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded episode that answers a sample rightly; its messages carry no pixels."""
+
+    sample: Sample
+    messages: list[Message]
+
+
+def read_traces(path: Path, samples: Sequence[Sample]) -> tuple[list[Trace], list[Failure]]:
+    """Read recorded episodes about `samples`.
+
+    A row names its sample by `id` and holds the episode's messages under `prediction` or `messages`, as inference
+    writes them. An open-ended answer is compared by its words, unless the row records the reward `accuracy` that a
+    judge gave it.
+
+    Returns:
+        The traces to imitate, and a failure for each other row: `unknown_sample`, `not_answered` (an error or no
+        messages), `ill_formed` or `wrong_answer`.
+
+    Raises:
+        RequestError: the file is missing or holds a line that is not JSON.
+    """
+    from timesearch.batch import Failure
+
+    by_id = {sample.id: sample for sample in samples}
+    traces: list[Trace] = []
+    failures: list[Failure] = []
+    for number, row in read_rows(path):
+        where = f"{path}, line {number}"
+        sample, messages = by_id.get(str(row.get("id"))), row.get("prediction") or row.get("messages")
+        if sample is None:
+            failures.append(Failure(where, "unknown_sample", f"{where}: no train sample has the id {row.get('id')!r}"))
+        elif not isinstance(messages, list) or row.get("error"):
+            failures.append(Failure(sample.id, "not_answered", f"{where}: {row.get('error') or 'no messages'}"))
+        elif format_reward(messages) < 1:
+            failures.append(Failure(sample.id, "ill_formed", f"{where}: a turn breaks the format, or none answers"))
+        else:
+            said = final_answer(messages)
+            judged = (row.get("rewards") or {}).get("accuracy")
+            score = float(judged) if judged is not None else accuracy(said, sample.answer, sample.type)
+            if score > 0.5:
+                traces.append(Trace(sample, messages))
+            else:
+                text = f"{where}: it answers {str(said)[:80]!r}, not {sample.answer[:80]!r}"
+                failures.append(Failure(sample.id, "wrong_answer", text))
+    return traces, failures
+
+
+@dataclass
+class Recorded:
+    """Recorded episodes with their pixels put back, mixed with re-answer examples; a map from number to example.
+
+    The system and user message are the environment's own, so that recordings of other prompts serve too; frames come
+    from the frame cache, by the times that the recording names.
+    """
+
+    traces: Sequence[Trace]
+    environment: SearchEnvironment
+    system: str
+    count: int
+    reanswer_share: float
+    seed: int
+    tools: list[dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tools = tool_schemas(self.environment)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Example:
+        import numpy as np
+
+        rng = np.random.default_rng([self.seed, number])
+        trace = self.traces[int(rng.integers(len(self.traces)))]
+        if rng.random() < self.reanswer_share:
+            pair = self._reanswer(trace, bool(rng.random() < 0.5), rng)
+            if pair is not None:
+                return Example(f"{trace.sample.id}, re-answer {number}", pair)
+        opening: list[Message] = [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": self.environment.reset(**trace.sample.model_dump())},
+        ]
+        rest = [message for message in trace.messages if message["role"] in ("assistant", "tool")]
+        played = [self._with_pixels(message) for message in rest]
+        return Example(f"{trace.sample.id}, episode {number}", [*opening, *played], self.tools)
+
+    def _with_pixels(self, message: Message) -> Message:
+        if message["role"] == "assistant" or isinstance(message.get("content"), str):
+            return message
+        frames = self.environment._opened.frames
+        blocks: list[Block] = []
+        at = {id(block): seconds for _, seconds, block in tool_frames([message])}
+        for block in message["content"]:
+            if block["type"] == "text":
+                blocks.append(block)
+            elif id(block) in at:
+                blocks.append({"type": "image", "image": frames[frames.nearest(at[id(block)])]})
+            else:
+                raise ItemError("a recorded image has no time before it", reason="image_mismatch")
+        return {**message, "content": blocks}
+
+    def _reanswer(self, trace: Trace, known: bool, rng: Any) -> list[Message] | None:
+        """The re-answer to what the trace searched, or to frames far from the event; None where there are none."""
+        sample, environment = trace.sample, self.environment
+        environment._enter(sample.model_dump())
+        frames = environment._opened.frames
+        searched = sorted({frames.nearest(seconds) for _, seconds, _ in tool_frames(trace.messages)})
+        indices = searched
+        if not known:
+            spans = [*sample.gt_spans, *((seconds, seconds) for seconds in sample.gt_seconds)]
+            away = [
+                index
+                for index, seconds in enumerate(frames.timestamps)
+                if all(seconds < start - FAR or seconds > end + FAR for start, end in spans)
+            ]
+            if not spans or len(away) < len(searched):
+                return None
+            indices = sorted(int(index) for index in rng.choice(away, size=len(searched), replace=False))
+        if not indices:
+            return None
+        answer = sample.answer if known else UNKNOWN
+        return [
+            {"role": "user", "content": environment._answer_content(indices)},
+            {"role": "assistant", "content": f"<answer>{answer}</answer>"},
+        ]
+
+
+def ask_teacher(settings: Settings, samples: Sequence[Sample], encoder: Encoder, file: Path) -> None:
+    """Let a teacher play one episode on each sample, and append them to `file`; what is in it is not asked again.
+
+    Raises:
+        RequestError: no teacher is named, or the server does not serve it.
+    """
+    from timesearch.inference.infer import Job, play
+    from timesearch.judge.client import make_judge
+    from timesearch.samples import Prediction
+    from timesearch.search.engine_openai import OpenAIPolicy
+
+    options = settings.coldstart
+    if not options.teacher_url or not options.teacher_model:
+        raise RequestError("coldstart.traces is 'teacher': set coldstart.teacher_url and coldstart.teacher_model")
+    known = {row["id"] for _, row in read_rows(file) if not row.get("error")} if file.is_file() else set()
+    jobs = [Job("teacher", sample) for sample in samples if sample.id not in known]
+    if not jobs:
+        return
+    judge = make_judge(settings.judge)
+    teacher = OpenAIPolicy(
+        [options.teacher_url],
+        options.teacher_model,
+        temperature=options.teacher_temperature,
+        timeout=settings.infer.timeout,
+        retry_for=settings.infer.retry_for,
+        seed=settings.seed,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar("teacher", len(jobs)) as bar, file.open("a", encoding="utf-8") as out:
+
+        def record(job: Job, prediction: Prediction) -> None:
+            said = final_answer(prediction.prediction)
+            if prediction.error is None and said:
+
+                def judged(reference: str, candidate: str) -> float:
+                    return judge.score(job.sample.question, reference, candidate)
+
+                prediction.rewards["accuracy"] = accuracy(said, job.sample.answer, job.sample.type, judged)
+            out.write(prediction.model_dump_json() + "\n")
+            out.flush()
+            bar.advance()
+
+        asyncio.run(play(jobs, teacher, encoder, settings, record))
