@@ -55,7 +55,12 @@ def test_trl_finds_one_tool_with_its_documentation(caches: Path) -> None:
     function = get_json_schema(environment.seek_video_frames)["function"]
     assert "match a description" in function["description"]
     assert function["parameters"]["required"] == ["query"]
-    for name, kind in (("query", "string"), ("start_time", "number"), ("end_time", "number"), ("num_frames", "integer")):
+    for name, kind in (
+        ("query", "string"),
+        ("start_time", "number"),
+        ("end_time", "number"),
+        ("num_frames", "integer"),
+    ):
         parameter = function["parameters"]["properties"][name]
         assert parameter["type"] == kind
         assert parameter["description"]
@@ -192,7 +197,7 @@ def test_the_preview_stays_within_its_budgets(
     tokens = (width // 28) * (height // 28)
     assert 1 <= len(indices) <= min(total, search.max_frames)
     assert indices == sorted(set(indices))
-    assert 0 <= indices[0]
+    assert indices[0] >= 0
     assert indices[-1] < total
     assert width <= size[0] + 27
     assert height <= size[1] + 27
@@ -207,4 +212,6 @@ def test_the_papers_preview_trades_size_for_frames() -> None:
     indices, size = preview_plan(40, (448, 252), Search())
     assert (len(indices), size) == (40, (448, 252))
     assert fit_size((64, 64), 4, 32) == (64, 64)
+    pocket = Search(total_video_tokens=16, patch=32)
+    assert preview_plan(119, (64, 64), pocket) == ([14, 44, 74, 104], (64, 64))
     assert np.prod(fit_size((2000, 28), 4, 28)) == 4 * 28 * 28

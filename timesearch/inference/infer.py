@@ -281,10 +281,12 @@ async def _one(job: Job, environment: SearchEnvironment, policy: Policy, setting
 
 def _choose(environment: SearchEnvironment, method: str, sample: Sample, count: int) -> list[int]:
     """The frames of a baseline without search."""
-    selection = "uniform" if method == "uniform" else method.removeprefix("one_shot").lstrip("_")
     features = environment._opened.features.features
+    if method == "uniform":
+        return select_frames(features, None, count, method="uniform")
+    selection = {f"one_shot_{name}": name for name in get_args(Method)}.get(method, environment._settings.method)
     query = environment._encoder.encode_text([sample.question])[0]
-    return select_frames(features, query, count, method=selection or environment._settings.method)
+    return select_frames(features, query, count, method=selection)
 
 
 def _record(

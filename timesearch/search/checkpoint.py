@@ -10,6 +10,9 @@ from timesearch.errors import RequestError
 
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
+SMALL = 100_000_000
+"""Parameters below which one CPU thread is faster than several."""
+
 
 def vision_token_ids(tokenizer: Any) -> list[int]:
     """Ids of the tokens that stand for images and videos, which a policy must never write."""
@@ -56,16 +59,19 @@ def load_processor(checkpoint: Path | str) -> Any:
 def load_model(checkpoint: Path | str) -> Any:
     """The model of a checkpoint on the best device: bfloat16 on a GPU, float32 on a CPU.
 
-    A folder with a LoRA adapter is loaded as its base model with the adapter merged in.
+    A folder with a LoRA adapter is loaded as its base model with the adapter merged in. On a CPU a small model runs
+    on one thread: sharing its little work out costs more than doing it, many times more on a busy machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     on_gpu = torch.cuda.is_available()
     base = base_of(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16 if on_gpu else torch.float32)
     if base != str(checkpoint):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+    if not on_gpu and model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
     return model.to("cuda" if on_gpu else "cpu").eval()

@@ -282,8 +282,10 @@ def preview_plan(total: int, size: tuple[int, int], settings: Search) -> tuple[l
     Returns:
         Increasing indices, each the middle of an equal share of the video, and (width, height) in pixels.
     """
-    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // settings.min_tokens))
-    tokens = min(settings.max_tokens, max(settings.min_tokens, settings.total_video_tokens // count))
+    whole = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
+    least = min(settings.min_tokens, whole)
+    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // least))
+    tokens = min(settings.max_tokens, max(least, settings.total_video_tokens // count))
     indices = [int((position + 0.5) * total / count) for position in range(count)]
     return indices, fit_size(size, tokens, settings.patch)
 
