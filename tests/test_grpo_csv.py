@@ -2,93 +2,549 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_settings
 
-from timesearch.settings import Settings
-from timesearch.training import grpo_csv
-from timesearch.training.grpo_csv import GRPOCSVTrainer
+from timesearch.errors import RequestError
+from timesearch.training.launch import load_trainer
+
+grpo_csv = load_trainer("transformers")
+from timesearch.training.replay import ReplayBuffer, idle_groups, put, refill, take  # noqa: E402
+from timesearch.training.watch import CollapseWarning  # noqa: E402
 
 BLUE = ANSWER.replace("{colour}", "blue")
+MIXED = [[CALL, ANSWER], [ANSWER, BLUE]]
+"""Half of the episodes search; answers differ, so that groups have advantages."""
+
+
+class Recorder:
+    """Takes the place of an MLflow run."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.episodes: list[Any] = []
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        self.metrics[step] = values
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        assert path.is_file()
+
+    def log_episode(self, prediction: Any, frames: Path, name: str) -> None:
+        self.episodes.append(prediction)
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("project")
     build_project(root, videos=6)
     return root
 
 
 @pytest.fixture
-def at_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(project)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+
+    @contextmanager
+    def stage_run(*_: Any, **__: Any) -> Iterator[Recorder]:
+        yield recorder
+
+    monkeypatch.setattr("timesearch.tracking.stage_run", stage_run)
+    return recorder
+
+
+@pytest.fixture
+def project(pristine: Path, tmp_path: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data, caches and a policy, in which a test may train."""
+    for name in ("data", "cache", "runs"):
+        shutil.copytree(pristine / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
-    return project
+    return tmp_path
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, turns: list[list[str]], reanswer: str = ANSWER) -> list[GRPOCSVTrainer]:
-    """Let trainers play `turns`; returns the list that they will be found in."""
-    made: list[GRPOCSVTrainer] = []
-    original = GRPOCSVTrainer.__init__
+@pytest.fixture
+def play(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`play(turns, **train)` runs the stage with a scripted policy; the trainer comes back, with its `batches`."""
 
-    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
-        original(self, *arguments, **keywords)
+    def run(turns: list[list[str]] | None, reanswer: str = ANSWER, **train: Any) -> Any:
+        made = script(monkeypatch, turns, reanswer)
+        grpo_csv.run(make_settings(**train))
+        return made[0]
+
+    return run
+
+
+def script(monkeypatch: pytest.MonkeyPatch, turns: list[list[str]] | None, reanswer: str = ANSWER) -> list[Any]:
+    made: list[Any] = []
+    trainer = grpo_csv.GRPOCSVTrainer
+    init, loss = trainer.__init__, trainer._compute_loss
+
+    def scripted_init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        init(self, *arguments, **keywords)
         generate = self.model.generate
-        self.model.generate = lambda *inputs, **options: generate(
-            *inputs, logits_processor=[Script(self._tokenizer, turns, reanswer)], **options
-        )
+        if turns:
+            self.model.generate = lambda *inputs, **options: generate(
+                *inputs, logits_processor=[Script(self._tokenizer, turns, reanswer)], **options
+            )
+        self.batches = []
         made.append(self)
 
-    monkeypatch.setattr(GRPOCSVTrainer, "__init__", init)
+    def kept_loss(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self.batches.append(inputs)
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(trainer, "__init__", scripted_init)
+    monkeypatch.setattr(trainer, "_compute_loss", kept_loss)
     return made
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
+def metrics(folder: Path = Path("runs/train")) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def batch_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, turns: list[list[str]], **options: Any) -> Any:
-    """A trainer, and the batch that its first step learns from."""
-    kept: list[dict[str, Any]] = []
-    made = scripted(monkeypatch, turns, **options)
-    original = GRPOCSVTrainer._compute_loss
-
-    def keep(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        kept.append(inputs)
-        return original(self, model, inputs)
-
-    monkeypatch.setattr(GRPOCSVTrainer, "_compute_loss", keep)
-    grpo_csv.run(settings)
-    return made[0], kept[0]
+def weights(folder: Path = Path("runs/train")) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
-def test_rewards_metrics_and_checkpoint_of_a_run(at_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = make_settings(steps=1, prompts_per_step=2, micro_batch=8, log_episodes_every=1)
-    turns = [[CALL, ANSWER], [ANSWER, BLUE]]
-    trainer = scripted(monkeypatch, turns)
-    folder = grpo_csv.run(settings)
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
-    (row,) = metrics(folder)
+
+def in_child(target: Callable[[], Any], **environment: str) -> multiprocessing.Process:
+    """Start `target` in a fork of this process, which saves the imports."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    def body() -> None:
+        os.environ.update(environment)
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        target()
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+# What a run leaves
+
+
+def test_a_run_scores_episodes_and_writes_what_people_and_later_stages_read(
+    play: Callable[..., Any], recorder: Recorder
+) -> None:
+    trainer = play(MIXED, steps=1, micro_batch=8, log_episodes_every=1)
+
+    (row,) = metrics()
     assert row["step"] == 1
-    assert row["format"] == 1.0
-    assert row["search_rate"] == 0.5
-    assert row["tool_calls"] == 0.5
-    assert row["frames"] == pytest.approx(1.0, abs=0.5)
-    assert row["answer_rate"] == 1.0
+    assert row["format"] == row["answer_rate"] == 1.0
+    assert row["search_rate"] == row["tool_calls"] == 0.5
+    assert row["frames"] == pytest.approx(1.0)
+    assert row["truncated"] == row["ill_formed"] == 0.0
     assert row["reward"] == pytest.approx(1.0 + 0.5 * row["accuracy"] + 0.5 * row["completeness"])
-    for episode in trainer[0].episodes:
-        right = episode.row["answer"] == "red"
-        assert episode.scores["completeness"] <= (right and bool(episode.searched))
+    shares = [row[f"time_{name}"] for name in ("generate", "reanswer", "decode", "loss", "other")]
+    assert sum(shares) == pytest.approx(1.0)
+    assert recorder.metrics[1]["reward"] == row["reward"]
+    for episode in trainer.episodes:
         assert (episode.reanswer is not None) == bool(episode.searched)
-    files = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "metrics.jsonl"} <= files
+        assert episode.scores["completeness"] == float(
+            bool(episode.searched) and episode.scores["accuracy"] == 1 and episode.row["answer"] == "red"
+        )
+    files = {path.name for path in Path("runs/train").iterdir()}
+    assert {"model.safetensors", "config.json", "processor_config.json", "tokenizer.json"} <= files
     assert not files & {"training_args.bin", "checkpoints"}
-    (episodes,) = (folder / "episodes").iterdir()
-    first = json.loads(episodes.read_text().splitlines()[0])
-    assert first["prediction"][0]["role"] == "system"
-    assert first["rewards"]["format"] == 1.0
+    first = json.loads(Path("runs/train/episodes/step-00001.jsonl").read_text().splitlines()[0])
+    assert [message["role"] for message in first["prediction"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert {episode.id for episode in recorder.episodes} == {episode.row["id"] for episode in trainer.episodes}
+
+
+def test_assistant_turns_are_kept_as_they_were_written(play: Callable[..., Any]) -> None:
+    trainer = play([[CALL], [ANSWER]], steps=1, micro_batch=8)
+    for episode in trainer.episodes:
+        shape = episode.row["question"].removeprefix("What colour is the ").removesuffix("?")
+        said = [message["content"] for message in episode.messages if message["role"] == "assistant"]
+        assert said == [CALL.format(shape=shape), ANSWER.format(shape=shape, colour="red")]
+
+
+def test_plain_grpo_asks_for_no_reanswer(play: Callable[..., Any]) -> None:
+    trainer = play(MIXED, steps=1, completeness_weight=0.0)
+    assert all(episode.reanswer is None for episode in trainer.episodes)
+    (row,) = metrics()
+    assert "completeness" not in row
+    assert row["time_reanswer"] == 0.0
+    assert row["reward"] == pytest.approx(1.0 + 0.5 * row["accuracy"])
+
+
+def test_adapters_kl_checkpointing_and_bf16_give_a_whole_checkpoint(play: Callable[..., Any]) -> None:
+    play(MIXED, steps=1, lora_rank=4, beta=0.01, gradient_checkpointing=True, bf16=True)
+    assert metrics()[0]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert weights().keys() == weights(Path("runs/coldstart")).keys()
+    assert (
+        largest_difference(weights(), {k: v.to(torch.bfloat16) for k, v in weights(Path("runs/coldstart")).items()}) > 0
+    )
+
+
+def test_a_policy_that_writes_noise_trains_on(play: Callable[..., Any]) -> None:
+    play(None, steps=2)
+    rows = metrics()
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[-1]["ill_formed"] == 1.0
+
+
+def test_samples_that_cannot_be_used_are_listed_and_left_out(project: Path, play: Callable[..., Any]) -> None:
+    samples = project / "data/train.jsonl"
+    good = [json.loads(line) for line in samples.read_text().splitlines()]
+    bad = [
+        {**good[0], "id": "silent", "answer": " "},
+        {**good[0], "id": "odd", "type": "essay"},
+        {**good[0], "id": "lost", "video": "lost.mp4"},
+        {**good[0], "id": "outside", "video": "../../etc/passwd"},
+        good[1],
+    ]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in [*good, *bad]))
+    trainer = play(MIXED, steps=1)
+    listed = [json.loads(line) for line in Path("runs/train/failures.jsonl").read_text().splitlines()]
+    assert {row["item"]: row["reason"] for row in listed} == {
+        "silent": "no_answer",
+        "odd": "bad_sample",
+        "lost": "missing_cache",
+        "outside": "unsafe_path",
+        "1": "repeated_id",
+    }
+    assert len(trainer.train_dataset) == len(good)
+
+
+def test_no_usable_sample_and_an_indivisible_batch_are_refused(project: Path) -> None:
+    with pytest.raises(RequestError, match="does not divide"):
+        grpo_csv.run(make_settings(micro_batch=3))
+    (project / "data/train.jsonl").write_text('{"id": "a", "video": "a.mp4", "question": "?"}\n')
+    with pytest.raises(RequestError, match="no sample fit for training"):
+        grpo_csv.run(make_settings())
+
+
+# What is learned from
+
+
+def test_only_written_tokens_carry_loss(play: Callable[..., Any]) -> None:
+    trainer = play([[CALL], [ANSWER]], steps=1, micro_batch=8)
+    (batch,) = trainer.batches
+    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    image = trainer._image_pad_token_id
+    assert not (batch["completion_ids"][mask] == image).any()
+    assert (batch["completion_ids"][~mask] == image).sum() == 8 * 2 * 4
+    for ids, own in zip(batch["completion_ids"], mask, strict=True):
+        text = trainer._tokenizer.decode(ids[own])
+        assert text.count("<|im_end|>") == 2
+        assert text.startswith("<think>I need")
+        assert "<tool_response>" not in text
+
+
+@pytest.fixture
+def learned(play: Callable[..., Any]) -> tuple[Any, dict[str, Any]]:
+    """A trainer whose weights have not moved, and its batch."""
+    trainer = play(MIXED, steps=1, micro_batch=8, learning_rate=1e-12)
+    return trainer, trainer.batches[0]
+
+
+def logps_of(trainer: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return trainer._logps_of(batch)
+
+
+def test_batched_log_probabilities_equal_unpadded_ones(learned: tuple[Any, dict[str, Any]]) -> None:
+    trainer, batch = learned
+    batched = logps_of(trainer, batch)
+    for row in range(8):
+        alone = take(batch, [row])
+        prompt, completion = alone["prompt_mask"][0].bool(), alone["completion_mask"][0].bool()
+        inputs = torch.cat([alone["prompt_ids"][0][prompt], alone["completion_ids"][0][completion]])[None]
+        kinds = torch.cat([prompt, completion])
+        with torch.no_grad():
+            output = trainer.model(
+                input_ids=inputs,
+                pixel_values=alone["pixel_values"][0],
+                image_grid_thw=alone["image_grid_thw"][0],
+                mm_token_type_ids=alone["mm_token_type_ids"][:, kinds],
+            )
+        count = int(completion.sum())
+        scores = (output.logits[0, -count - 1 : -1] / trainer.temperature).log_softmax(-1)
+        expected = scores.gather(1, inputs[0, -count:, None])[:, 0]
+        assert torch.allclose(batched[row][:count], expected, atol=2e-5)
+
+
+def test_searched_frames_change_what_follows(learned: tuple[Any, dict[str, Any]]) -> None:
+    trainer, batch = learned
+    row = next(index for index in range(8) if (batch["tool_mask"][index] == 0).any())
+    alone = take(batch, [row])
+    before = logps_of(trainer, {**batch, **_joined(alone)})
+    patches = alone["image_grid_thw"][0][-1].prod()
+    blind = alone["pixel_values"][0].clone()
+    blind[-patches:] = 0.0
+    after = logps_of(trainer, {**batch, **_joined({**alone, "pixel_values": [blind]})})
+    image = (alone["completion_ids"][0] == trainer._image_pad_token_id).nonzero().max()
+    assert torch.equal(before[0, : image - 3], after[0, : image - 3])
+    assert (before[0, image + 1 :] - after[0, image + 1 :]).abs().max() > 1e-5
+
+
+def _joined(alone: dict[str, Any]) -> dict[str, Any]:
+    from trl.trainer.utils import unsplit_pixel_values_by_grid
+
+    return unsplit_pixel_values_by_grid(alone)
+
+
+def test_the_loss_equals_a_few_lines(learned: tuple[Any, dict[str, Any]]) -> None:
+    trainer, batch = learned
+    assert batch["advantages"].abs().sum() > 0
+    trainer.model.train()
+    loss = trainer._compute_loss(trainer.model, batch)
+    mask = batch["completion_mask"] * batch["tool_mask"]
+    # On policy the ratio is 1, so that the value is the mean advantage of each episode's tokens.
+    expected = -(batch["advantages"][:, None] * mask).sum(1).div(mask.sum(1)).mean()
+    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+    # The gradient is that of the advantage-weighted log-probabilities.
+    trainer.model.zero_grad()
+    loss.backward()
+    name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "q_proj" in n)
+    gradient = parameter.grad.clone()
+    trainer.model.zero_grad()
+    names = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+        mask.size(1),
+        **{key: batch[key] for key in names},
+    )
+    (-(batch["advantages"][:, None] * logps * mask).sum(1) / mask.sum(1)).mean().backward()
+    assert torch.allclose(gradient, parameter.grad, atol=1e-7), name
+
+
+def test_the_same_seed_gives_the_same_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
+    found = []
+    for seed in (0, 0, 1):
+        settings = make_settings()
+        settings.seed = seed
+        grpo_csv.run(settings)
+        found.append(weights())
+    assert largest_difference(found[0], found[1]) == 0.0
+    assert largest_difference(found[0], found[2]) > 1e-4
+
+
+def _score_by_length(messages: list[Any], *_: Any, **__: Any) -> dict[str, float]:
+    """Rewards that differ among the episodes of a policy that writes noise."""
+    return {"format": len(messages[-1]["content"]) % 7 / 7, "accuracy": 0.0, "completeness": 0.0}
+
+
+# What happens to a run
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
+    settings = make_settings(steps=6, save_steps=2)
+    child = in_child(lambda: grpo_csv.run(settings))
+    checkpoint = project / "runs/train/checkpoints/checkpoint-4"
+    deadline = time.monotonic() + 300
+    while not (checkpoint / "trainer_state.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert not (project / "runs/train/model.safetensors").exists()
+
+    grpo_csv.run(settings)
+    resumed, rows = weights(), metrics()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    grpo_csv.run(settings.model_copy(update={"paths": settings.paths.model_copy(update={"train": Path("runs/whole")})}))
+    assert largest_difference(resumed, weights(Path("runs/whole"))) <= 1e-6
+
+
+def test_two_processes_train_as_one_does(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, [[CALL, ANSWER], [ANSWER, BLUE]])
+
+    def train(name: str, **train: Any) -> Callable[[], None]:
+        settings = make_settings(learning_rate=1e-4, **train)
+        settings.paths.train = Path("runs") / name
+        return lambda: grpo_csv.run(settings)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["ACCELERATE_USE_CPU"] = "true"
+    children = [
+        in_child(train("two", micro_batch=4), **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)
+    ]
+    for child in children:
+        child.join(300)
+        assert child.exitcode == 0
+    train("one", micro_batch=8)()
+    before = weights(Path("runs/coldstart"))
+    assert largest_difference(weights(Path("runs/one")), before) > 1e-5
+    assert largest_difference(weights(Path("runs/two")), weights(Path("runs/one"))) < 2e-6
+    for name in ("reward", "search_rate", "completeness"):
+        assert metrics(Path("runs/two"))[0][name] == pytest.approx(metrics(Path("runs/one"))[0][name])
+
+
+def test_an_image_that_is_lost_stops_the_run_and_names_the_sample(
+    play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.Qwen2VLImageProcessor.get_number_of_image_patches", lambda *_, **__: 64, raising=True
+    )
+    with pytest.raises(grpo_csv.ImageMismatchError, match=r"sample '\d': \d+ image tokens stand for \d+ images"):
+        play(MIXED, steps=1)
+
+
+def test_a_policy_cannot_write_image_tokens_and_a_written_one_stops_the_run(play: Callable[..., Any]) -> None:
+    with pytest.raises(grpo_csv.ImageMismatchError, match=r"sample '\d'"):
+        play([["<think>look <|image_pad|></think><answer>red</answer>"]], steps=1)
+
+
+def test_generation_suppresses_all_vision_tokens(project: Path) -> None:
+    settings = make_settings()
+    kwargs = grpo_csv.grpo_config(settings, "runs/coldstart").generation_kwargs
+    tokenizer = grpo_csv.load_processor("runs/coldstart").tokenizer
+    names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    assert set(kwargs["suppress_tokens"]) == set(tokenizer.convert_tokens_to_ids(list(names)))
+
+
+def test_a_cut_episode_is_counted_and_masked_if_asked(play: Callable[..., Any]) -> None:
+    long = "<think>" + " red" * 60 + "</think>\n<answer>red</answer>"
+    trainer = play([[ANSWER, long]], steps=1, micro_batch=8, mask_truncated=True)
+    (row,) = metrics()
+    assert row["truncated"] == row["ill_formed"] == 0.5
+    masked = (trainer.batches[0]["completion_mask"].sum(1) == 0).tolist()
+    assert sorted(masked) == [False] * 4 + [True] * 4
+
+
+def test_a_fault_of_this_machine_stops_the_run(play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError("disk gone")
+
+    monkeypatch.setattr("timesearch.search.environment.select_frames", broken)
+    with pytest.raises(OSError, match="disk gone"):
+        play([[CALL], [ANSWER]], steps=1)
+
+
+def test_a_wrong_call_is_answered_as_in_inference(play: Callable[..., Any]) -> None:
+    odd = CALL.replace('"query"', '"what"')
+    trainer = play([[odd], [ANSWER]], steps=1)
+    replies = [m["content"] for m in trainer.episodes[0].messages if m["role"] == "tool"]
+    assert "Wrong call" in replies[0][0]["text"]
+
+
+# Groups that teach nothing
+
+
+@pytest.mark.parametrize("mode", ["replay", "resample"])
+def test_idle_groups_are_replaced(mode: str, play: Callable[..., Any]) -> None:
+    turns = [[ANSWER, ANSWER, ANSWER, ANSWER, CALL, ANSWER, BLUE, ANSWER], [ANSWER]]
+    trainer = play(turns, steps=3, micro_batch=8, zero_advantage=mode)
+    assert any(row["replaced"] > 0 for row in metrics())
+    for batch in trainer.batches[1:]:
+        assert batch["completion_ids"].shape == batch["tool_mask"].shape
+        assert sum(batch["num_images"]) == len(batch["image_grid_thw"])
+
+
+def toy_batch(advantages: list[float], prompt: int, completion: int, first: int) -> dict[str, Any]:
+    rows = len(advantages)
+    ids = torch.arange(first, first + rows)[:, None]
+    return {
+        "prompt_ids": ids.expand(rows, prompt).clone(),
+        "prompt_mask": torch.ones(rows, prompt, dtype=torch.long),
+        "completion_ids": ids.expand(rows, completion).clone(),
+        "completion_mask": torch.ones(rows, completion, dtype=torch.long),
+        "tool_mask": torch.ones(rows, completion, dtype=torch.long),
+        "mm_token_type_ids": torch.ones(rows, prompt + completion, dtype=torch.long),
+        "old_per_token_logps": -torch.ones(rows, completion),
+        "advantages": torch.tensor(advantages),
+        "num_items_in_batch": torch.tensor(rows * completion),
+        "num_images": [1] * rows,
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * rows),
+        "pixel_values": ids.repeat_interleave(4, 0).float(),
+    }
+
+
+def test_replay_swaps_whole_rows_and_pads_both_sides() -> None:
+    buffer = ReplayBuffer(capacity=2)
+    _, replaced = buffer.exchange(toy_batch([1.0, -1.0, 0.0, 0.0], 5, 3, 10), size=2, pad_token=0)
+    assert replaced == 0
+    second, replaced = buffer.exchange(toy_batch([0.0, 0.0, 2.0, -2.0], 4, 6, 50), size=2, pad_token=0)
+    assert replaced == 1
+    assert idle_groups(second["advantages"], 2) == []
+    assert second["advantages"].tolist() == [1.0, -1.0, 2.0, -2.0]
+    assert second["prompt_ids"].tolist()[0] == [10] * 5
+    assert second["prompt_ids"].tolist()[2] == [0, 52, 52, 52, 52]
+    assert second["completion_ids"].tolist()[1] == [11] * 3 + [0] * 3
+    assert second["completion_mask"].sum(1).tolist() == [3, 3, 6, 6]
+    assert second["tool_mask"].shape == second["old_per_token_logps"].shape == (4, 6)
+    assert second["mm_token_type_ids"].tolist()[0] == [1] * 8 + [0] * 3
+    assert second["mm_token_type_ids"].tolist()[3] == [0] + [1] * 10
+    assert second["pixel_values"][:, 0].tolist() == [10] * 4 + [11] * 4 + [52] * 4 + [53] * 4
+
+
+def test_refill_takes_useful_groups_only() -> None:
+    batch = toy_batch([0.0, 0.0, 0.0, 0.0], 4, 3, 10)
+    spare = toy_batch([0.0, 0.0, 1.0, -1.0], 4, 3, 50)
+    batch, replaced = refill(batch, spare, size=2, pad_token=0)
+    assert replaced == 1
+    assert batch["completion_ids"][:, 0].tolist() == [52, 53, 12, 13]
+    untouched = toy_batch([1.0, -1.0], 4, 3, 10)
+    assert put(untouched, [0], take(untouched, [0]), 0)["prompt_ids"].equal(untouched["prompt_ids"])
+
+
+# What is said
+
+
+def test_collapse_is_said_once() -> None:
+    watch = CollapseWarning(window=3)
+    said = []
+    for step in range(12):
+        said += list(watch.check({"search_rate": 1.0 - 0.09 * step, "format": 1.0}))
+    assert len(said) == 1
+    assert "searching collapses" in said[0]
+    assert list(CollapseWarning().check({"search_rate": 1.0, "format": 1.0})) == []
+
+
+def test_the_private_names_of_trl_that_are_used_still_mean_what_they_did() -> None:
+    from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
+
+    def parameters(name: str) -> list[str]:
+        return list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
+
+    assert parameters("_generate") == ["prompts"]
+    assert parameters("_generate_single_turn")[:4] == ["prompt_ids", "images", "multimodal_fields", "num_generations"]
+    assert parameters("_generate_and_score_completions") == ["inputs"]
+    assert parameters("_prepare_inputs") == ["generation_batch"]
+    assert parameters("_get_per_token_logps_and_entropies")[:4] == [
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+    ]
+    source = inspect.getsource(GRPOTrainer)
+    assert "name in sync_tool_dict" in source
+    assert "sync_tool_dict[name](**function" in source
+    assert (
+        "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images"
+        in source
+    )
+    for name in ("_sync_tool_dicts", "_image_pad_token_id", "_tokenizer", "eos_token_ids", "environments", "_metrics"):
+        assert f"self.{name} = " in source
+    assert {"split_pixel_values_by_grid", "unsplit_pixel_values_by_grid"} <= vars(grpo_trainer).keys()
