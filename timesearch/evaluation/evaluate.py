@@ -63,7 +63,7 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
         for prediction in read_predictions(path, failures.append):
             episode = scorer.score(prediction)
             if not compare_frames:
-                episode.truth, episode.times = [], []
+                episode.times = []
             episodes.append(episode)
             bar.advance()
     if len(scorer.without_truth) < len(episodes):
@@ -165,6 +165,8 @@ def episode_row(episode: EpisodeScore) -> dict[str, Any]:
         "id": episode.id,
         "video": episode.video,
         "type": episode.type,
+        "duration": episode.duration,
+        "truth": episode.truth,
         "groups": episode.groups,
         "answer": episode.answer,
         "choice": episode.choice,

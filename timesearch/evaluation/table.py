@@ -76,7 +76,7 @@ def print_table(methods: Sequence[MethodScores]) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="in per cent, ± half a 95% interval")
     table.add_column("method", no_wrap=True)
     for column, _, _ in TABLE_COLUMNS:
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(column.replace("accuracy", "acc.").replace(" ", "\n"), justify="right", no_wrap=True)
     for row in table_rows(methods):
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in row))
     Console().print(table)

@@ -13,7 +13,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,12 +25,12 @@ from timesearch.evaluation.evaluate import load_metrics, prediction_files
 from timesearch.evaluation.qa import answer_letter
 from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
 from timesearch.files import atomic_path, inside
-from timesearch.messages import Message, final_answer, parse_turn, text_of, tool_frames
+from timesearch.messages import Message, parse_turn, text_of, tool_frames
 from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
 
 if TYPE_CHECKING:
-    from timesearch.video.frames import FrameCache
+    from PIL.Image import Image
 
 _FOLDER = Path(__file__).parent
 _CHUNK = 25  # transcripts that are parsed together
@@ -133,7 +133,7 @@ class _Page:
     episodes: list[list[Any]] = field(default_factory=list)
     chunks: int = 0
     videos: dict[str, int] = field(default_factory=dict)
-    wanted: dict[str, dict[int, None]] = field(default_factory=dict)
+    wanted: dict[str, dict[float, None]] = field(default_factory=dict)
     pictured: int = 0
     without_transcript: int = 0
     without_picture: int = 0
@@ -182,68 +182,47 @@ class _Page:
         return self.samples[prediction.id]
 
     def _transcript(self, prediction: Prediction, score: Mapping[str, Any]) -> dict[str, Any]:
-        cache = self._cache(prediction.video)
-        preview = [_located(seconds, None, cache) for seconds in prediction.preview_seconds]
-        turns = _turns(prediction.prediction, cache)
+        preview = _times(prediction.preview_seconds)
+        turns = _turns(prediction.prediction)
         if not turns and prediction.searched_seconds:
-            frames = [_located(seconds, None, cache) for seconds in prediction.searched_seconds]
-            turns = [{"thought": "", "text": "", "calls": [], "answer": None, "frames": frames}]
-        searched = [place for turn in turns for place in turn["frames"]]
-        self._want(prediction.video, cache, searched, preview)
+            turns = [_turn(frames=_times(prediction.searched_seconds))]
+        self._want(prediction.video, [time for turn in turns for time in turn["frames"]], preview)
         reported = {name: score[name] for name in _REPORTED if score.get(name) is not None}
         return {
             "video": prediction.video,
-            "duration": prediction.duration or (float(cache.timestamps[-1]) if cache else None),
+            "duration": score.get("duration"),
             "options": prediction.options,
             "answer": prediction.answer,
             "gold": answer_letter(prediction.answer, prediction.options) if prediction.options else None,
-            "said": final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer,
+            "said": score.get("answer"),
             "choice": score.get("choice"),
             "reanswer": prediction.reanswer,
-            "truth": _finite(prediction.gt_seconds),
-            "spans": [list(span) for span in prediction.gt_spans if len(_finite(span)) == 2],
+            "truth": score.get("truth", []),
+            "spans": [_times(span) for span in prediction.gt_spans if len(_times(span)) == 2],
             "preview": preview,
             "turns": turns,
-            "scores": {_REPORTED[name]: _short(value) for name, value in reported.items()},
+            "scores": {_REPORTED[name]: f"{value:.2f}" for name, value in reported.items()},
             "error": f"{prediction.error.type}: {prediction.error.message}" if prediction.error else None,
             "thumbs": self.videos.get(prediction.video),
         }
 
-    def _cache(self, video: str) -> FrameCache | None:
-        from timesearch.video.frames import FrameCache
-
-        if self.frames is None:
-            return None
-        try:
-            path = inside(self.frames, f"{video}.frames")
-            return FrameCache.open(path) if path.is_file() else None
-        except ItemError:
-            return None
-
-    def _want(self, video: str, cache: FrameCache | None, searched: list[Any], preview: list[Any]) -> None:
+    def _want(self, video: str, searched: list[float], preview: list[float]) -> None:
         """Ask for pictures: of searched frames, and of some of the preview."""
-        if cache is None:
+        if self.frames is None or not _cache_file(self.frames, video):
             return
         step = max(1, len(preview) // _PREVIEWS)
-        frames = [frame for _, frame in [*searched, *preview[::step]] if frame is not None]
-        self.wanted.setdefault(video, {}).update(dict.fromkeys(frames))
+        self.wanted.setdefault(video, {}).update(dict.fromkeys([*searched, *preview[::step]]))
         self.videos.setdefault(video, len(self.videos))
 
     def write_pictures(self, handle: IO[str]) -> None:
         """Write the pictures video by video, as many of each as fit into an even share of the budget."""
-        left, videos = THUMBNAIL_BUDGET, len(self.wanted)
-        for video, frames in self.wanted.items():
-            share, pictures = left // videos, {}
-            cache = self._cache(video)
-            for frame in frames:
-                if cache is None or share <= 0:
-                    self.without_picture += 1
-                    continue
-                pictures[str(frame)] = _thumbnail(cache, frame)
-                share -= len(pictures[str(frame)])
+        left = THUMBNAIL_BUDGET
+        for position, (video, times) in enumerate(self.wanted.items()):
+            share = left // (len(self.wanted) - position)
+            pictures = _pictures(_cache_file(self.frames, video), times, share)
             self.pictured += len(pictures)
+            self.without_picture += len(times) - len(pictures)
             left -= _write_data(handle, f"thumbs-{self.videos[video]}", pictures)
-            videos -= 1
 
     def embedded(self) -> str:
         """What is in the page and what is not, in a sentence."""
@@ -265,10 +244,6 @@ _REPORTED = {
 }
 
 
-def _short(value: float) -> str:
-    return f"{value:.2f}"
-
-
 def _ignore(failure: Failure) -> None:
     """Rows that cannot be read are counted by the evaluation, which the page shows."""
 
@@ -284,22 +259,19 @@ def _verdict(prediction: Prediction, score: Mapping[str, Any]) -> str:
     return "right" if value > 0.5 else "wrong"
 
 
-def _finite(times: Sequence[float]) -> list[float]:
-    return [time for time in times if 0 <= time < float("inf")]
+def _times(seconds: Sequence[float]) -> list[float]:
+    """Times to hundredths of a second, the precision by which the page finds their pictures."""
+    return [round(time, 2) for time in seconds if 0 <= time < float("inf")]
 
 
-def _located(seconds: float, frame: Any, cache: FrameCache | None) -> list[Any]:
-    """[time, index in the frame cache]; the nearest frame's index where none is given, null without a cache."""
-    if cache is None or not 0 <= seconds < float("inf"):
-        return [seconds if 0 <= seconds < float("inf") else 0.0, None]
-    index = frame if isinstance(frame, int) and 0 <= frame < len(cache) else cache.nearest(seconds)
-    return [seconds, index]
+def _turn(**told: Any) -> dict[str, Any]:
+    return {"number": 0, "thought": "", "text": "", "calls": [], "answer": None, "frames": [], **told}
 
 
-def _turns(messages: Sequence[Message], cache: FrameCache | None) -> list[dict[str, Any]]:
-    """What each assistant turn thought and did, with the frames that its tools returned.
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What each assistant turn thought and did, with the times of the frames that its tools returned.
 
-    Frames that stand before the first turn (a baseline that is shown its frames) make a turn of their own.
+    Frames that stand before the first turn (a baseline is given its frames) make a turn 0.
     """
     turns: list[dict[str, Any]] = []
     for message in messages:
@@ -310,21 +282,18 @@ def _turns(messages: Sequence[Message], cache: FrameCache | None) -> list[dict[s
         plain = turn.thought is None and not turn.calls and turn.answer is None
         calls = [{"name": call.name, "arguments": call.arguments, "error": call.error} for call in turn.calls]
         turns.append(
-            {
-                "thought": turn.thought or "",
-                "text": said if plain else "",
-                "calls": _plain_json(calls),
-                "answer": turn.answer,
-                "frames": [],
-            }
+            _turn(
+                number=len(turns) + 1,
+                thought=turn.thought or "",
+                text=said if plain else "",
+                calls=_plain_json(calls),
+                answer=turn.answer,
+            )
         )
-    shown: list[list[Any]] = []
-    for number, seconds, block in tool_frames(messages):
-        place = _located(seconds, block.get("frame"), cache)
-        (turns[number]["frames"] if number >= 0 else shown).append(place)
-    if shown:
-        turns.insert(0, {"thought": "", "text": "", "calls": [], "answer": None, "frames": shown})
-    return turns
+    shown: list[float] = []
+    for number, seconds, _ in tool_frames(messages):
+        (turns[number]["frames"] if number >= 0 else shown).extend(_times([seconds]))
+    return [_turn(frames=shown), *turns] if shown else turns
 
 
 def _plain_json(value: Any) -> Any:
@@ -338,8 +307,37 @@ def _plain_json(value: Any) -> Any:
     return value
 
 
-def _thumbnail(cache: FrameCache, index: int) -> str:
-    image = cache[index].copy()
+def _cache_file(frames: Path | None, video: str) -> Path | None:
+    if frames is None:
+        return None
+    try:
+        path = inside(frames, f"{video}.frames")
+    except ItemError:
+        return None
+    return path if path.is_file() else None
+
+
+def _pictures(path: Path | None, times: Iterable[float], budget: int) -> dict[str, str]:
+    """Small JPEGs in base64 of the cached frames nearest to `times`, as many as `budget` bytes hold."""
+    from timesearch.video.frames import FrameCache
+
+    pictures: dict[str, str] = {}
+    if path is None:
+        return pictures
+    try:
+        cache = FrameCache.open(path)
+        for time in times:
+            if budget <= 0:
+                break
+            picture = _thumbnail(cache.decode(cache.nearest(time)))
+            pictures[f"{time:.2f}"] = picture
+            budget -= len(picture)
+    except ItemError:  # a damaged cache costs pictures, not the report; the page counts them as missing
+        return pictures
+    return pictures
+
+
+def _thumbnail(image: Image) -> str:
     image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY, optimize=True)

@@ -12,7 +12,7 @@ function element(name, attributes = {}, ...children) {
     else if (key === "style") for (const [property, setting] of Object.entries(value)) node.style.setProperty(property, setting);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -29,6 +29,7 @@ function data(id) {
 const summary = data("summary");
 const methods = summary.methods;
 const percent = (value) => (value === null || value === undefined ? "–" : (value * 100).toFixed(1));
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const clock = (seconds) => {
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   const whole = Math.round(seconds);
@@ -117,13 +118,13 @@ function marker(i, x, y) {
   return element("svg:circle", { cx: x, cy: y, r: 4.2, style });
 }
 
-function ticks(low, high) {
+function ticks(low, high, covering = false) {
   const rough = (high - low) / 4 || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const found = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(Number(value.toPrecision(12)));
-  return found;
+  for (let value = Math.ceil(low / step) * step; value < high + step * (1 - 1e-6); value += step) found.push(Number(value.toPrecision(12)));
+  return found.filter((value) => covering || value <= high + step / 1e6);
 }
 
 function chart(plot) {
@@ -133,7 +134,7 @@ function chart(plot) {
   const xs = categories ? [0, categories.length - 1] : [Math.min(...points.map((p) => p[0])), Math.max(...points.map((p) => p[0]))];
   const ys = points.map((p) => p[1]);
   const low = Math.min(0, ...ys);
-  const yTicks = ticks(low, Math.max(...ys, low + 1e-6) * 1.04);
+  const yTicks = ticks(low, Math.max(...ys, low + 1e-6), true);
   const high = Math.max(yTicks[yTicks.length - 1], ...ys);
   const inset = categories ? (width - left - right) / (2 * categories.length) : 6;
   const x = (value) => left + inset + (xs[1] > xs[0] ? ((value - xs[0]) / (xs[1] - xs[0])) * (width - left - right - 2 * inset) : (width - left - right) / 2 - inset);
@@ -150,10 +151,11 @@ function chart(plot) {
   svg.append(element("svg:line", { class: "axis", x1: left, x2: width - right, y1: y(low), y2: y(low) }),
     element("svg:text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, plot.x));
   plot.series.forEach((series, i) => {
-    const path = series.points.map((point, k) => `${k ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("");
+    const aside = categories ? (i - (plot.series.length - 1) / 2) * Math.min(9, inset / plot.series.length) : 0;
+    const path = series.points.map((point, k) => `${k ? "L" : "M"}${(x(point[0]) + aside).toFixed(1)} ${y(point[1]).toFixed(1)}`).join("");
     svg.append(element("svg:path", { d: path, fill: "none", "stroke-width": 2, "stroke-linejoin": "round", "stroke-dasharray": DASHES[Math.floor(i / 2) % 4], style: { stroke: colour(i) } }));
     if (series.points.length <= 40) for (const point of series.points) {
-      const mark = marker(i, x(point[0]), y(point[1]));
+      const mark = marker(i, x(point[0]) + aside, y(point[1]));
       const where = categories ? categories[point[0]] : point[0];
       mark.append(element("svg:title", {}, `${series.name}, ${where}: ${shown(point[1])}${point[2] ? ` (${point[2]} episodes)` : ""}`));
       svg.append(mark);
@@ -243,7 +245,7 @@ function showMore() {
 function row(i) {
   const episode = summary.episodes[i];
   const sample = summary.samples[episode[SAMPLE]];
-  const facts = [methods.length > 1 ? methods[episode[METHOD]].label : null, `${episode[FRAMES]} frames`, `${episode[CALLS]} calls`,
+  const facts = [methods.length > 1 ? methods[episode[METHOD]].label : null, counted(episode[FRAMES], "frame"), counted(episode[CALLS], "call"),
     episode[F1] === null ? null : `F1 ${percent(episode[F1])}`].filter(Boolean).join(" · ");
   const button = element("button", { class: "row", type: "button", "aria-expanded": "false", on: { click: () => toggle(item, button, i) } },
     element("span", { class: `verdict ${episode[VERDICT] === "error" ? "wrong" : episode[VERDICT]}` }, VERDICTS[episode[VERDICT]]),
@@ -275,8 +277,8 @@ function detail(episode) {
   }
   const told = data(`episodes-${episode[CHUNK]}`)[episode[OFFSET]];
   const pictures = (told.thumbs === null ? null : data(`thumbs-${told.thumbs}`)) || {};
-  const picture = (frame) => (pictures[frame] ? `data:image/jpeg;base64,${pictures[frame]}` : null);
-  box.append(answers(sample, told, episode), timeline(told, picture), ...told.turns.map((turn, i) => transcript(turn, i, picture)));
+  const picture = (time) => (pictures[time.toFixed(2)] ? `data:image/jpeg;base64,${pictures[time.toFixed(2)]}` : null);
+  box.append(answers(sample, told, episode), timeline(told, picture), ...told.turns.map((turn) => transcript(turn, picture)));
   if (told.error) box.append(element("p", { class: "wrong" }, told.error));
   return box;
 }
@@ -299,7 +301,7 @@ function answers(sample, told, episode) {
 }
 
 function timeline(told, picture) {
-  const times = [...told.truth, ...told.spans.flat(), ...told.preview.map((f) => f[0]), ...told.turns.flatMap((turn) => turn.frames.map((f) => f[0]))];
+  const times = [...told.truth, ...told.spans.flat(), ...told.preview, ...told.turns.flatMap((turn) => turn.frames)];
   const end = told.duration || Math.max(1, ...times);
   const at = (seconds) => `${Math.min(100, Math.max(0, (seconds / end) * 100))}%`;
   const peek = element("div", { class: "peek", role: "tooltip", hidden: true });
@@ -330,14 +332,15 @@ function timeline(told, picture) {
       told.spans.map(([start, stop]) => dot((start + stop) / 2, "truth", `ground truth, ${clock(start)} to ${clock(stop)}`, null)),
       told.spans.length ? [] : told.truth.map((time) => dot(time, "truth", `ground truth, ${clock(time)}`, null))));
   }
-  if (told.preview.length) box.append(lane("preview", told.preview.map(([time, frame]) => dot(time, "preview", `preview, ${clock(time)}`, picture(frame)))));
-  told.turns.forEach((turn, i) => {
+  if (told.preview.length) box.append(lane("preview", told.preview.map((time) => dot(time, "preview", `preview, ${clock(time)}`, picture(time)))));
+  told.turns.forEach((turn) => {
     if (!turn.frames.length && !turn.calls.length) return;
     const windows = turn.calls.map((call) => [Number(call.arguments.start_time ?? 0), Number(call.arguments.end_time ?? end)])
       .map(([start, stop]) => [start || 0, stop > 0 ? stop : end]).filter(([start, stop]) => stop > start && (start > 0 || stop < end));
-    box.append(lane(turn.calls.length ? `turn ${i + 1}` : "frames",
+    const name = turn.number ? `turn ${turn.number}` : "given";
+    box.append(lane(name,
       windows.map(([start, stop]) => element("span", { class: "window", style: { left: at(start), width: `calc(${at(stop)} - ${at(start)})` } })),
-      turn.frames.map(([time, frame]) => dot(time, "searched", `turn ${i + 1}, ${clock(time)}`, picture(frame)))));
+      turn.frames.map((time) => dot(time, "searched", `${name}, ${clock(time)}`, picture(time)))));
   });
   box.append(element("div", { class: "scale", "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((part) =>
     element("span", { style: { left: `${part * 100}%` } }, clock(part * end)))), peek);
@@ -355,17 +358,19 @@ function timeline(told, picture) {
   return box;
 }
 
-function transcript(turn, i, picture) {
+function transcript(turn, picture) {
   const call = ({ name, arguments: given, error }) => element("p", { class: "call" }, element("span", { class: "tool" }, name || "tool call"), " ",
-    Object.entries(given).map(([key, value], k) => [k ? ", " : "", element("span", { class: "key" }, `${key} `), typeof value === "string" ? `“${value}”` : JSON.stringify(value)]).flat(),
+    Object.entries(given).map(([key, value], k) => [k ? ", " : "", element("span", { class: "key" }, `${key} `), typeof value === "string" ? `“${value}”` : JSON.stringify(value)]),
     error ? element("span", { class: "wrong" }, ` ${error}`) : null);
-  const frames = turn.frames.length ? element("ul", { class: "strip" }, turn.frames.map(([time, frame]) => {
-    const url = picture(frame);
+  const pictured = turn.frames.some(picture);
+  const frames = turn.frames.length ? element("ul", { class: "strip" }, turn.frames.map((time) => {
+    const url = picture(time);
     const label = clock(time);
-    return element("li", {}, url ? element("img", { src: url, alt: `frame at ${label}` }) : element("span", { class: "blank" }, "no picture"), label);
+    const blank = pictured ? element("span", { class: "blank" }, "no picture") : null;
+    return element("li", {}, url ? element("img", { src: url, alt: `frame at ${label}` }) : blank, label);
   })) : null;
-  const acts = turn.calls.length ? "searches" : turn.answer !== null ? "answers" : turn.frames.length ? "is shown frames" : "says";
-  return element("div", { class: `turn ${turn.calls.length ? "searching" : ""}` }, element("h4", {}, `Turn ${i + 1} ${acts}`),
+  const acts = turn.calls.length ? "searches" : turn.answer !== null ? "answers" : "says";
+  return element("div", { class: `turn ${turn.calls.length ? "searching" : ""}` }, element("h4", {}, turn.number ? `Turn ${turn.number} ${acts}` : "Frames given at once"),
     turn.thought ? element("p", { class: "said" }, turn.thought) : null, turn.text ? element("p", { class: "said note" }, turn.text) : null,
     turn.calls.map(call), turn.answer !== null ? element("p", { class: "said" }, "→ ", element("strong", {}, turn.answer)) : null, frames);
 }
