@@ -1,4 +1,4 @@
-"""Real clips and a sample file in LongVideoBench's published form, through the stages of preparation, search and scoring."""
+"""Real clips and a sample file in LongVideoBench's published form, through the stages from frames to scores."""
 
 from __future__ import annotations
 

@@ -64,9 +64,14 @@ def test_paths_stay_inside_their_root(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "value.txt"
     target.write_text("old")
-    with pytest.raises(ValueError, match="stop"), atomic_path(target) as partial:
-        partial.write_text("half")
-        raise ValueError("stop")
+
+    def write_half() -> None:
+        with atomic_path(target) as partial:
+            partial.write_text("half")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_half()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
