@@ -1,0 +1,337 @@
+"""The paper's ablation at pocket size: what completeness self-verification changes, over seeds and two worlds.
+
+    uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 30] [--workers 2]
+
+In the *guess-proof* world every answer is equally likely, so that only search pays. In the *guessable* world the
+commonest answer is right nine times in ten, so that guessing pays, and with plain GRPO searching is unlearned. From one
+cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with equal
+steps and settings. All are scored on held-out videos, which no choice of setting has seen.
+
+Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
+or methods cost only themselves. It writes `table.md`, `curves.png` and `metrics.json` there, and with `--docs FILE` the
+table between the marks ``<!-- learning -->`` and ``<!-- /learning -->`` of that file. The smallest try-out:
+
+    uv run python benchmarks/learning.py --out /tmp/learning --seeds 0 --steps 2 --coldstart-steps 2 \
+        --train-videos 4 --heldout 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from timesearch.files import write_json, write_jsonl
+from timesearch.pocket.world import make_scene
+from timesearch.profiles import load_profile
+from timesearch.settings import Settings
+
+WORLDS = ("guess-proof", "guessable")
+METHODS = {"base": "search prompt, untrained", "coldstart": "cold start", "grpo": "GRPO", "grpo_csv": "GRPO-CSV"}
+COLUMNS = {
+    "qa_accuracy": "accuracy",
+    "temporal_f1": "temporal F1 (2 s)",
+    "completeness": "completeness",
+    "searched": "episodes with search",
+    "tool_calls": "calls",
+    "frames": "frames",
+}
+SHARES = ("qa_accuracy", "temporal_f1", "completeness", "searched")
+RESAMPLES = 2000
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is run."""
+
+    out: Path
+    worlds: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    coldstart_steps: int
+    train_videos: int
+    heldout: int
+    temperature: float
+
+    def settings(self, world: str, seed: int = 0, method: str = "grpo_csv") -> Settings:
+        """The pocket profile, with every path inside `out`."""
+        settings = load_profile("pocket")
+        root, run = self.out / world, self.out / world / f"seed-{seed}"
+        settings.seed = seed
+        paths = settings.paths
+        paths.train_samples, paths.test_samples = root / "train.jsonl", root / "heldout.jsonl"
+        paths.videos, paths.frames, paths.features = root / "videos", root / "frames", root / "features"
+        paths.models, paths.coldstart, paths.train = self.out / "models", run / "coldstart", run / method
+        paths.results = run / "results"
+        settings.coldstart.steps = self.coldstart_steps
+        settings.train.steps = self.steps
+        settings.train.processes = 1
+        settings.train.micro_batch = settings.train.prompts_per_step * settings.train.num_generations
+        settings.train.completeness_weight = settings.train.completeness_weight if method == "grpo_csv" else 0.0
+        settings.infer.temperature = self.temperature
+        settings.tracking.uri = f"sqlite:///{(self.out / 'mlflow.db').absolute()}"
+        settings.tracking.traced_episodes = 2
+        return settings
+
+
+@contextmanager
+def piece(bench: Bench, *name: str) -> Iterator[bool]:
+    """Yield whether the piece is still to do; its seconds are written down once it is done."""
+    mark = bench.out.joinpath(*name[:-1], f"{name[-1]}.done.json")
+    if mark.is_file():
+        yield False
+        return
+    started = time.monotonic()
+    yield True
+    write_json(mark, {"seconds": round(time.monotonic() - started, 1)})
+    console.print(f"{'/'.join(name)}: {time.monotonic() - started:.0f} s")
+
+
+def prepare(bench: Bench) -> None:
+    """Encoder and base policy, and for each world the questions, videos and caches."""
+    from timesearch.pocket.dataset import samples_of
+
+    with piece(bench, "models") as todo:
+        if todo:
+            from timesearch.models import run
+
+            run(bench.settings(bench.worlds[0]))
+    for world in bench.worlds:
+        settings = bench.settings(world)
+        with piece(bench, world, "caches") as todo:
+            if not todo:
+                continue
+            train = [
+                sample
+                for number in range(bench.train_videos)
+                for sample in samples_of(make_scene(world, "train", number))
+            ]
+            asked = [samples_of(make_scene(world, "heldout", number)) for number in range(bench.heldout)]
+            heldout = [samples[number % len(samples)] for number, samples in enumerate(asked)]
+            for path, samples in ((settings.paths.train_samples, train), (settings.paths.test_samples, heldout)):
+                write_jsonl(path, [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples])
+            from timesearch.retrieval import features
+            from timesearch.video import download, frames
+
+            for stage in (download, frames, features):
+                result = stage.run(settings)
+                if result.failures:
+                    raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+
+
+def chain(bench: Bench, world: str, seed: int) -> None:
+    """Cold start, both trainings and all held-out episodes of one world and seed."""
+    from timesearch.inference import infer
+    from timesearch.training import coldstart, launch
+
+    here = (world, f"seed-{seed}")
+    with piece(bench, *here, "coldstart") as todo:
+        if todo:
+            coldstart.run(bench.settings(world, seed))
+    for method in ("grpo", "grpo_csv"):
+        with piece(bench, *here, method) as todo:
+            if todo:
+                launch.run(bench.settings(world, seed, method))
+    for method in METHODS:
+        with piece(bench, *here, f"episodes-{method}") as todo:
+            if todo:
+                result = infer.run(bench.settings(world, seed, method), [method])
+                if result.failures:
+                    raise SystemExit(f"{method}: {result.failures[0].message}")
+
+
+def score(bench: Bench, world: str) -> dict[str, np.ndarray]:
+    """Values of each method's episodes: shape (seeds, questions, columns)."""
+    from timesearch.evaluation.evaluate import evaluate_files
+    from timesearch.settings import Evaluate
+
+    scores: dict[str, np.ndarray] = {}
+    for method in METHODS:
+        by_seed = []
+        for seed in bench.seeds:
+            file = bench.settings(world, seed).paths.results / "predictions" / f"{method}.jsonl"
+            (scored,) = evaluate_files({method: file}, Evaluate(thresholds=[2.0], visual=False, bootstrap=0), None)
+            by_seed.append([[episode.values.get(name, 0.0) for name in COLUMNS] for episode in scored.episodes])
+        scores[method] = np.array(by_seed)
+    return scores
+
+
+def summarise(values: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Mean over seeds and questions, range of the seeds' means, and a 95% interval from resampled questions."""
+    rng = np.random.default_rng(0)
+    questions = values.mean(axis=0)
+    draws = rng.integers(len(questions), size=(RESAMPLES, len(questions)))
+    low, high = np.quantile(questions[draws].mean(axis=1), [0.025, 0.975], axis=0)
+    by_seed = values.mean(axis=1)
+    return {
+        name: {
+            "mean": float(questions[:, column].mean()),
+            "seeds": [float(value) for value in by_seed[:, column]],
+            "interval": [float(low[column]), float(high[column])],
+        }
+        for column, name in enumerate(COLUMNS)
+    }
+
+
+def table(bench: Bench, summary: dict[str, Any], hours: float) -> str:
+    """Markdown: a table for each world, and the comparisons that the ablation is about."""
+    lines = [
+        f"{bench.heldout} held-out videos, {len(bench.seeds)} seeds, {bench.steps} steps of "
+        f"{load_profile('pocket').train.prompts_per_step} questions x {load_profile('pocket').train.num_generations} "
+        f"episodes, temperature {bench.temperature:g} in evaluation, {hours:.1f} hours of computing. Mean over seeds "
+        "(lowest to highest seed)."
+    ]
+    for world in bench.worlds:
+        lines += ["", f"**{world}**", "", "| method | " + " | ".join(COLUMNS.values()) + " |"]
+        lines.append("| --- |" + " ---: |" * len(COLUMNS))
+        for method, label in METHODS.items():
+            cells = []
+            for name in COLUMNS:
+                value = summary[world][method][name]
+                scale, digits = (100, 0) if name in SHARES else (1, 1)
+                mean, *ends = (
+                    f"{scale * x:.{digits}f}" for x in (value["mean"], min(value["seeds"]), max(value["seeds"]))
+                )
+                cells.append(f"{mean} ({ends[0]} to {ends[1]})")
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *comparisons(summary)])
+
+
+def comparisons(summary: dict[str, Any]) -> Iterator[str]:
+    """Differences in points, with 95% intervals of both sides."""
+
+    def line(world: str, name: str, a: str, b: str) -> str:
+        first, second = summary[world][a][name], summary[world][b][name]
+        apart = first["interval"][0] > second["interval"][1] or second["interval"][0] > first["interval"][1]
+        ends = [f"{100 * low:.0f} to {100 * high:.0f}" for low, high in (first["interval"], second["interval"])]
+        return (
+            f"- {world}, {COLUMNS[name]}: {METHODS[a]} {100 * (first['mean'] - second['mean']):+.0f} points against "
+            f"{METHODS[b]} (95% intervals {ends[0]} and {ends[1]}, {'apart' if apart else 'overlapping'})"
+        )
+
+    pairs = {"guess-proof": ("grpo_csv", "coldstart"), "guessable": ("grpo_csv", "grpo")}
+    for world, (a, b) in pairs.items():
+        if world in summary:
+            yield from (line(world, name, a, b) for name in SHARES)
+
+
+def draw_curves(bench: Bench, path: Path) -> None:
+    """Training curves: mean over seeds, and the range of the seeds as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {"search_rate": "episodes with search", "accuracy": "accuracy", "completeness": "completeness"}
+    figure, axes = plt.subplots(len(bench.worlds), len(panels), figsize=(11, 3 * len(bench.worlds)), squeeze=False)
+    for row, world in enumerate(bench.worlds):
+        for column, (name, label) in enumerate(panels.items()):
+            axis = axes[row][column]
+            for method, colour in (("grpo", "tab:orange"), ("grpo_csv", "tab:blue")):
+                runs = [_curve(bench.settings(world, seed, method).paths.train, name) for seed in bench.seeds]
+                if not all(runs):
+                    continue
+                values = _smooth(np.array(runs))
+                steps = np.arange(1, values.shape[1] + 1)
+                axis.plot(steps, values.mean(axis=0), color=colour, label=METHODS[method])
+                axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+            axis.set(title=f"{world}: {label}", xlabel="step", ylim=(-0.02, 1.02))
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _curve(folder: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row[name] for row in rows] if name in rows[0] else []
+
+
+def _smooth(runs: np.ndarray, width: int = 3) -> np.ndarray:
+    """Running mean over `width` steps; shape is kept."""
+    padded = np.pad(runs, ((0, 0), (width // 2, width // 2)), mode="edge")
+    return np.stack([padded[:, i : i + runs.shape[1]] for i in range(width)]).mean(axis=0)
+
+
+def write_into(docs: Path, text: str) -> None:
+    """Replace what stands between the marks of a Markdown file."""
+    first, last = "<!-- learning -->", "<!-- /learning -->"
+    old = docs.read_text(encoding="utf-8")
+    if first not in old or last not in old:
+        raise SystemExit(f"{docs} has no marks {first} and {last}")
+    head, tail = old.split(first, 1)[0], old.split(last, 1)[1]
+    docs.write_text(f"{head}{first}\n{text}\n{last}{tail}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then score and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=30, help="steps of GRPO and of GRPO-CSV")
+    parser.add_argument("--coldstart-steps", type=int, default=200)
+    parser.add_argument("--train-videos", type=int, default=100)
+    parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the held-out episodes")
+    parser.add_argument("--workers", type=int, default=2, help="worlds and seeds at the same time, a core each")
+    parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
+    parser.add_argument("--only", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    bench = Bench(
+        given.out,
+        tuple(given.worlds),
+        tuple(given.seeds),
+        given.steps,
+        given.coldstart_steps,
+        given.train_videos,
+        given.heldout,
+        given.temperature,
+    )
+    if given.only:
+        chain(bench, given.only[0], int(given.only[1]))
+        return
+    bench.out.mkdir(parents=True, exist_ok=True)
+    prepare(bench)
+    own = list(sys.argv[1:] if arguments is None else arguments)
+    todo = [(world, str(seed)) for seed in bench.seeds for world in bench.worlds]
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(lambda pair: _in_process(bench, [*own, "--only", *pair], pair), todo))
+    summary = {world: {m: summarise(v) for m, v in score(bench, world).items()} for world in bench.worlds}
+    seconds = sum(json.loads(mark.read_text())["seconds"] for mark in bench.out.rglob("*.done.json"))
+    text = table(bench, summary, seconds / 3600)
+    write_json(bench.out / "metrics.json", summary)
+    (bench.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw_curves(bench, bench.out / "curves.png")
+    if given.docs:
+        write_into(given.docs, text)
+    print(text)
+
+
+def _in_process(bench: Bench, arguments: list[str], pair: tuple[str, str]) -> None:
+    """One chain in a process of its own, its output in a log."""
+    log = bench.out / f"{'-'.join(pair)}.log"
+    with log.open("ab") as handle:
+        code = subprocess.run(
+            [sys.executable, __file__, *arguments], stdout=handle, stderr=handle, check=False
+        ).returncode
+    if code:
+        raise SystemExit(f"{' seed '.join(pair)} ended with exit code {code}: see {log}; the same command goes on")
+    console.print(f"{' seed '.join(pair)}: done")
+
+
+if __name__ == "__main__":
+    main()
