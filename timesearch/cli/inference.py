@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from timesearch.inference.ask import Asker
+    from timesearch.messages import ToolCall
+    from timesearch.samples import Prediction
+    from timesearch.search.episode import Step
+    from timesearch.search.policy import Policy
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Checkpoint folder of the policy, or its name at --url.")
+]
+UrlOption = Annotated[str | None, typer.Option("--url", help="OpenAI-compatible server of the policy, with /v1.")]
+CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; ~/.cache/timesearch.")]
 
 
 @app.command()
@@ -40,5 +59,161 @@ def infer(
     for failure in result.failures[:20]:
         typer.echo(f"  {failure.item}: {failure.reason}: {failure.message}", err=True)
     if result.failures:
-        typer.echo(f"  all failures: {results / 'predictions' / 'failures.jsonl'}; the same command tries them again", err=True)
+        typer.echo(
+            f"  all failures: {results / 'predictions' / 'failures.jsonl'}; the same command tries them again", err=True
+        )
     raise typer.Exit(result.exit_code(keep_going))
+
+
+@app.command()
+def ask(
+    video: Annotated[Path, typer.Argument(help="Video file.")],
+    questions: Annotated[
+        list[str] | None, typer.Argument(metavar="QUESTION...", help="Questions; none: they are asked for.")
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="A choice, where the answer is one of several.")
+    ] = None,
+    model: ModelOption = None,
+    url: UrlOption = None,
+    save: Annotated[Path | None, typer.Option("--save", help="PNG for the frames that were found.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a question, and nothing else.")
+    ] = False,
+    cache: CacheOption = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Answer questions about a video, and show the search as it happens."""
+    from timesearch.errors import ItemError
+    from timesearch.inference.ask import as_request, contact_sheet
+    from timesearch.video.frames import FrameCache, cache_path
+    from timesearch.video.probe import probe
+
+    with as_request():
+        probe(video)
+    console = Console(stderr=as_json, highlight=False)
+    with console.status("loading the policy") as status:
+        asker, policy = _open_asker(params, model, url, cache)
+        with as_request():
+            name = asker.prepare(video, lambda text: status.update(Text(text)))
+    watch = _Live(console, asker.frames, name)
+
+    async def answer() -> None:
+        await policy.connect()
+        try:
+            for question in questions or _typed(console):
+                watch.line("question", question, "bold")
+                prediction = await asker.ask(name, question, options or [], watch)
+                if prediction.error is not None:
+                    raise ItemError(prediction.error.message, prediction.error.type)
+                watch.conclude(prediction)
+                if as_json:
+                    typer.echo(
+                        json.dumps({**prediction.model_dump(mode="json"), "video": str(video)}, ensure_ascii=False)
+                    )
+                if save is not None:
+                    contact_sheet(FrameCache.open(cache_path(asker.frames, name)), prediction.searched_seconds, save)
+                    watch.line("saved", str(save))
+        finally:
+            await policy.close()
+
+    asyncio.run(answer())
+
+
+def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> tuple[Asker, Policy]:
+    """The parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
+    from timesearch.inference.ask import Asker, default_cache, open_policy
+    from timesearch.retrieval.encoder import load_encoder
+    from timesearch.retrieval.features import default_encoder
+    from timesearch.settings import Settings, load_settings
+
+    settings = load_settings(params) if params.is_file() else Settings()
+    policy = open_policy(settings, model, url)
+    made = settings.features.url or (settings.paths.models / "encoder").is_dir()
+    encoder = default_encoder(settings) if made else load_encoder(settings.models.encoder, settings.models.pretrained)
+    return Asker(settings, policy, encoder, cache or default_cache()), policy
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Questions from the terminal, until an empty line or the end of input."""
+    while True:
+        try:
+            question = console.input("question  ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+class _Live:
+    """Prints an episode's steps as they happen. What a model or a user wrote is shown as plain words."""
+
+    def __init__(self, console: Console, frames: Path, name: str) -> None:
+        self._console, self._frames, self._name = console, frames, name
+
+    def __call__(self, step: Step) -> None:
+        times = [block["seconds"] for block in step.blocks if block["type"] == "image"]
+        if step.kind == "preview":
+            self.line("preview", _times(times), "dim")
+        elif step.kind == "turn" and step.turn is not None:
+            self.line(f"turn {step.number}", step.turn.thought or step.text, "cyan")
+            for call in step.turn.calls:
+                self.line("search", describe_call(call), "yellow")
+        elif step.kind == "frames":
+            told = "".join(block.get("text", "") for block in step.blocks)
+            self.line("found", _times(times) if times else told, "green")
+
+    def conclude(self, prediction: Prediction) -> None:
+        """The answer, and the times that support it."""
+        self.line("answer", prediction.predicted_answer or "none", "bold")
+        if not prediction.searched_seconds:
+            self.line("seen at", "no frame was searched: this is a guess from the preview", "dim")
+            return
+        again = prediction.reanswer
+        verdict = "the same answer" if again and again == prediction.predicted_answer else f"{again or 'no answer'}"
+        self.line("seen at", f"{_times(prediction.searched_seconds)}; from these frames alone: {verdict}", "bold")
+
+    def line(self, label: str, text: str, style: str = "") -> None:
+        """One line, cut at the terminal's width; control characters become spaces."""
+        plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+        self._console.print(Text(f"{label:<10}") + Text(plain, style), no_wrap=True, overflow="ellipsis")
+
+
+def _times(seconds: list[float]) -> str:
+    return ", ".join(f"{time:.1f}s" for time in seconds)
+
+
+def describe_call(call: ToolCall) -> str:
+    """A tool call in a few words: the query and the window."""
+    if call.error:
+        return f"not understood: {call.error}"
+    start, end = call.arguments.get("start_time"), call.arguments.get("end_time")
+    window = (
+        "" if start is None and end is None else f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
+    )
+    return f"{call.arguments.get('query')}{window}"
+
+
+@app.command()
+def serve(
+    videos: Annotated[
+        list[Path] | None, typer.Argument(metavar="FOLDER...", help="Folders of videos to offer.")
+    ] = None,
+    model: ModelOption = None,
+    url: UrlOption = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8780,
+    cache: CacheOption = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Ask about videos in the browser: a small page on this machine."""
+    import uvicorn
+
+    from timesearch.inference.ask import default_cache
+    from timesearch.serve.api import make_app
+
+    asker, policy = _open_asker(params, model, url, cache)
+    page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
+    say(f"timesearch answers at http://{host}:{port} (stop with Ctrl-C)")
+    uvicorn.run(page, host=host, port=port, log_level="warning")

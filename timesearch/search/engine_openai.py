@@ -34,7 +34,7 @@ class OpenAIPolicy:
 
     Args:
         urls: base URLs with ``/v1``; conversations go to the least busy.
-        model: name under which the servers list it.
+        model: name under which the servers list it; empty for the only one that they serve.
         temperature: 0 decodes greedily.
         timeout: seconds that one call may take.
         retry_for: seconds for which a call is tried again while servers refuse, fail (5xx, 429) or time out.
@@ -77,9 +77,13 @@ class OpenAIPolicy:
         for url in self._urls:
             response = await self._send("GET", url, "/models")
             entries = {entry["id"]: entry for entry in response.json()["data"]}
+            if not self.name and len(entries) == 1:
+                self.name = next(iter(entries))
             if self.name not in entries:
                 served = ", ".join(entries) or "nothing"
-                raise RequestError(f"the server at {redact(url)} serves {served}, not {self.name}: set infer.model")
+                raise RequestError(
+                    f"the server at {redact(url)} serves {served}: name one of these (infer.model, --model)"
+                )
             self._context = self._context or entries[self.name].get("max_model_len")
 
     @asynccontextmanager

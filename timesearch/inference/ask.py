@@ -1,0 +1,160 @@
+"""One question about one video: frames, features, search and answer in one go, with caches kept for the next one."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from timesearch.errors import ItemError, RequestError
+from timesearch.files import atomic_path, json_digest
+from timesearch.messages import format_seconds
+from timesearch.samples import Prediction, Sample
+from timesearch.search.environment import SearchEnvironment
+from timesearch.search.episode import Watch, run_episode
+from timesearch.search.policy import Policy
+from timesearch.settings import Settings
+from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of
+
+if TYPE_CHECKING:
+    from timesearch.retrieval.encoder import Encoder
+
+Say = Callable[[str], None]
+
+
+def default_cache() -> Path:
+    """The user's cache folder: `XDG_CACHE_HOME` or ``~/.cache``, and in it ``timesearch``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "timesearch"
+
+
+def choose_checkpoint(settings: Settings, named: str | None = None) -> str:
+    """The policy that answers: the one that was named, else the best that the project has made.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if named:
+        return named
+    for made in (settings.paths.train, settings.paths.coldstart, settings.paths.models / "policy"):
+        if (made / "config.json").is_file():
+            return str(made)
+    raise RequestError("there is no policy yet: run `timesearch demo`, or name one by --model or --url")
+
+
+def open_policy(settings: Settings, model: str | None, url: str | None) -> Policy:
+    """The engine for questions: a server at `url`, else a checkpoint in this process."""
+    infer = settings.infer
+    if url:
+        from timesearch.search.engine_openai import OpenAIPolicy
+
+        return OpenAIPolicy(
+            [url], model or infer.model or "", infer.temperature, infer.timeout, retry_for=15.0, seed=settings.seed
+        )
+    from timesearch.search.engine_transformers import TransformersPolicy
+
+    return TransformersPolicy.load(
+        choose_checkpoint(settings, model), infer.concurrency, infer.temperature, settings.seed
+    )
+
+
+class Asker:
+    """Answers questions about video files, whose caches it makes and keeps.
+
+    Args:
+        settings: of frames, features and search.
+        policy: searches and answers.
+        encoder: embeds frames and queries.
+        cache: folder of the caches; a video is known by its path, size and time of change.
+    """
+
+    def __init__(self, settings: Settings, policy: Policy, encoder: Encoder, cache: Path) -> None:
+        self._settings, self._policy, self._encoder = settings, policy, encoder
+        self.frames = cache / "frames"
+        self._features = cache / "features" / encoder.digest[:16]
+        self._locks: dict[str, threading.Lock] = {}
+
+    def prepare(self, video: Path, say: Say = lambda _: None) -> str:
+        """Cache a video's frames and features where that has not been done.
+
+        Args:
+            video: the file.
+            say: told what takes time.
+
+        Returns:
+            The name under which the caches know the video.
+
+        Raises:
+            ItemError: the file is no video that can be used.
+        """
+        from timesearch.retrieval.features import make_feature_cache
+
+        try:
+            stat = video.stat()
+        except OSError as error:
+            raise ItemError(f"{video} cannot be read ({error.strerror})", reason="missing") from error
+        made_of = [str(video.absolute()), stat.st_size, stat.st_mtime_ns, transform_of(self._settings.frames)]
+        name = f"{json_digest(made_of)[:24]}"
+        with self._locks.setdefault(name, threading.Lock()):
+            frames, features = cache_path(self.frames, name), self._features / f"{name}.safetensors"
+            if not frames.is_file():
+                say(f"reading {video.name}")
+                make_frame_cache(video, frames, self._settings.frames)
+            if not features.is_file():
+                say(f"looking at {len(FrameCache.open(frames))} frames")
+                make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size)
+        return name
+
+    async def ask(
+        self, name: str, question: str, options: Sequence[str] = (), watch: Watch | None = None
+    ) -> Prediction:
+        """Search a prepared video for the answer.
+
+        Raises:
+            RequestError: the question is empty.
+        """
+        if not question.strip():
+            raise RequestError("the question is empty: write what you want to know about the video")
+        environment = SearchEnvironment(
+            self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded
+        )
+        kind = "multiple_choice" if options else "open_ended"
+        row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
+        sample = Sample.model_validate(row)
+        return await run_episode(environment, self._policy, sample, self._settings.search, watch)
+
+
+@contextmanager
+def as_request() -> Iterator[None]:
+    """Of one video there are no others to go on with: what is wrong with it is wrong with the request."""
+    try:
+        yield
+    except ItemError as error:
+        raise RequestError(str(error)) from error
+
+
+def contact_sheet(frames: FrameCache, seconds: Sequence[float], target: Path, width: int = 240) -> None:
+    """Write a PNG with the frames at `seconds`, each under its time, four a row and `width` pixels wide.
+
+    Raises:
+        RequestError: there are no frames.
+    """
+    if not seconds:
+        raise RequestError("no frame was searched, so there is no contact sheet to save")
+    from PIL import Image, ImageDraw
+
+    pictures = [frames[frames.nearest(time)] for time in seconds]
+    height = round(width * pictures[0].height / pictures[0].width)
+    band, columns = 20, min(4, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * (height + band)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for position, (time, picture) in enumerate(zip(seconds, pictures, strict=True)):
+        left, top = position % columns * width, position // columns * (height + band)
+        sheet.paste(picture.resize((width, height)), (left, top + band))
+        draw.text((left + 6, top + 3), format_seconds(time), fill="black", font_size=14)
+    with atomic_path(target) as partial:
+        sheet.save(partial, "PNG")

@@ -1,0 +1,1 @@
+"""A small local web page and HTTP API over the search."""
