@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from timesearch.batch import BatchResult, exclusive, run_batch
+from timesearch.digests import remembered
 from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.files import atomic_path, inside
 from timesearch.settings import Features, Settings
@@ -90,14 +91,15 @@ class FeatureCache:
                 f"{frames.digest[:12]}: run the stage 'features' again"
             )
 
-    def verify(self) -> None:
-        """Compare the features with their digest.
+    def verify(self) -> str:
+        """Compare the features with their digest, and return it.
 
         Raises:
             ItemError: `damaged_cache`.
         """
         if _digest(self.features, self.timestamps) != self.features_sha256:
             raise _damaged(self.path, "its features do not fit their digest")
+        return self.features_sha256
 
 
 _HEADER = ("model", "pretrained", "preprocessing", "frames", "features_sha256")
@@ -159,7 +161,7 @@ def up_to_date(target: Path, frames: Path, encoder: Encoder) -> bool:
         features = FeatureCache.open(target)
         features.require_encoder(encoder)
         features.require_frames(FrameCache.open(frames))
-        features.verify()
+        remembered(target, "feature cache", lambda path: FeatureCache.open(path).verify())
     except (ItemError, CacheMismatchError):
         return False
     return True

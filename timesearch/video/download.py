@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from timesearch.batch import BatchResult, exclusive, run_batch
+from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.files import file_digest, inside
 from timesearch.samples import Sample, read_samples
@@ -40,7 +41,7 @@ def download_videos(samples: Iterable[Sample], out: Path, settings: Download) ->
 
 def _fetch_one(video: str, *, wanted: dict[str, Sample], out: Path, settings: Download) -> float | None:
     sample, target = wanted[video], inside(out, video)
-    if target.is_file() and (sample.sha256 is None or file_digest(target) == sample.sha256.lower()):
+    if target.is_file() and (sample.sha256 is None or remembered(target) == sample.sha256.lower()):
         return None
     if not sample.source:
         raise ItemError(f"{video} is not in {out} and its sample names no source", reason="no_source")

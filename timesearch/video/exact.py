@@ -43,7 +43,7 @@ def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, in
     found: dict[float, np.ndarray] = {}
     before: VideoFrame | None = None
     with open_video(video) as container:
-        stream = container.streams[info.stream]
+        stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         stream.thread_type = "AUTO"
         walk = _Walk(container, stream, info.start)
         try:

@@ -17,14 +17,16 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from timesearch.batch import BatchResult, exclusive, run_batch
+from timesearch.digests import remembered
 from timesearch.errors import ItemError
-from timesearch.files import atomic_path, file_digest, inside, json_digest
+from timesearch.files import atomic_path, inside, json_digest
 from timesearch.samples import read_samples
 from timesearch.settings import Frames, Settings
 from timesearch.video.probe import Fingerprint, check_readable, probe, smart_size
@@ -174,8 +176,8 @@ class FrameCache:
             raise _damaged(self.path, f"frame {index} does not fit its checksum")
         return data
 
-    def verify(self) -> None:
-        """Read every frame's bytes and compare them with the digest.
+    def verify(self) -> str:
+        """Read every frame's bytes, compare them with their digest, and return that of the whole cache.
 
         Raises:
             ItemError: `damaged_cache`.
@@ -185,6 +187,7 @@ class FrameCache:
             digest.update(self.jpeg(index))
         if digest.hexdigest() != self.meta["frames_sha256"]:
             raise _damaged(self.path, "its frames do not fit their digest")
+        return self.digest
 
 
 def frame_name(index: int) -> str:
@@ -222,11 +225,12 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames) ->
         times: list[float] = []
         digest = hashlib.sha256()
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            for seconds, jpeg in sample_jpegs(video, info, (width, height), settings):
-                archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
-                digest.update(jpeg)
-                times.append(seconds)
-            source = {"name": video.name, "size": info.fingerprint.size, "sha256": file_digest(video)}
+            with closing(sample_jpegs(video, info, (width, height), settings)) as sampled:
+                for seconds, jpeg in sampled:
+                    archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
+                    digest.update(jpeg)
+                    times.append(seconds)
+            source = {"name": video.name, "size": info.fingerprint.size, "sha256": remembered(video)}
             if Fingerprint.of(video) != info.fingerprint:
                 raise ItemError(f"{video} was changed while it was read: try again", reason="changed_while_reading")
             meta = {
@@ -248,16 +252,13 @@ def up_to_date(cache: Path, video: Path, settings: Frames) -> bool:
     if not cache.exists():
         return False
     try:
-        opened = FrameCache.open(cache)
-        if opened.meta["transform"] != transform_of(settings):
+        meta = FrameCache.open(cache).meta
+        if meta["transform"] != transform_of(settings) or meta["source"]["size"] != video.stat().st_size:
             return False
-        source = opened.meta["source"]
-        if video.stat().st_size != source["size"] or file_digest(video) != source["sha256"]:
-            return False
-        opened.verify()
-    except (ItemError, KeyError):
+        remembered(cache, "frame cache", lambda path: FrameCache.open(path).verify())
+    except ItemError:
         return False
-    return True
+    return remembered(video) == str(meta["source"]["sha256"])
 
 
 def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames") -> BatchResult:

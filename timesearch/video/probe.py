@@ -86,16 +86,18 @@ def open_video(path: Path) -> InputContainer:
     """Open a container with PyAV; only media demuxers and local files are allowed.
 
     Raises:
-        ItemError: `truncated` (an MP4 without its index) or `not_a_video`.
+        ItemError: `truncated` (an MP4 without its index, an AVI shorter than it says) or `not_a_video`.
     """
     import av
 
+    with path.open("rb") as handle:
+        head = handle.read(12)
+    if head[:4] == b"RIFF" and 8 + int.from_bytes(head[4:8], "little") > path.stat().st_size:
+        raise ItemError(f"{path} is cut off: it is shorter than its header says; fetch it again", reason="truncated")
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": PROTOCOLS}
     try:
         return av.open(f"file:{path.absolute()}", container_options=options)
     except av.FFmpegError as error:
-        with path.open("rb") as handle:
-            head = handle.read(12)
         if head[4:8] == b"ftyp":
             raise ItemError(
                 f"{path} is cut off: its index (moov box) is missing; fetch it again", reason="truncated"
