@@ -1,8 +1,8 @@
 """The paper's two filters for training data (arXiv 2511.05489, Section 4.1), by any policy.
 
 Filter 1 drops what a few uniform frames already solve: nothing there has to be searched. Filter 2 drops what a dense
-preview and search cannot solve: no episode of a group would be right, and nothing is learned. What is left is copied
-unchanged, row by row, and `curation.jsonl` says of every sample what became of it and why.
+preview and search cannot solve: no episode of a group would be right, and nothing is learned. What is left is written
+as samples, and `curation.jsonl` says of every sample what became of it and why.
 
 Both passes are runs of the stage `infer` in a folder of their own, and go on where they were stopped.
 """
@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from timesearch.errors import RequestError
 from timesearch.files import write_jsonl
@@ -90,21 +89,13 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
         out / "curation.jsonl",
         [{"id": name, "verdict": verdict, "reason": reason} for name, (verdict, reason) in verdicts.items()],
     )
-    kept = {sample.id for sample in samples if verdicts[sample.id][0] == "kept"}
-    rows = [row for _, row in read_rows(settings.paths.train_samples)]
-    write_jsonl(out / "train.jsonl", [row for row in rows if _identity(row) in kept])
+    kept = [sample for sample in samples if verdicts[sample.id][0] == "kept"]
+    write_jsonl(out / "train.jsonl", [sample.model_dump(mode="json", exclude_unset=True) for sample in kept])
     counts = Counter(dict.fromkeys(VERDICTS, 0))
     counts.update(verdict for verdict, _ in verdicts.values())
     curation = Curation(dict(counts), reasons, out / "train.jsonl")
     (out / "curation.md").write_text(curation.table() + "\n", encoding="utf-8")
     return curation
-
-
-def _identity(row: dict[str, Any]) -> str:
-    """A sample's id as `read_samples` gives it."""
-    from timesearch.formats import to_sample_row
-
-    return str(to_sample_row(row, 0)["id"])
 
 
 def _play(

@@ -1,0 +1,136 @@
+"""`train --plan` and the launcher: sizes as published, memory as in the ZeRO paper, commands that can be copied."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from timesearch.errors import RequestError, TimeSearchError
+from timesearch.profiles import load_profile
+from timesearch.settings import Settings
+from timesearch.training import launch
+from timesearch.training.plan import GIB, KNOWN_MODELS, make_plan, model_size
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("Qwen2.5-VL-7B", 8.292), ("Qwen2.5-VL-3B", 3.755), ("Qwen3-VL-8B", 8.767), ("Qwen3-VL-4B", 4.438)],
+)
+def test_parameters_are_those_of_the_published_checkpoints(name: str, billions: float) -> None:
+    size = model_size(KNOWN_MODELS[name], lora_rank=0, checkpointing=True)
+    assert size.parameters / 1e9 == pytest.approx(billions, abs=6e-4)
+
+
+def test_the_paper_profile_fits_on_its_sixteen_gpus() -> None:
+    plan = make_plan(load_profile("paper-7b"), "profiles/paper-7b.yaml")
+    assert plan.fits
+    assert plan.gpus == 16
+    parameters = plan.size.parameters
+    assert plan.memory["weights"] == pytest.approx(2 * parameters / 16 / GIB)
+    assert plan.memory["gradients"] == pytest.approx(2 * parameters / 16 / GIB)
+    assert plan.memory["optimiser"] == pytest.approx(12 * parameters / 16 / GIB)
+    assert len(plan.commands) == 2
+    for rank, command in enumerate(plan.commands):
+        assert command.startswith(f"node {rank}: accelerate launch --config_file configs/zero3.yaml --num_machines 2 ")
+        assert f"--machine_rank {rank} " in command
+        assert "--num_processes 16 " in command
+        assert "--main_process_ip $MAIN_ADDRESS" in command
+        assert command.endswith("-m timesearch train --params profiles/paper-7b.yaml")
+    text = plan.text()
+    for words in ("8.29 billion", "key-value" if "key-value cache" in plan.memory else "vLLM", "episodes", "images"):
+        assert words in text
+
+
+def test_what_cannot_fit_is_refused_with_advice() -> None:
+    settings = load_profile("paper-7b")
+    settings.train.nodes, settings.train.gpus_per_node, settings.train.launcher = 1, 1, "single"
+    plan = make_plan(settings)
+    assert not plan.fits
+    assert any("GiB are needed" in problem and "lora_rank" in problem for problem in plan.problems)
+    settings.train.prompts_per_step, settings.train.micro_batch = 3, 5
+    assert any("do not divide" in problem for problem in make_plan(settings).problems)
+
+
+def test_the_single_gpu_profile_fits_with_adapters() -> None:
+    plan = make_plan(load_profile("single-gpu"))
+    assert plan.fits
+    assert 0 < plan.size.lora_parameters < plan.size.parameters / 10
+    assert plan.commands == ["timesearch train --params params.yaml"]
+
+
+def test_an_unknown_model_is_named() -> None:
+    settings = Settings()
+    settings.models.policy = "somebody/Large-VL"
+    settings.paths.models = Path("nowhere")
+    with pytest.raises(RequestError, match="somebody/Large-VL"):
+        make_plan(settings)
+
+
+def test_kept_activations_are_about_what_autograd_keeps() -> None:
+    import torch
+
+    from timesearch.pocket.policy import make_policy, make_tokenizer
+
+    model = make_policy(make_tokenizer())
+    size = model_size(model.config.to_dict(), lora_rank=0, checkpointing=False)
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = 512
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.model(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=False)
+    bf16 = sum(kept.values()) / 2
+    assert output.last_hidden_state.requires_grad
+    assert tokens * size.text_kept == pytest.approx(bf16, rel=0.5)
+
+
+def test_several_nodes_need_an_address() -> None:
+    with pytest.raises(RequestError, match="--main-address"):
+        launch.launch_command(load_profile("paper-7b").train, 0, None, "params.yaml")
+
+
+def test_each_launcher_has_its_file() -> None:
+    import yaml
+
+    for name, kind in {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp": "FSDP"}.items():
+        settings = load_profile("paper-7b").train.model_copy(update={"launcher": name, "nodes": 1})
+        command = launch.launch_command(settings, 0, None, "params.yaml")
+        config = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
+        assert config["distributed_type"] == kind
+
+
+def test_accelerate_reads_the_files() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        assert load_config_from_file(str(path)).distributed_type.name in ("MULTI_GPU", "DEEPSPEED", "FSDP")
+
+
+def test_a_process_that_fails_stops_the_others_and_says_so(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text("train: {steps: none}\n")
+    with pytest.raises(TimeSearchError, match=r"training process \d of 2 ended with exit code 2"):
+        launch._run_processes(2, params, tmp_path)
+
+
+def test_hidden_modules_come_back() -> None:
+    with launch.hidden("statistics_of_nothing", "pytest"):
+        assert importlib.util.find_spec("statistics_of_nothing") is None
+        assert importlib.util.find_spec("pytest") is not None
+    assert "statistics_of_nothing" not in sys.modules
