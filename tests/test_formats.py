@@ -293,7 +293,9 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-_FIELDS = sorted({*LONGVIDEOBENCH, *HAYSTACK_LVBENCH, *HAYSTACK_EGO4D, *TSTAR, *VIDEO_MME, *MLVU, *LVBENCH, "prediction"})
+_FIELDS = sorted(
+    {*LONGVIDEOBENCH, *HAYSTACK_LVBENCH, *HAYSTACK_EGO4D, *TSTAR, *VIDEO_MME, *MLVU, *LVBENCH, "prediction"}
+)
 
 
 @settings(max_examples=150, deadline=None)

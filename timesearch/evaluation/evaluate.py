@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
 from timesearch.progress import progress_bar
 from timesearch.settings import Evaluate, Settings
 
+_TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
+_UNTRACKABLE = re.compile(r"[^\w\-. /]")  # characters that MLflow refuses in a metric's name
 MakeJudge = Callable[[], "JudgeClient | RuleJudge"]
 
 
@@ -206,6 +209,15 @@ def files_by_name(paths: Sequence[Path]) -> dict[str, Path]:
     return files
 
 
+def tracked_metrics(method: MethodScores) -> dict[str, float]:
+    """Numbers by the names that MLflow gets: ``grpo_csv/temporal_f1``, ``grpo_csv/duration_group/60/qa_accuracy``."""
+    named = {f"{method.name}/{name}": value for name, value in headline(method.metrics).items()}
+    for group, values in method.metrics["by"].items():
+        for value, block in values.items():
+            named |= {f"{method.name}/{group}/{value}/{name}": block[name] for name in _TRACKED_BY_GROUP}
+    return {_UNTRACKABLE.sub("_", name): number for name, number in named.items() if number is not None}
+
+
 def run(settings: Settings) -> BatchResult:
     """Stage `evaluate`: score `results/predictions/*.jsonl`, write results and the report, and print the table.
 
@@ -224,8 +236,7 @@ def run(settings: Settings) -> BatchResult:
         failures = results / "evaluation" / "failures.jsonl"
         outcome = write_evaluation(methods, results, settings.evaluate, settings.seed, failures=failures)
         for method in methods:
-            numbers = {name: value for name, value in headline(method.metrics).items() if value is not None}
-            record.log_metrics({f"{method.name}/{name}".replace("@", "_at_"): value for name, value in numbers.items()})
+            record.log_metrics(tracked_metrics(method))
         report = write_results_report(settings)
         for path in (report, results / "metrics.json", results / "table.md", results / "evaluation", results / "plots"):
             record.log_artifact(path, path.name if path.is_dir() else None)

@@ -199,20 +199,25 @@ const filters = { method: "", verdict: "", searched: "", group: "", text: "" };
 let matching = [];
 let shownRows = 0;
 
+function labelled(label, key, control) {
+  control.id = `filter-${key}`;
+  return element("div", {}, element("label", { for: control.id }, label), control);
+}
+
 function select(label, key, options) {
-  return element("label", {}, label, element("select", { name: key, on: { change: (event) => { filters[key] = event.target.value; applyFilters(); } } },
-    options.map(([value, text]) => element("option", { value }, text))));
+  const change = (event) => { filters[key] = event.target.value; applyFilters(); };
+  return labelled(label, key, element("select", { on: { change } }, options.map(([value, text]) => element("option", { value }, text))));
 }
 
 function drawFilters() {
   const groups = summary.group_values.flatMap(([name, values]) => values.map((value) => [JSON.stringify([name, value]), `${name.replaceAll("_", " ")}: ${value}`]));
-  const search = element("input", { type: "search", name: "text", autocomplete: "off", on: { input: (event) => { filters.text = event.target.value.toLowerCase(); applyFilters(); } } });
+  const search = element("input", { type: "search", autocomplete: "off", on: { input: (event) => { filters.text = event.target.value.toLowerCase(); applyFilters(); } } });
   byId("filters").append(
     select("Method", "method", [["", "all methods"], ...methods.map((method, i) => [String(i), method.label])]),
     select("Answer", "verdict", [["", "any"], ...Object.entries(VERDICTS)]),
     select("Search", "searched", [["", "any"], ["yes", "searched"], ["no", "did not search"]]),
     ...(groups.length ? [select("Group", "group", [["", "all groups"], ...groups])] : []),
-    element("label", {}, "Question or id contains", search));
+    labelled("Question or id contains", "text", search));
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
 }
 
