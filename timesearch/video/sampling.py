@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -31,7 +31,7 @@ _SUMMARY = re.compile(r"\(video\): (\d+) packets read .*? (\d+) decode errors")
 
 def sample_jpegs(
     video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames
-) -> Iterator[tuple[float, bytes]]:
+) -> Generator[tuple[float, bytes], None, None]:
     """Yield (seconds from the first frame, JPEG) of the sampled frames as ffmpeg decodes them.
 
     Raises:
