@@ -218,11 +218,21 @@ def test_open_ended_and_grounding_answers(tmp_path: Path) -> None:
     rows = [
         base | {"id": "o1", "answer": "The red car.", "type": "open_ended", "predicted_answer": "a red car"},
         base | {"id": "o2", "answer": "red car", "type": "open_ended", "predicted_answer": "a bus"},
-        base | {"id": "g", "gt_spans": [[0, 10]], "type": "grounding", "predicted_answer": "from 5 to 15"},
+        base | {"id": "g1", "gt_spans": [[0, 10]], "type": "grounding", "predicted_answer": "from 5 to 15"},
+        base
+        | {
+            "id": "g2",
+            "answer": "[[0, 10]]",
+            "type": "grounding",
+            "predicted_answer": '{"start_time": 0, "end_time": 10}',
+        },
+        base | {"id": "g3", "answer": "[0, 10]", "type": "grounding", "predicted_answer": "9" * 5000},
+        base | {"id": "g4", "answer": "soon", "type": "grounding", "predicted_answer": "[0, 1]"},
     ]
-    metrics, _ = score(tmp_path, rows)
+    metrics, reasons = score(tmp_path, rows)
     assert metrics["qa_accuracy"] == 0.5
-    assert metrics["grounding_iou"] == pytest.approx(5 / 15)
+    assert metrics["grounding_iou"] == pytest.approx((5 / 15 + 1 + 0) / 3)
+    assert (metrics["qa_unparsed"], reasons["bad_answer"]) == (1, ["g4"])
     assert metrics["by"]["type"]["open_ended"]["episodes"] == 2
 
 

@@ -45,11 +45,16 @@ def choice_letter(answer: str) -> str | None:
 
 
 def parse_intervals(text: str) -> list[tuple[float, float]]:
-    """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20, 31-40``."""
+    """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20, 31-40``.
+
+    JSON may be one pair, a list of pairs, or the reference's ``{"start_time": 12.5, "end_time": 20}``.
+    """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = json.loads(text, parse_int=float)
+    except (json.JSONDecodeError, RecursionError):
         return [(float(start), float(end)) for start, end in _PAIR.findall(text)]
+    if isinstance(value, dict):
+        value = [value.get("start_time"), value.get("end_time")]
     if isinstance(value, list) and len(value) == 2 and all(isinstance(item, (int, float)) for item in value):
         value = [value]
     if not isinstance(value, list):

@@ -15,7 +15,7 @@ What is not as it should be is named, with a reason, and handled as follows:
 ``no_ground_truth``    no ground-truth time, in a file whose other rows have some: left out of the temporal and visual
                        metrics
 ``unknown_frame_rate`` ground truth in frame numbers of a video that is not there, with no rate in `meta`: as above
-``bad_answer``         the right answer names none of the options: left out of the accuracy
+``bad_answer``         the right answer names none of the options, or no interval: left out of the accuracy
 ``missing_video``      the visual metrics need the video and it is not there (or why it cannot be read): left out of
                        them
 =====================  ==============================================================================================
@@ -23,7 +23,6 @@ What is not as it should be is named, with a reason, and handled as follows:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -237,10 +236,10 @@ class Scorer:
         self._report(Failure(prediction.id, reason, f"{prediction.id}: {message}"))
 
     def _group(self, prediction: Prediction) -> dict[str, list[str]]:
-        found = {"type": [prediction.type]}
+        found: dict[str, list[str]] = {"type": [prediction.type]}
         for name in self._groups:
             value = prediction.meta.get(name)
-            if value not in (None, "", []):
+            if isinstance(value, (str, int, list)) and value not in ("", []):
                 found[name] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         return found
 
@@ -304,11 +303,7 @@ class Scorer:
     def _score_answer(self, prediction: Prediction, episode: EpisodeScore) -> None:
         episode.answer = final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer
         if prediction.type == "grounding":
-            gold = prediction.answer or json.dumps([list(span) for span in prediction.gt_spans])
-            if parse_intervals(gold):
-                said = parse_intervals(episode.answer or "")
-                episode.values["grounding_iou"] = interval_iou(said, parse_intervals(gold))
-                episode.unparsed = not said
+            self._score_intervals(prediction, episode)
             return
         if not prediction.answer.strip():
             return
@@ -319,6 +314,15 @@ class Scorer:
             episode.unparsed = not (episode.answer or "").strip()
             if prediction.reanswer is not None:
                 self._ask(prediction, episode, "reanswer_accuracy", prediction.reanswer)
+
+    def _score_intervals(self, prediction: Prediction, episode: EpisodeScore) -> None:
+        gold = parse_intervals(prediction.answer) or prediction.gt_spans
+        if interval_iou(gold, gold):
+            said = parse_intervals(episode.answer or "")
+            episode.values["grounding_iou"] = interval_iou(said, gold)
+            episode.unparsed = not said
+        elif prediction.answer.strip():
+            self._fail(prediction, "bad_answer", f"the right answer {prediction.answer[:80]!r} names no interval")
 
     def _score_choice(self, prediction: Prediction, episode: EpisodeScore) -> None:
         gold = answer_letter(prediction.answer, prediction.options)

@@ -347,7 +347,9 @@ def _thumbnail(image: Image) -> str:
 def _summary(
     names: Sequence[str], metrics: Mapping[str, dict[str, Any]], page: _Page, evaluation: Path, runs: Path | None
 ) -> dict[str, Any]:
-    columns = [{"name": name, "label": label, "share": scale == 100} for label, name, scale in TABLE_COLUMNS]
+    columns: list[dict[str, Any]] = [
+        {"name": name, "label": label, "share": scale == 100} for label, name, scale in TABLE_COLUMNS
+    ]
     comparisons = evaluation / "comparisons.json"
     methods = [
         {
