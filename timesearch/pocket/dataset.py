@@ -23,7 +23,7 @@ def samples_of(scene: Scene) -> list[Sample]:
             id=f"{scene.world}-{scene.split}-{scene.seed}-{event.shape}",
             video=f"{scene.world}/{scene.split}/{scene.seed}.mp4",
             source=scene.url,
-            question=question(event),
+            question=question(event.shape),
             answer=event.colour,
             type="open_ended",
             duration=scene.duration,

@@ -16,7 +16,7 @@ from timesearch.messages import Message
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.policy import tool_schemas
 from timesearch.pocket.traces import Habits, write_reanswer, write_trace
-from timesearch.pocket.world import Event, Scene, generator, question
+from timesearch.pocket.world import SHAPES, Event, Scene, generator, question
 from timesearch.samples import Sample
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.prompts import Prompts
@@ -85,15 +85,16 @@ def _ask(sample: Sample) -> Asked:
         raise RequestError(f"sample {sample.id!r} has no pocket:// source: pocket traces are about generated videos")
     scene = parse_url(str(sample.source))
     for event in scene.needles:
-        if question(event) == sample.question:
+        if question(event.shape) == sample.question:
             return Asked(sample, scene, event)
     raise RequestError(f"sample {sample.id!r} asks nothing that the generator knows about {sample.source}")
 
 
 class Reading:
-    """Re-answer examples on frames drawn at random, 1 to `most` of them.
+    """Re-answer examples on frames drawn at random, 1 to `most` of them, with several questions about the same frames.
 
-    A share of `unknown` does not show the asked shape.
+    Most of the frames show shapes. Up to four shapes are asked about, turn by turn; a share of about `unknown` of them
+    is not shown. The reading of frames is the hard part, and each question is one more lesson of it.
     """
 
     def __init__(self, corpus: Corpus, count: int, most: int, unknown: float, seed: int) -> None:
@@ -105,25 +106,27 @@ class Reading:
     def __getitem__(self, number: int) -> Example:
         rng = generator("reading", self._seed, number)
         asked = self._corpus.asked[int(rng.integers(len(self._corpus.asked)))]
-        target = asked.scene.events[int(rng.integers(len(asked.scene.events)))]
         environment = self._corpus.environment
-        environment._enter({**asked.row, "question": question(target)})
-        shown = [asked.scene.visible(seconds) for seconds in environment._opened.frames.timestamps]
-        holding = [i for i, event in enumerate(shown) if event == target]
-        others = [i for i, event in enumerate(shown) if event not in (None, target)]
-        empty = [i for i, event in enumerate(shown) if event is None]
+        environment._enter(asked.row)
+        visible = [asked.scene.visible(seconds) for seconds in environment._opened.frames.timestamps]
+        shapes = [i for i, event in enumerate(visible) if event is not None]
+        empty = [i for i, event in enumerate(visible) if event is None]
         count = int(rng.integers(1, self._most + 1))
-        known = bool(rng.random() >= self._unknown)
-        hits = int(rng.integers(1, min(3, count, len(holding)) + 1)) if known else 0
-        distractors = min(len(others), int(rng.binomial(count - hits, 0.7)))
-        picked = [
-            *rng.choice(holding, size=hits, replace=False),
-            *rng.choice(others, size=distractors, replace=False),
-            *rng.choice(empty, size=count - hits - distractors, replace=False),
-        ]
-        content = environment._answer_content(sorted(int(index) for index in picked))
-        answer = f"<answer>{target.colour if known else UNKNOWN}</answer>"
-        messages: list[Message] = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        full = max(1, int(rng.binomial(count, 0.75)))
+        picked = [*rng.choice(shapes, size=full, replace=False), *rng.choice(empty, size=count - full, replace=False)]
+        indices = sorted(int(index) for index in picked)
+        shown = {event.shape: event.colour for event in (visible[index] for index in indices) if event is not None}
+        absent = [shape for shape in SHAPES if shape not in shown]
+        turns = int(rng.integers(1, 5))
+        others = rng.permutation(absent)[: int(rng.binomial(turns, self._unknown))]
+        known = rng.permutation(list(shown))[: turns - len(others)]
+        order = rng.permutation([*known, *others])
+        messages: list[Message] = []
+        for shape in (str(shape) for shape in order):
+            environment._question = question(shape)
+            content = environment._answer_content([] if messages else indices)
+            answer = f"<answer>{shown.get(shape, UNKNOWN)}</answer>"
+            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         return Example(f"{asked.sample.id}, reading {number}", messages)
 
 

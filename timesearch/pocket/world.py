@@ -187,9 +187,9 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
     return Scene(world, split, seed, duration, backgrounds, sorted(events, key=lambda event: event.start))
 
 
-def question(event: Event) -> str:
-    """What is asked about a needle; the answer is its colour."""
-    return f"What colour is the {event.shape}?"
+def question(shape: str) -> str:
+    """What is asked about a shape; the answer is its colour."""
+    return f"What colour is the {shape}?"
 
 
 def read_colour(picture: Image.Image) -> str | None:

@@ -8,6 +8,7 @@ loss; prompts, previews and searched frames are seen and carry none. The optimis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,7 @@ def fine_tune(
         seed=plan.seed,
         bf16=plan.bf16,
         use_cpu=not cuda,
-        ddp_backend=None if cuda else "gloo",
+        ddp_backend="gloo" if not cuda and "WORLD_SIZE" in os.environ else None,
         gradient_checkpointing=plan.gradient_checkpointing,
         save_strategy="steps" if plan.save_steps else "no",
         save_steps=plan.save_steps or 1,
