@@ -21,6 +21,7 @@ from timesearch.redaction import redact
 STAGES = ("download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate")
 
 _UNCHANGED = "didn't change, skipping"
+_HINTS = ("To track the changes", "git add", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
 _EXITED = re.compile(r"exited with (-?\d+)")
 _PROGRESS = re.compile(r"^[\w -]+: (?P<done>\d+)/(?P<total>\d+)\b")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -97,7 +98,7 @@ def reproduce(
             assert process.stdout is not None
             for raw in process.stdout:
                 text = redact(_ANSI.sub("", raw).rstrip())
-                if not text:
+                if not text or text.lstrip().startswith(_HINTS):
                     continue
                 line(text)
                 tail = [*tail[-_TAIL_LINES:], text]

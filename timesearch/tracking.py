@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from timesearch.files import file_digest, write_text
@@ -31,9 +32,10 @@ logger = logging.getLogger(__name__)
 PARENT_RUN = "TIMESEARCH_PARENT_RUN"
 """Environment variable with the id of the run that stage runs are nested in."""
 
-_RETRY_AFTER = 20.0
-"""Seconds between tries to reach an MLflow that did not answer."""
-_PENDING_LIMIT = 20_000
+_RETRY_AFTER = 10.0
+"""Seconds between tries to reach an MLflow that does not answer."""
+_PATIENCE = 120.0
+"""Seconds that the start of a run waits for its id, and its end for the last records, while MLflow does not fail."""
 _SHARED_SECTIONS = {
     "coldstart": ("search",),
     "train": ("search", "judge"),
@@ -48,18 +50,28 @@ def tracking_uri(settings: Settings) -> str:
 
 
 class Run:
-    """One MLflow run. Every method returns at once when MLflow cannot be reached, and what it had to say is kept."""
+    """One MLflow run, written by a thread of its own, so that no method waits for MLflow."""
 
     def __init__(self, settings: Settings, name: str, tags: Mapping[str, str], run_id: str | None = None) -> None:
-        self.id = run_id
-        """The run's id; None until MLflow has been reached."""
-        self._settings = settings
+        self._id = run_id
+        self._name = name
+        self._tracking = settings.tracking
+        self._uri = tracking_uri(settings)
         self._client: MlflowClient | None = None
         self._experiment = ""
-        self._pending: deque[Callable[[MlflowClient], object]] = deque(maxlen=_PENDING_LIMIT)
-        self._silent_until = 0.0
-        self._said = False
-        self._do(lambda client: self._open(client, name, tags))
+        self._pending: Queue[Callable[[MlflowClient], object] | None] = Queue()
+        self._settled = threading.Event()
+        self._closing = threading.Event()
+        self._away = self._lost = False
+        self._do(lambda client: self._open(client, tags))
+        self._writer = threading.Thread(target=self._write, name="mlflow", daemon=True)
+        self._writer.start()
+        self._settled.wait(_PATIENCE)
+
+    @property
+    def id(self) -> str | None:
+        """The run's id; None until MLflow has been reached."""
+        return self._id
 
     def log_params(self, params: Mapping[str, Any], prefix: str = "") -> None:
         """Record parameters, nested mappings under dotted names."""
@@ -75,18 +87,18 @@ class Run:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags."""
         clean = {name: redact(value) for name, value in tags.items()}
-        self._do(lambda client: [client.set_tag(str(self.id), *tag) for tag in clean.items()])
+        self._do(lambda client: [client.set_tag(str(self._id), *tag) for tag in clean.items()])
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Record a file, or all files of a folder, under `folder` of the run's artifacts."""
         path = Path(path)
         record = "log_artifacts" if path.is_dir() else "log_artifact"
-        self._do(lambda client: getattr(client, record)(self.id, str(path), folder))
+        self._do(lambda client: getattr(client, record)(self._id, str(path), folder))
 
     def log_text(self, text: str, name: str) -> None:
         """Record a text file under the artifact path `name`."""
         clean = redact(text)
-        self._do(lambda client: client.log_text(str(self.id), clean, name))
+        self._do(lambda client: client.log_text(str(self._id), clean, name))
 
     def log_episode(self, prediction: Prediction, frames: Path | str | None = None, name: str = "episode") -> None:
         """Record an episode as a trace with one span a turn, the frames that it saw shown small.
@@ -99,77 +111,85 @@ class Run:
         self._do(lambda client: self._trace(prediction, Path(frames) if frames else None, name))
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED, after a last try to write what is pending."""
-        self._silent_until = 0.0
-        self._do(lambda client: client.set_terminated(str(self.id), status))
-        if self._pending:
-            logger.warning("MLflow did not come back: %d records of this run are not in it", len(self._pending))
+        """End the run as FINISHED, FAILED or KILLED, once what is pending is written."""
+        self._do(lambda client: client.set_terminated(str(self._id), status))
+        self._pending.put(None)
+        self._closing.set()
+        self._writer.join(_PATIENCE)
+        if self._writer.is_alive() or self._lost:
+            logger.warning("MLflow did not come back: the last records of this run (%s) are not in it", self._name)
 
     def _do(self, operation: Callable[[MlflowClient], object]) -> None:
-        """Append to the queue, then write the queue in order as far as MLflow takes it."""
-        self._pending.append(operation)
-        if time.monotonic() < self._silent_until:
-            return
+        self._pending.put(operation)
+
+    def _write(self) -> None:
+        """Write what is pending, in order; what fails is tried again, a last time when the run has ended."""
+        while (operation := self._pending.get()) is not None:
+            last = self._closing.is_set()
+            while not self._try(operation):
+                if last:
+                    self._lost = True
+                    return
+                last = self._closing.wait(_RETRY_AFTER)
+
+    def _try(self, operation: Callable[[MlflowClient], object]) -> bool:
         try:
-            client = self._connect()
-            while self._pending:
-                self._pending[0](client)
-                self._pending.popleft()
+            self._client = self._client or self._connect()
+            operation(self._client)
         except Exception as error:  # MLflow's stores raise errors of many libraries, and none may stop the work
-            self._silent_until = time.monotonic() + _RETRY_AFTER
-            if not self._said:
-                where = redact(tracking_uri(self._settings))
+            if not self._away:
+                where = redact(self._uri)
                 logger.warning("MLflow at %s: %s; work goes on, records are kept and retried", where, _first(error))
-                self._said = True
-            return
-        if self._said:
+            self._away = True
+            self._settled.set()
+            return False
+        if self._away:
             logger.warning("MLflow is back: what was kept is written")
-            self._said = False
+        self._away = False
+        self._settled.set()
+        return True
 
     def _connect(self) -> MlflowClient:
-        if self._client is None:
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
-            import mlflow
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+        import mlflow
 
-            logging.getLogger("alembic").setLevel(logging.WARNING)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-            mlflow.set_tracking_uri(tracking_uri(self._settings))
-            client = mlflow.MlflowClient()
-            found = client.get_experiment_by_name(self._settings.tracking.experiment)
-            try:
-                self._experiment = (
-                    found.experiment_id if found else client.create_experiment(self._settings.tracking.experiment)
-                )
-            except mlflow.MlflowException:  # another run made it in between
-                found = client.get_experiment_by_name(self._settings.tracking.experiment)
-                if found is None:
-                    raise
-                self._experiment = found.experiment_id
-            self._client = client
-        return self._client
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        mlflow.set_tracking_uri(self._uri)
+        client = mlflow.MlflowClient()
+        name = self._tracking.experiment
+        found = client.get_experiment_by_name(name)
+        try:
+            self._experiment = found.experiment_id if found else client.create_experiment(name)
+        except mlflow.MlflowException:  # another run made it in between
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            self._experiment = found.experiment_id
+        return client
 
-    def _open(self, client: MlflowClient, name: str, tags: Mapping[str, str]) -> None:
-        if self.id is None:
-            self.id = client.create_run(self._experiment, run_name=name, tags=dict(tags)).info.run_id
+    def _open(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
+        if self._id is None:
+            self._id = client.create_run(self._experiment, run_name=self._name, tags=dict(tags)).info.run_id
         else:
-            client.update_run(self.id, status="RUNNING")
+            client.update_run(self._id, status="RUNNING")
 
     def _log_params(self, client: MlflowClient, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        known = client.get_run(str(self.id)).data.params
+        known = client.get_run(str(self._id)).data.params
         entries = [Param(name, value) for name, value in params.items() if name not in known]
         for start in range(0, len(entries), 100):
-            client.log_batch(str(self.id), params=entries[start : start + 100])
+            client.log_batch(str(self._id), params=entries[start : start + 100])
 
     def _log_metrics(self, client: MlflowClient, values: Mapping[str, float], when: int, step: int) -> None:
         from mlflow.entities import Metric
 
         entries = [Metric(name, value, when, step) for name, value in values.items()]
         for start in range(0, len(entries), 1000):
-            client.log_batch(str(self.id), metrics=entries[start : start + 1000])
+            client.log_batch(str(self._id), metrics=entries[start : start + 1000])
 
     def _trace(self, prediction: Prediction, frames: Path | None, name: str) -> None:
         import mlflow
@@ -182,7 +202,7 @@ class Run:
             span_type="AGENT",
             inputs={"question": prediction.question, "options": prediction.options, "video": prediction.video},
             tags={"sample": prediction.id},
-            metadata={"mlflow.sourceRun": str(self.id)},
+            metadata={"mlflow.sourceRun": str(self._id)},
             experiment_id=experiment,
         )
         _turn_spans(root, prediction, chat)

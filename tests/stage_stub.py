@@ -1,0 +1,63 @@
+"""A stand-in for the stage commands in tests of the orchestration: quick, with outputs that follow from its inputs.
+
+    python stage_stub.py STAGE
+
+It reads params.yaml, waits `seconds.txt` seconds, and writes the stage's outputs of dvc.yaml. `train` keeps
+a step count in its output and goes on from it, as training does from a checkpoint. `fail.txt` holds lines
+`STAGE STATUS TIMES`: that stage ends with that exit status so many times. Each run is noted in ran.log.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+stage = sys.argv[1]
+params = yaml.safe_load(Path("params.yaml").read_text())
+noted = Path(os.environ.get("STAGE_STUB_LOG", "ran.log"))
+with noted.open("a") as log:
+    log.write(f"{stage} {Path.cwd().name}\n")
+
+fail = Path("fail.txt")
+for line in fail.read_text().splitlines() if fail.exists() else []:
+    name, status, times = line.split()
+    counter = Path(f".failed-{name}")
+    failed = int(counter.read_text()) if counter.exists() else 0
+    if name == stage and failed < int(times):
+        counter.write_text(str(failed + 1))
+        print(f"timesearch: planted failure {failed + 1}, token {os.environ.get('HF_TOKEN')}", flush=True)
+        sys.exit(int(status))
+
+seconds = float(Path("seconds.txt").read_text()) if Path("seconds.txt").exists() else 0.0
+for done in range(5):
+    time.sleep(seconds / 5)
+    print(f"{stage}: {done + 1}/5, from https://user:planted@example.org/a?token=planted", flush=True)
+
+text = f"{stage} {params.get(stage)} {params['seed']}"
+outputs = {
+    "download": ["cache/videos/a.mp4"],
+    "models": ["models/encoder/m", "models/policy/m"],
+    "frames": ["cache/frames/a.frames"],
+    "features": ["cache/features/a.safetensors"],
+    "coldstart": ["runs/coldstart/m"],
+    "train": ["runs/train/m", "runs/train/metrics.jsonl"],
+    "infer": ["results/predictions/grpo_csv.jsonl"],
+    "evaluate": ["results/metrics.json", "results/table.md", "results/report.html"],
+}
+inputs = {"infer": "runs/train/m", "evaluate": "results/predictions/grpo_csv.jsonl", "train": "runs/coldstart/m"}
+if stage in inputs:
+    text += "\n" + Path(inputs[stage]).read_text()
+for output in outputs[stage]:
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "metrics.json":
+        path.write_text(json.dumps({"grpo_csv": {"qa_accuracy": params["train"]["learning_rate"]}}))
+    elif path.name == "metrics.jsonl":
+        path.write_text('{"step": 1, "reward": 0.5}\n')
+    elif path.name == "table.md":
+        path.write_text(f"| method | lr |\n| --- | --- |\n| grpo_csv | {params['train']['learning_rate']} |\n")
+    else:
+        path.write_text(text)

@@ -1,0 +1,229 @@
+"""Flows on a real Prefect server and worker, DVC repository and MLflow store; only stage commands are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from scratch_project import environment, free_port, make_project, ran, run, wait_for
+
+STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
+PLANTED = "hf_planted_secret"
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+class Prefect:
+    """A Prefect server and worker of a scratch project."""
+
+    def __init__(self, project: Path) -> None:
+        self.project = project
+        self.port = free_port()
+        self.env = {
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+            "HF_TOKEN": PLANTED,
+        }
+        self.log = project.parent / "prefect.log"
+        self.server = self._start("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        wait_for(self._healthy, 600, "the Prefect server")
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.project, env=environment(self.project, **self.env), stdout=log, stderr=log
+            )
+
+    def _healthy(self) -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/api/health", timeout=5).is_success
+        except httpx.HTTPError:
+            return False
+
+    def start_worker(self) -> None:
+        self.worker = self._start("prefect", "worker", "start", "--pool", "timesearch")
+
+    def kill_all_of_worker(self) -> None:
+        """SIGKILL to the worker and the flow runs that it started, as when their machine's session is killed."""
+        assert self.worker is not None
+        family = [*psutil.Process(self.worker.pid).children(recursive=True), psutil.Process(self.worker.pid)]
+        flow_runs = [p for p in family if "prefect" in " ".join(p.cmdline()) and "processes.py" not in p.cmdline()]
+        for process in flow_runs:
+            process.kill()
+        self.worker.wait()
+
+    def close(self) -> None:
+        for process in (self.worker, self.server):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+
+    def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run(self.project, "prefect", "--no-prompt", *arguments, check=check, **self.env)
+
+    def deployment_run(self, *arguments: str, wait: bool = True) -> subprocess.Popen[bytes]:
+        command = ["prefect", "--no-prompt", "deployment", "run", *arguments, "--watch"]
+        process = self._start(*command)
+        if wait:
+            assert process.wait(600) == 0, self.log.read_text()[-6000:]
+        return process
+
+    def api(self, path: str, **body: Any) -> Any:
+        answer = httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=body, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def last_run(self) -> dict[str, Any]:
+        return dict(self.api("flow_runs/filter", sort="START_TIME_DESC", limit=1)[0])
+
+    def states(self, flow_run: str) -> dict[str, str]:
+        runs = self.api("task_runs/filter", task_runs={"flow_run_id": {"any_": [flow_run]}})
+        return {task["name"].rsplit("-", 1)[0]: task["state_name"] for task in runs}
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """From nothing to a worker that serves the deployments, by the commands of the README."""
+    service = Prefect(make_project(tmp_path_factory.mktemp("flows")))
+    try:
+        service.command("work-pool", "create", "timesearch", "--type", "process")
+        service.command("concurrency-limit", "create", "training", "1")
+        service.command("deploy", "--all")
+        service.start_worker()
+        yield service
+    finally:
+        service.close()
+
+
+def test_a_deployment_run_completes_and_a_second_finds_all_up_to_date(prefect: Prefect) -> None:
+    prefect.deployment_run("pipeline/pocket")
+    first = prefect.last_run()
+    assert first["state_type"] == "COMPLETED"
+    assert ran(prefect.project) == STAGES
+    assert [prefect.states(first["id"])[stage] for stage in STAGES] == ["Completed"] * 8
+
+    prefect.deployment_run("pipeline/pocket")
+    second = prefect.last_run()
+    assert second["id"] != first["id"]
+    assert [prefect.states(second["id"])[stage] for stage in STAGES] == ["UpToDate"] * 8
+    assert ran(prefect.project) == STAGES
+    assert "up to date" in run(prefect.project, "dvc", "status").stdout
+
+    artifacts = {artifact["key"]: artifact for artifact in prefect.api("artifacts/filter")}
+    assert float(artifacts["train-progress"]["data"]) == 100
+    assert "| grpo_csv |" in artifacts["results"]["data"]
+    logs = prefect.api("logs/filter", logs={"flow_run_id": {"any_": [first["id"]]}}, limit=200)
+    assert any("frames: 5/5" in log["message"] for log in logs)
+
+
+def test_the_form_of_a_deployment_is_typed_and_described(prefect: Prefect) -> None:
+    deployments = {f"{d['entrypoint']}": d for d in prefect.api("deployments/filter")}
+    schema = deployments["flows/pipeline.py:pipeline"]["parameter_openapi_schema"]["properties"]
+    assert set(schema) == {"overrides", "revision", "stages"}
+    assert all(field["description"] for field in schema.values())
+    assert "train.learning_rate" in schema["overrides"]["description"]
+    assert deployments["flows/prepare.py:prepare"]["schedules"][0]["schedule"]["cron"]
+
+
+def test_overridden_runs_live_side_by_side_and_leave_the_checkout(prefect: Prefect) -> None:
+    project = prefect.project
+    before = (run(project, "git", "status", "--porcelain").stdout, (project / "params.yaml").read_text())
+    rates = (1e-5, 3e-5)
+    stages = json.dumps(["train", "infer", "evaluate"])
+    started = [
+        prefect.deployment_run(
+            "pipeline/pocket", "--param", f"stages={stages}", "--param",
+            f"overrides={json.dumps({'train.learning_rate': rate})}", wait=False,
+        )
+        for rate in rates
+    ]  # fmt: skip
+    assert [process.wait(900) for process in started] == [0, 0], prefect.log.read_text()[-8000:]
+    found = prefect.api("flow_runs/filter", sort="START_TIME_DESC", limit=2)
+    assert {flow_run["state_type"] for flow_run in found} == {"COMPLETED"}
+    assert {flow_run["name"] for flow_run in found} == {f"pipeline train.learning_rate={rate}" for rate in rates}
+    tables = [a["data"] for a in prefect.api("artifacts/filter") if a["key"] == "results"]
+    for rate in rates:
+        assert sum(f"| {rate} |" in table for table in tables) == 1
+    assert before == (run(project, "git", "status", "--porcelain").stdout, (project / "params.yaml").read_text())
+    assert list((project / ".workspaces").iterdir()) == []
+    assert "up to date" in run(project, "dvc", "status").stdout
+
+
+def test_mlflow_nests_stages_in_their_flow_run(prefect: Prefect) -> None:
+    from mlflow import MlflowClient
+
+    project = prefect.project
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name("timesearch")
+    assert experiment is not None
+    parents = client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+    assert len(parents) == 3
+    assert {parent.info.status for parent in parents} == {"FINISHED"}
+    commit = run(project, "git", "rev-parse", "HEAD").stdout.strip()
+    assert {parent.data.tags["mlflow.source.git.commit"] for parent in parents} == {commit}
+    assert len({parent.data.tags["dvc_lock_sha256"] for parent in parents}) == 3
+    assert {item.path for item in client.list_artifacts(parents[0].info.run_id)} == {"params.yaml", "dvc.lock"}
+
+
+def test_no_planted_secret_is_anywhere(prefect: Prefect) -> None:
+    project = prefect.project
+    texts = [prefect.log.read_text()]
+    texts += [json.dumps(prefect.api(f"{kind}/filter", limit=200)) for kind in ("logs", "artifacts", "flow_runs")]
+    assert any("https://***@example.org/a?token=***" in text for text in texts)
+    for text in texts:
+        assert PLANTED not in text
+        assert "user:planted" not in text
+        assert "token=planted" not in text
+    for path in [project / "mlflow.db", *(project / "mlruns").rglob("*")]:
+        assert path.is_dir() or PLANTED.encode() not in path.read_bytes()
+
+
+def test_a_killed_worker_costs_no_finished_stage(prefect: Prefect) -> None:
+    project = prefect.project
+    draw = random.Random(0)
+    (project / "seconds.txt").write_text("1.5")
+    for attempt in range(2):
+        params = project / "params.yaml"
+        params.write_text(params.read_text().replace(f"\nseed: {attempt}\n", f"\nseed: {attempt + 1}\n"))
+        count = len(ran(project))
+        watching = prefect.deployment_run("pipeline/pocket", wait=False)
+        wait_for(lambda count=count: len(ran(project)) > count, 300, "the first stage to start")
+        time.sleep(draw.uniform(0, 12))
+        prefect.kill_all_of_worker()
+        watching.kill()
+        watching.wait()
+        wait_for(lambda: not left_over(project), 40, "the killed run's processes to end")
+        finished = set(ran(project)[count:][:-1])
+        again = len(ran(project))
+        prefect.start_worker()
+        prefect.deployment_run("pipeline/pocket")
+        assert prefect.last_run()["state_type"] == "COMPLETED"
+        assert not finished & set(ran(project)[again:])
+        assert "up to date" in run(project, "dvc", "status").stdout
+
+
+def left_over(project: Path) -> list[psutil.Process]:
+    """Processes of stages that still run in the project."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if ("stage_stub.py" in line or "dvc repro" in line) and process.pid != os.getpid():
+            try:
+                if process.cwd().startswith(str(project)):
+                    found.append(process)
+            except psutil.Error:
+                continue
+    return found
