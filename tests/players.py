@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scripted import OracleEncoder, _write_caches, make_settings
 
 from timesearch.messages import Message, text_of
@@ -104,8 +105,13 @@ class Puppet:
 
 
 def script(*turns: str) -> Callable[[Sequence[Message]], str]:
-    """Say the turns one after another, counted by the assistant turns so far; the last one again and again."""
-    return lambda messages: turns[min(sum(m["role"] == "assistant" for m in messages), len(turns) - 1)]
+    """Say the turns one after another, counted by the assistant turns so far; the last for ever and as re-answer."""
+
+    def speak(messages: Sequence[Message]) -> str:
+        done = sum(message["role"] == "assistant" for message in messages)
+        return turns[-1] if messages[0]["role"] == "user" else turns[min(done, len(turns) - 1)]
+
+    return speak
 
 
 def token_count(messages: Sequence[Message]) -> int:
@@ -114,3 +120,24 @@ def token_count(messages: Sequence[Message]) -> int:
         block["type"] == "image" for m in messages if not isinstance(m["content"], str) for block in m["content"]
     )
     return sum(len(text_of(message)) for message in messages) // 4 + 16 * images
+
+
+class MeanColour:
+    """A stand-in encoder: an image is its mean colour, a query the colour that it names."""
+
+    name, pretrained, preprocessing, digest = "mean-colour", "", "", "mean-colour"
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        rows = [[word in text for word in ("red", "green", "blue")] for text in texts]
+        return _unit(np.array(rows, np.float32))
+
+    def prepare(self, images: Sequence[Any]) -> np.ndarray:
+        return np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) for image in images])
+
+    def encode_prepared(self, batch: np.ndarray) -> np.ndarray:
+        return _unit(batch)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = rows + 1e-3
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)

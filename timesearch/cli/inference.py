@@ -155,7 +155,7 @@ class _Live:
     def __call__(self, step: Step) -> None:
         times = [block["seconds"] for block in step.blocks if block["type"] == "image"]
         if step.kind == "preview":
-            self.line("preview", _times(times), "dim")
+            self.line("preview", f"{len(times)} frames, {_times([times[0], times[-1]])}", "dim")
         elif step.kind == "turn" and step.turn is not None:
             self.line(f"turn {step.number}", step.turn.thought or step.text, "cyan")
             for call in step.turn.calls:
@@ -188,18 +188,15 @@ def describe_call(call: ToolCall) -> str:
     """A tool call in a few words: the query and the window."""
     if call.error:
         return f"not understood: {call.error}"
-    start, end = call.arguments.get("start_time"), call.arguments.get("end_time")
-    window = (
-        "" if start is None and end is None else f" from {start or 0} s to {'the end' if end is None else f'{end} s'}"
-    )
-    return f"{call.arguments.get('query')}{window}"
+    query, start, end = (call.arguments.get(name) for name in ("query", "start_time", "end_time"))
+    if start is None and end is None:
+        return f"{query}"
+    return f"{query}, {start or 0} s to {'the end' if end is None else f'{end} s'}"
 
 
 @app.command()
 def serve(
-    videos: Annotated[
-        list[Path] | None, typer.Argument(metavar="FOLDER...", help="Folders of videos to offer.")
-    ] = None,
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders of videos to offer.")] = None,
     model: ModelOption = None,
     url: UrlOption = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",

@@ -57,13 +57,13 @@ class Videos:
 
     def __init__(self, folders: Sequence[Path], uploads: Path) -> None:
         self.uploads = uploads
-        self._roots = [folder.resolve() for folder in (*folders, uploads)]
+        self._roots = {str(number): folder.resolve() for number, folder in enumerate((*folders, uploads))}
 
     def all(self) -> list[dict[str, str]]:
         """Identity and name of each, in order of name."""
         found = [
             {"id": f"{number}/{path.relative_to(root).as_posix()}", "name": path.relative_to(root).as_posix()}
-            for number, root in enumerate(self._roots)
+            for number, root in self._roots.items()
             if root.is_dir()
             for path in root.rglob("*")
             if path.suffix.lower() in _SUFFIXES and path.is_file() and path.resolve().is_relative_to(root)
@@ -74,9 +74,9 @@ class Videos:
         """The file of a video; 404 for anything that is not below a folder that was given."""
         number, _, relative = identity.partition("/")
         try:
-            root = self._roots[int(number)]
+            root = self._roots[number]
             path = inside(root, relative).resolve()
-        except (ValueError, IndexError, ItemError) as error:
+        except (KeyError, ValueError, ItemError) as error:
             raise HTTPException(404, "there is no such video") from error
         if not path.is_relative_to(root) or not path.is_file() or path.suffix.lower() not in _SUFFIXES:
             raise HTTPException(404, "there is no such video")

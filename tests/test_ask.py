@@ -1,0 +1,88 @@
+"""The command `ask`: search and answer about real footage, and refusals in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from players import MeanColour, Puppet, answer_turn, script, search_turn
+
+import timesearch.cli.inference as commands
+from timesearch.cli import main
+from timesearch.inference.ask import Asker, contact_sheet, default_cache
+from timesearch.settings import Settings
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `ask` with a scripted policy; gives exit code, standard output and standard error."""
+    settings = Settings.model_validate(
+        {"frames": {"factor": 32, "min_pixels": 4096, "max_pixels": 4096}, "search": {"patch": 32, "max_turns": 4}}
+    )
+    policy = Puppet(
+        script(search_turn("red car", "Where is\x1b[31m it?\n", end_time=20, num_frames=3), answer_turn("red"))
+    )
+    asker = Asker(settings, policy, MeanColour(), tmp_path / "cache")
+    monkeypatch.setattr(commands, "_open_asker", lambda *_: (asker, policy))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["ask", *arguments])
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return call
+
+
+def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
+    shared: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, sheet = str(shared / "videos" / "car-detection.mp4"), tmp_path / "sheet.png"
+    code, out, _ = run(video, "What colour is the car?", "--save", str(sheet))
+    assert code == 0
+    lines = [line.split(maxsplit=1)[0] for line in out.splitlines()]
+    assert lines == ["question", "preview", "turn", "search", "found", "turn", "answer", "seen", "saved"]
+    assert "red car, 0 s to 20 s" in out
+    assert "the same answer" in out
+    assert "\x1b[31m" not in out
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG"
+        assert picture.width == 3 * 240
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the caches were made again")
+
+    monkeypatch.setattr("timesearch.inference.ask.make_frame_cache", refuse)
+    monkeypatch.setattr("timesearch.retrieval.features.make_feature_cache", refuse)
+    code, out, _ = run(video, "And the second?", "And the third?", "--json")
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["question"] for row in rows] == ["And the second?", "And the third?"]
+    assert rows[0]["predicted_answer"] == "red"
+    assert rows[0]["video"] == video
+    assert all(time <= 20 for time in rows[0]["searched_seconds"])
+
+
+def test_what_is_no_video_is_refused_in_one_sentence(tmp_path: Path, run) -> None:
+    text = tmp_path / "notes.mp4"
+    text.write_text("These are notes, not a video.\n" * 50)
+    for video in (text, tmp_path / "absent.mp4"):
+        code, out, err = run(str(video), "What happens?")
+        assert code == 2
+        assert out == ""
+        assert len(err.strip().splitlines()) == 1
+        assert str(video) in err
+
+
+def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:
+    from timesearch.errors import RequestError
+
+    with pytest.raises(RequestError, match="no frame was searched"):
+        contact_sheet(None, [], tmp_path / "sheet.png")  # type: ignore[arg-type]
+
+
+def test_caches_go_to_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "timesearch"
