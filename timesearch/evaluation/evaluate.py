@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +225,21 @@ def run(settings: Settings) -> BatchResult:
     Raises:
         RequestError: there are no predictions.
     """
+    from timesearch.judge.server import judge_server
+    from timesearch.progress import console
     from timesearch.report.build import write_results_report
     from timesearch.tracking import stage_run
 
     results = settings.paths.results
     files = prediction_files(results / "predictions")
-    with stage_run(settings, "evaluate") as record:
-        methods = evaluate_files(
-            files, settings.evaluate, settings.paths.videos, lambda: make_judge(settings.judge), settings.seed
-        )
+    with ExitStack() as held:
+        record = held.enter_context(stage_run(settings, "evaluate"))
+
+        def judge() -> JudgeClient | RuleJudge:
+            held.enter_context(judge_server(settings.judge, say=console.print))
+            return make_judge(settings.judge)
+
+        methods = evaluate_files(files, settings.evaluate, settings.paths.videos, judge, settings.seed)
         failures = results / "evaluation" / "failures.jsonl"
         outcome = write_evaluation(methods, results, settings.evaluate, settings.seed, failures=failures)
         for method in methods:

@@ -45,7 +45,7 @@ from timesearch.batch import write_failures
 from timesearch.errors import RequestError, TimeSearchError
 from timesearch.files import file_digest, write_json
 from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
-from timesearch.progress import progress_bar
+from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, score_episode
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
@@ -402,9 +402,10 @@ def run(settings: Settings) -> Path:
         RequestError: no usable sample or no policy, or a batch that cannot be divided as the settings ask.
     """
     from timesearch.judge.client import make_judge
+    from timesearch.judge.server import judge_server
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.tracking import stage_run
-    from timesearch.training.watch import Watch
+    from timesearch.training.watch import Watch, write_table
 
     folder = settings.paths.train
     samples, failures = load_training_samples(settings)
@@ -430,6 +431,7 @@ def run(settings: Settings) -> Path:
         if main:
             bar = stack.enter_context(progress_bar("train", settings.train.steps))
             record = stack.enter_context(stage_run(settings, "train", keep=folder / "mlflow_run"))
+            stack.enter_context(judge_server(settings.judge, say=console.print))
             callbacks = [Watch(folder, record, bar, settings.paths.frames, settings.train.log_episodes_every)]
         trainer = GRPOCSVTrainer(
             judge=make_judge(settings.judge),
@@ -449,6 +451,8 @@ def run(settings: Settings) -> Path:
             callback.trainer = trainer
         trainer.train(resume_from_checkpoint=checkpoint)
         _save(trainer, folder)
+    if main:
+        write_table(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from timesearch.files import write_jsonl
+from timesearch.files import atomic_path, write_jsonl
 from timesearch.messages import final_answer
 from timesearch.progress import Bar, console
 from timesearch.samples import Prediction, read_rows
@@ -106,6 +107,16 @@ class Watch(TrainerCallback):
         self._run.log_artifact(path, "episodes")
         for prediction in {prediction.id: prediction for prediction in predictions}.values():
             self._run.log_episode(prediction, self._frames, name=f"step {step}")
+
+
+def write_table(folder: Path) -> None:
+    """Write `metrics.jsonl` again as `metrics.csv`, which `dvc plots` reads."""
+    rows = [row for _, row in read_rows(folder / "metrics.jsonl")] if (folder / "metrics.jsonl").is_file() else []
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_path(folder / "metrics.csv") as partial, partial.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class CollapseWarning:
