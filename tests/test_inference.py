@@ -1,0 +1,390 @@
+"""The stage `infer` and its two engines, with a small server of the protocol and with a real vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from players import Puppet, answer_turn, build_library, open_environment, script, search_turn
+from scripted import OracleEncoder
+
+from timesearch.errors import RequestError
+from timesearch.inference.infer import Job, play, run
+from timesearch.messages import Message
+from timesearch.samples import Prediction, Sample, read_samples
+from timesearch.search.engine_openai import OpenAIPolicy, _read, serialise
+from timesearch.search.engine_transformers import Request, TransformersPolicy
+from timesearch.search.episode import run_episode, system_message
+from timesearch.search.policy import EngineError, tool_schemas
+from timesearch.search.prompts import Prompts
+from timesearch.settings import Settings
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Caches, questions, and one untrained policy that serves as cold start and as trained policy."""
+    from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
+
+    settings = build_library(tmp_path_factory.mktemp("inference"), videos=4, questions=2)
+    tokenizer = make_tokenizer()
+    for folder in (settings.paths.coldstart, settings.paths.train):
+        save_policy(make_policy(tokenizer), make_processor(tokenizer), folder)
+    settings.search.max_new_tokens = 12
+    settings.tracking.traced_episodes = 0
+    return settings
+
+
+@pytest.fixture
+def settings(project: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    copy = project.model_copy(deep=True)
+    copy.paths.results = tmp_path / "results"
+    monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
+    return copy
+
+
+@pytest.fixture
+def puppet(monkeypatch: pytest.MonkeyPatch) -> Puppet:
+    """A scripted policy in place of every checkpoint."""
+    policy = Puppet(script(search_turn(num_frames=1), answer_turn()))
+    monkeypatch.setattr(TransformersPolicy, "load", classmethod(lambda *_: policy))
+    return policy
+
+
+def rows_of(settings: Settings, method: str) -> list[Prediction]:
+    path = settings.paths.results / "predictions" / f"{method}.jsonl"
+    return [Prediction.model_validate_json(line) for line in path.read_text().splitlines()]
+
+
+def test_the_stage_writes_each_method_in_the_order_of_the_samples(settings: Settings, puppet: Puppet) -> None:
+    settings.infer.baselines = ["uniform", "one_shot", "one_shot_topk", "coldstart"]
+    result = run(settings)
+    methods = [*settings.infer.baselines, "grpo_csv"]
+    ids = [sample.id for sample in read_samples(settings.paths.test_samples)]
+    assert sorted(result.done) == sorted(f"{method}/{identity}" for method in methods for identity in ids)
+    for method in methods:
+        rows = rows_of(settings, method)
+        assert [row.id for row in rows] == ids
+        assert all(row.outcome == "answered" and row.rewards.keys() >= {"format", "accuracy"} for row in rows)
+        assert all(len(row.searched_seconds) == (1 if method in ("coldstart", "grpo_csv") else 8) for row in rows)
+    found = [row.searched_seconds for row in rows_of(settings, "one_shot_topk")]
+    assert found != [row.searched_seconds for row in rows_of(settings, "uniform")]
+    folder = settings.paths.results / "predictions"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 5 + [".jsonl"] * 5
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_rests(settings: Settings, puppet: Puppet) -> None:
+    settings.infer.concurrency = 2
+    speak, calls = puppet.speak, []
+
+    def stop_after_three(messages: Sequence[Message]) -> str:
+        calls.append(1)
+        if len(calls) > 9:
+            raise KeyboardInterrupt
+        return speak(messages)
+
+    puppet.speak = stop_after_three
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, ["grpo_csv"])
+    folder = settings.paths.results / "predictions"
+    kept = [json.loads(line)["id"] for line in (folder / "grpo_csv.jsonl.partial").read_text().splitlines()]
+    assert kept
+    with (folder / "grpo_csv.jsonl.partial").open("a") as handle:
+        handle.write('{"id": "cut off by a ki')
+    puppet.speak = speak
+    result = run(settings, ["grpo_csv"])
+    assert sorted(result.skipped) == sorted(f"grpo_csv/{identity}" for identity in kept)
+    assert len(result.done) == 8 - len(kept)
+    assert len(rows_of(settings, "grpo_csv")) == 8
+    assert run(settings, ["grpo_csv"]).done == []
+    settings.search.max_turns = 2
+    assert len(run(settings, ["grpo_csv"]).done) == 8
+
+
+def test_a_failed_episode_is_recorded_and_tried_again(settings: Settings, puppet: Puppet) -> None:
+    speak = puppet.speak
+
+    def fail_once(messages: Sequence[Message]) -> str:
+        if not fail_once.__dict__.setdefault("failed", False):
+            fail_once.__dict__["failed"] = True
+            raise EngineError("gone")
+        return speak(messages)
+
+    puppet.speak = fail_once
+    result = run(settings, ["grpo_csv"])
+    assert len(result.done) == 7
+    assert result.exit_code() == 1
+    (failure,) = map(json.loads, (settings.paths.results / "predictions" / "failures.jsonl").read_text().splitlines())
+    assert failure["reason"] == "engine"
+    (row,) = [row for row in rows_of(settings, "grpo_csv") if row.error]
+    assert row.outcome == "failed"
+    result = run(settings, ["grpo_csv"])
+    assert result.done == [failure["item"]]
+    assert not (settings.paths.results / "predictions" / "failures.jsonl").exists()
+
+
+def test_a_wrong_request_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="unknown method 'best'"):
+        run(settings, ["best"])
+    settings.paths.coldstart = tmp_path / "none"
+    with pytest.raises(RequestError, match="run the stage 'coldstart' first"):
+        run(settings, ["coldstart"])
+
+
+def test_episodes_in_flight_are_bounded_and_videos_come_together(settings: Settings) -> None:
+    policy = Puppet(script(search_turn(), answer_turn()))
+    samples = read_samples(settings.paths.test_samples)
+    settings.infer.concurrency = 3
+    order: list[str] = []
+    jobs = [Job("grpo_csv", sample) for sample in sorted(samples, key=lambda sample: sample.id[::-1])]
+    asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda job, _: order.append(job.sample.video)))
+    assert policy.most_running == 3
+    assert order == sorted(order) or len(set(order[:3])) <= 2
+
+
+# In process
+
+
+@pytest.fixture(scope="module")
+def in_process(project: Settings) -> TransformersPolicy:
+    return TransformersPolicy.load(project.paths.train, batch_size=4)
+
+
+def conversation(settings: Settings, sample: Sample, encoded: bool = False) -> tuple[list[Message], list[dict]]:
+    """A conversation with a search in it, and its tools."""
+    environment = open_environment(settings, encoded)
+    blocks = environment.reset(**sample.model_dump())
+    tools = tool_schemas(environment)
+    return [
+        system_message(Prompts.load(settings.search.prompts), tools, "template"),
+        {"role": "user", "content": blocks},
+        {"role": "assistant", "content": search_turn("star", " odd\n  thought ")},
+        {"role": "tool", "name": "seek_video_frames", "content": environment.seek_video_frames("star")},
+    ], tools
+
+
+def test_a_batch_answers_as_each_alone_and_as_trl_would_render_it(
+    settings: Settings, in_process: TransformersPolicy
+) -> None:
+    samples = read_samples(settings.paths.test_samples)[:3]
+    requests = []
+    for number, sample in enumerate(samples):
+        messages, tools = conversation(settings, sample)
+        requests.append(Request(messages[: 2 if number == 1 else 4], tools, 12))
+    together = in_process.generate(requests)
+    alone = [in_process.generate([request])[0] for request in requests]
+    assert together == alone
+    processor = in_process._processor
+    for request in requests:
+        by_trl = processor.apply_chat_template(
+            conversation=[list(request.messages)],
+            tools=list(request.tools),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]
+        assert in_process.encode([request])["input_ids"][0].tolist() == list(by_trl)
+        assert (
+            search_turn("star", " odd\n  thought ") in processor.tokenizer.decode(by_trl) or len(request.messages) == 2
+        )
+
+
+def test_vision_tokens_are_never_written(settings: Settings, in_process: TransformersPolicy) -> None:
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    model, tokenizer = in_process._model, in_process._processor.tokenizer
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        output = original(*arguments, **keywords)
+        output.logits[..., tokenizer.convert_tokens_to_ids("<|image_pad|>")] = 1e4
+        return output
+
+    model.forward = forward
+    try:
+        (reply,) = in_process.generate([Request(messages, tools, 8)])
+    finally:
+        model.forward = original
+    assert "<|" not in reply.text
+    assert reply.generated_tokens == 8
+
+
+def test_too_long_a_conversation_fails_alone(settings: Settings, in_process: TransformersPolicy) -> None:
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    long = [*messages, {"role": "user", "content": "word " * 5000}]
+    replies = in_process.generate([Request(messages, tools, 4), Request(long, tools, 4)])
+    assert replies[0].text is not None
+    assert type(replies[1]).__name__ == "ContextOverflowError"
+
+
+def test_an_adapter_is_put_onto_its_base(settings: Settings, in_process: TransformersPolicy, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from timesearch.search.checkpoint import examine, load_model
+
+    base = load_model(settings.paths.train)
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(settings.paths.train)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = TransformersPolicy.load(tmp_path / "adapter")
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    inputs = loaded.encode([Request(messages, tools, 4)])
+    with torch.inference_mode():
+        merged, expected = loaded._model(**inputs).logits, adapted(**inputs).logits
+        plain = in_process._model(**inputs).logits
+    assert torch.allclose(merged, expected, atol=1e-4)
+    assert not torch.allclose(merged, plain, atol=1e-3)
+    assert all(finding.ok for finding in examine(tmp_path / "adapter", settings.search))
+
+
+# Over HTTP
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with {process.returncode}")
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError(f"nothing answers at {url}")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start the small policy server on a port; all are stopped at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(port: int, pause: str = "0") -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([sys.executable, str(TESTS / "policy_server.py"), str(port), pause])
+        started.append(process)
+        wait_for(f"http://127.0.0.1:{port}/v1/models", process, 60)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_an_engine_that_is_killed_and_comes_back_loses_no_episode(
+    settings: Settings, serve: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    samples = [
+        sample.model_copy(update={"id": f"{sample.id}-{copy}"})
+        for sample in read_samples(settings.paths.test_samples)
+        for copy in range(4)
+    ]
+    port = free_port()
+    engine = serve(port, "0.2")
+    ended: list[tuple[str, str | None]] = []
+
+    async def episodes() -> None:
+        policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], "tiny", retry_for=60)
+        jobs = [Job("grpo_csv", sample) for sample in samples]
+        record = lambda job, prediction: ended.append((job.sample.id, prediction.outcome))  # noqa: E731
+        playing = asyncio.create_task(play(jobs, policy, OracleEncoder(), settings, record))
+        while len(ended) < 3:
+            await asyncio.sleep(0.01)
+        engine.send_signal(signal.SIGKILL)
+        engine.wait()
+        assert len(ended) < 32
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(serve, port, "0.01")
+        await playing
+
+    settings.infer.concurrency = 8
+    asyncio.run(episodes())
+    assert sorted(identity for identity, _ in ended) == sorted(sample.id for sample in samples)
+    assert {outcome for _, outcome in ended} == {"answered"}
+
+
+def test_an_engine_that_stays_away_becomes_a_recorded_error(settings: Settings) -> None:
+    policy = OpenAIPolicy([f"http://127.0.0.1:{free_port()}/v1"], "tiny", retry_for=0.2)
+    sample = read_samples(settings.paths.test_samples)[0]
+
+    async def episode() -> Prediction:
+        try:
+            return await run_episode(open_environment(settings, encoded=True), policy, sample, settings.search)
+        finally:
+            await policy.close()
+
+    prediction = asyncio.run(episode())
+    assert prediction.error is not None
+    assert prediction.error.type == "engine"
+    assert "see its log" in prediction.error.message
+
+
+def test_a_server_with_a_short_context_ends_the_search(
+    settings: Settings, serve: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    port = free_port()
+    serve(port, "refuse")
+    policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], "tiny")
+    sample = read_samples(settings.paths.test_samples)[0]
+
+    async def episode() -> Prediction:
+        try:
+            return await run_episode(open_environment(settings, encoded=True), policy, sample, settings.search)
+        finally:
+            await policy.close()
+
+    prediction = asyncio.run(episode())
+    assert (prediction.outcome, prediction.limit) == ("answered", "context")
+
+
+def test_conversations_go_to_the_least_busy_server_that_knows_the_video() -> None:
+    async def choose() -> list[str]:
+        policy = OpenAIPolicy(["http://a/v1", "http://b/v1"], "tiny")
+        chosen, open_sessions = [], []
+        for video in ("x", "x", "y", "y", *["x"] * 8):
+            session = policy.session(video, [], 8)
+            chosen.append((await session.__aenter__())._url)
+            open_sessions.append(session)
+        for session in open_sessions:
+            await session.__aexit__(None, None, None)
+        assert set(policy._load.values()) == {0}
+        return chosen
+
+    chosen = asyncio.run(choose())
+    assert chosen[:4] == ["http://a/v1", "http://a/v1", "http://b/v1", "http://b/v1"]
+    assert set(chosen[4:]) == {"http://a/v1", "http://b/v1"}
+
+
+def test_what_a_server_parsed_is_put_back_into_the_text() -> None:
+    call = {"function": {"name": "seek_video_frames", "arguments": '{"query": "star"}'}}
+    message = {"content": None, "reasoning_content": "Look.", "tool_calls": [call]}
+    reply = _read(httpx.Response(200, json={"choices": [{"message": message}]}))
+    assert reply.text == search_turn("star")
+    with pytest.raises(EngineError, match="without a message"):
+        _read(httpx.Response(200, json={"choices": []}))
+
+
+def test_a_message_is_sent_byte_for_byte_again(settings: Settings) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    first, _ = conversation(settings, sample, encoded=True)
+    second, _ = conversation(settings, sample, encoded=True)
+    assert [serialise(message) for message in first] == [serialise(message) for message in second]
+    assert b"data:image/jpeg;base64,/9j/" in serialise(first[1])
