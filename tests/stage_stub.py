@@ -43,9 +43,16 @@ outputs = {
     "frames": ["cache/frames/a.frames"],
     "features": ["cache/features/a.safetensors"],
     "coldstart": ["runs/coldstart/m"],
-    "train": ["runs/train/m", "runs/train/metrics.jsonl"],
+    "train": ["runs/train/m", "runs/train/metrics.csv"],
     "infer": ["results/predictions/grpo_csv.jsonl"],
-    "evaluate": ["results/metrics.json", "results/table.md", "results/report.html"],
+    "evaluate": [
+        "results/metrics.json",
+        "results/table.md",
+        "results/report.html",
+        "results/evaluation/e",
+        "results/plots/f1_by_frames.csv",
+        "results/plots/tool_calls_by_turn.csv",
+    ],
 }
 inputs = {"infer": "runs/train/m", "evaluate": "results/predictions/grpo_csv.jsonl", "train": "runs/coldstart/m"}
 if stage in inputs:
@@ -55,8 +62,12 @@ for output in outputs[stage]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name == "metrics.json":
         path.write_text(json.dumps({"grpo_csv": {"qa_accuracy": params["train"]["learning_rate"]}}))
-    elif path.name == "metrics.jsonl":
-        path.write_text('{"step": 1, "reward": 0.5}\n')
+    elif path.name == "metrics.csv":
+        path.write_text("step,reward,accuracy,completeness\n1,0.5,0.2,0.1\n")
+    elif path.name == "f1_by_frames.csv":
+        path.write_text("method,frames,temporal_f1,episodes\ngrpo_csv,1-4,0.5,3\n")
+    elif path.name == "tool_calls_by_turn.csv":
+        path.write_text("method,turn,tool_calls,episodes\ngrpo_csv,1,0.5,3\n")
     elif path.name == "table.md":
         path.write_text(f"| method | lr |\n| --- | --- |\n| grpo_csv | {params['train']['learning_rate']} |\n")
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|AUTH_STRING", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_USER_INFO = re.compile(r"(\w:/{1,2})[^/\s@'\"]+@")
 _QUERY = re.compile(
     r"([?&;](?:[\w.-]*(?:token|secret|signature|password|api_?key|access_?key|credential)[\w.-]*|sig|key|auth)=)"
     r"[^&;\s'\"#<>]+",
@@ -28,7 +28,7 @@ def redact(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and value in text:
             text = text.replace(value, _HIDDEN)
-    text = _USER_INFO.sub(f"{_HIDDEN}@", text)
+    text = _USER_INFO.sub(rf"\1{_HIDDEN}@", text)
     text = _QUERY.sub(rf"\1{_HIDDEN}", text)
     return _HEADER.sub(rf"\1 {_HIDDEN}", text)
 
