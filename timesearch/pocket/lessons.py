@@ -15,13 +15,13 @@ from timesearch.errors import RequestError
 from timesearch.messages import Message
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.policy import tool_schemas
-from timesearch.pocket.traces import Habits, write_reanswer, write_trace
+from timesearch.pocket.traces import Habits, reanswer, write_reanswer, write_trace
 from timesearch.pocket.world import SHAPES, Event, Scene, generator, question
 from timesearch.samples import Sample
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Search
-from timesearch.training.supervised import UNKNOWN, Example
+from timesearch.training.supervised import Example
 
 if TYPE_CHECKING:
     from timesearch.search.environment import QueryEncoder
@@ -91,10 +91,9 @@ def _ask(sample: Sample) -> Asked:
 
 
 class Reading:
-    """Re-answer examples on frames drawn at random, 1 to `most` of them, with several questions about the same frames.
+    """Re-answer examples on frames drawn at random, 1 to `most`; a share of `unknown` asks for what is not shown.
 
-    Most of the frames show shapes. Up to four shapes are asked about, turn by turn; a share of about `unknown` of them
-    is not shown. The reading of frames is the hard part, and each question is one more lesson of it.
+    Most of the frames show shapes: reading them is the hard part, and each described frame is a lesson in it.
     """
 
     def __init__(self, corpus: Corpus, count: int, most: int, unknown: float, seed: int) -> None:
@@ -109,24 +108,18 @@ class Reading:
         environment = self._corpus.environment
         environment._enter(asked.row)
         visible = [asked.scene.visible(seconds) for seconds in environment._opened.frames.timestamps]
-        shapes = [i for i, event in enumerate(visible) if event is not None]
+        full = [i for i, event in enumerate(visible) if event is not None]
         empty = [i for i, event in enumerate(visible) if event is None]
         count = int(rng.integers(1, self._most + 1))
-        full = max(1, int(rng.binomial(count, 0.75)))
-        picked = [*rng.choice(shapes, size=full, replace=False), *rng.choice(empty, size=count - full, replace=False)]
+        shapes = max(1, int(rng.binomial(count, 0.75)))
+        picked = [*rng.choice(full, size=shapes, replace=False), *rng.choice(empty, size=count - shapes, replace=False)]
         indices = sorted(int(index) for index in picked)
-        shown = {event.shape: event.colour for event in (visible[index] for index in indices) if event is not None}
+        shown = sorted({event.shape for event in (visible[index] for index in indices) if event is not None})
         absent = [shape for shape in SHAPES if shape not in shown]
-        turns = int(rng.integers(1, 5))
-        others = rng.permutation(absent)[: int(rng.binomial(turns, self._unknown))]
-        known = rng.permutation(list(shown))[: turns - len(others)]
-        order = rng.permutation([*known, *others])
-        messages: list[Message] = []
-        for shape in (str(shape) for shape in order):
-            environment._question = question(shape)
-            content = environment._answer_content([] if messages else indices)
-            answer = f"<answer>{shown.get(shape, UNKNOWN)}</answer>"
-            messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        shape = str(rng.choice(absent if rng.random() < self._unknown else shown))
+        environment._question = question(shape)
+        content = environment._answer_content(indices)
+        messages = [{"role": "user", "content": content}, reanswer(asked.scene, shape, content)]
         return Example(f"{asked.sample.id}, reading {number}", messages)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.messages import Block, Message
+from timesearch.messages import Block, Message, format_seconds
 from timesearch.pocket.world import SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
 
@@ -40,6 +40,9 @@ class Habits:
 
 COLD_START = Habits(good=0.50, narrow=0.13, wrong=0.15, guess=0.22)
 """The imperfect traces of the demo's cold start."""
+CLEAN = Habits(good=0.9, narrow=0.0, wrong=0.0, guess=0.1)
+SKILLED = Habits(good=0.7, narrow=0.1, wrong=0.1, guess=0.1)
+"""What pretraining learns to search from."""
 BASE = Habits(good=0.12, narrow=0.18, wrong=0.35, guess=0.35, give_up=0.8)
 """A base model that can read, call the tool and answer, but seldom searches well."""
 
@@ -91,14 +94,15 @@ def write_trace(
             break
         found = environment.seek_video_frames(**turn["call"])
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
+        seen = describe(scene, found)
         if sees(scene, target, found):
-            turn = _turn(f"The {target.shape} is {target.colour}.", answer=target.colour)
+            turn = _turn(f"{seen}The {target.shape} is {target.colour}.", answer=target.colour)
         elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
-            turn = _turn(f"No {target.shape} here. I can guess.", answer=draw_guess(scene.world, rng))
+            turn = _turn(f"{seen}No {target.shape} here. I can guess.", answer=draw_guess(scene.world, rng))
         else:
             start, stop = windows[tried]
             limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
-            turn = _turn(f"No {target.shape} here.", call={"query": target.shape, **limits})
+            turn = _turn(f"{seen}No {target.shape} here.", call={"query": target.shape, **limits})
             tried += 1
     return [{key: value for key, value in message.items() if key != "call"} for message in messages]
 
@@ -136,8 +140,21 @@ def write_reanswer(
     content = environment._reanswer_content()
     if content is None or sees(scene, target, shown) != known:
         return None
-    answer = target.colour if known else UNKNOWN
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": f"<answer>{answer}</answer>"}]
+    return [{"role": "user", "content": content}, reanswer(scene, target.shape, content)]
+
+
+def reanswer(scene: Scene, shape: str, content: list[Block]) -> Message:
+    """The right answer from frames alone: what each shows, and the shape's colour or "I don't know"."""
+    colours = {event.shape: event.colour for event in map(scene.visible, _times(content)) if event is not None}
+    found = f"The {shape} is {colours[shape]}." if shape in colours else f"No {shape} here."
+    return _turn(f"{describe(scene, content)}{found}", answer=colours.get(shape, UNKNOWN))
+
+
+def describe(scene: Scene, blocks: list[Block]) -> str:
+    """What the shown frames hold, a line each, as a trace's thought tells it: ``52.5s blue star``."""
+    events = [(seconds, scene.visible(seconds)) for seconds in _times(blocks)]
+    lines = (f"{format_seconds(t)} {f'{event.colour} {event.shape}' if event else 'nothing'}\n" for t, event in events)
+    return "".join(lines)
 
 
 def draw_guess(world: str, rng: np.random.Generator) -> str:
@@ -148,8 +165,11 @@ def draw_guess(world: str, rng: np.random.Generator) -> str:
 
 def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
     """Whether one of the shown frames lies within the target's time."""
-    times = [float(block["text"][:-1]) for block in blocks if block["type"] == "text" and block["text"].endswith("s")]
-    return any(scene.visible(seconds) == target for seconds in times)
+    return any(scene.visible(seconds) == target for seconds in _times(blocks))
+
+
+def _times(blocks: list[Block]) -> list[float]:
+    return [block["seconds"] for block in blocks if block["type"] == "image"]
 
 
 def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:

@@ -54,10 +54,6 @@ def run(settings: Settings) -> Path:
     policy = settings.paths.models / "policy"
     if not (policy / "config.json").is_file():
         raise RequestError(f"{policy} holds no policy: run the stage 'models' first")
-    if options.batch_size % options.micro_batch:
-        raise RequestError(
-            f"coldstart.micro_batch {options.micro_batch} does not divide coldstart.batch_size {options.batch_size}"
-        )
     samples, failures = load_training_samples(settings)
     encoder = load_encoder(str(settings.paths.models / "encoder"))
     _prepare_folder(folder, settings, policy)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError
+from timesearch.errors import ItemError, RequestError
 from timesearch.messages import Message
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def images_of(messages: Sequence[Message]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to optimise; one process sees `batch_size` examples a step, in micro-batches of `micro_batch`."""
+    """How to optimise: `batch_size` examples a step over all processes, each taking `micro_batch` at a time."""
 
     steps: int
     batch_size: int
@@ -144,8 +144,6 @@ class Plan:
     lora_rank: int = 0
     save_steps: int = 0
     """write a checkpoint to resume from every so many steps; 0: never"""
-    workers: int = 0
-    """processes that prepare batches"""
 
 
 def fine_tune(
@@ -164,10 +162,13 @@ def fine_tune(
         examples: a map-style dataset of `Example`.
         plan: how to optimise.
         folder: takes checkpoints while training goes on; a run that finds one there resumes from it.
-        on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`.
+        on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`; in the first process alone.
+
+    Raises:
+        RequestError: the batch cannot be divided as the plan asks.
     """
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     class Report(TrainerCallback):
@@ -181,12 +182,18 @@ def fine_tune(
 
         lora = LoraConfig(r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-    micro = plan.micro_batch or plan.batch_size
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    local = plan.batch_size // processes
+    micro = min(plan.micro_batch or local, local)
+    if micro * (local // micro) * processes != plan.batch_size:
+        raise RequestError(
+            f"a batch of {plan.batch_size} cannot be shared by {processes} processes in micro-batches of {micro}"
+        )
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=plan.batch_size // micro,
+        gradient_accumulation_steps=local // micro,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="linear" if plan.decay else "constant_with_warmup",
         warmup_steps=plan.warmup,
@@ -196,7 +203,7 @@ def fine_tune(
         seed=plan.seed,
         bf16=plan.bf16,
         use_cpu=not cuda,
-        ddp_backend="gloo" if not cuda and "WORLD_SIZE" in os.environ else None,
+        ddp_backend="gloo" if processes > 1 and not cuda else None,
         gradient_checkpointing=plan.gradient_checkpointing,
         save_strategy="steps" if plan.save_steps else "no",
         save_steps=plan.save_steps or 1,
@@ -206,7 +213,6 @@ def fine_tune(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_num_workers=plan.workers,
         dataloader_pin_memory=cuda,
     )
     trainer = Trainer(
@@ -217,8 +223,6 @@ def fine_tune(
         processing_class=processor,
         callbacks=[Report()],
     )
-    from transformers import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     resume = get_last_checkpoint(str(folder)) if plan.save_steps and Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
