@@ -159,7 +159,10 @@ def _dpp(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
 
 def _topk(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
     """The k most relevant frames; the earlier of two equally relevant."""
-    return [int(index) for index in np.argsort(-_unit_range(relevance), kind="stable")[:k]]
+    scores = _unit_range(relevance)
+    if scores.min() == scores.max():
+        return []
+    return [int(index) for index in np.argsort(-scores, kind="stable")[:k]]
 
 
 def _aks(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
@@ -170,6 +173,8 @@ def _aks(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
     """
     scores = _unit_range(relevance)
     standing_out, deepest = 0.8, 5
+    if scores.min() == scores.max():
+        return []
 
     def pick(first: int, last: int, count: int, depth: int) -> list[int]:
         count = min(count, last - first)
