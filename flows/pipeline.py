@@ -6,6 +6,7 @@ prefect deployment run 'pipeline/pocket' --watch       on a worker
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,8 @@ from tasks.judge import judge
 from tasks.reproduce import STAGES, stale_stages
 from tasks.stages import TASKS
 from tasks.workspace import workspace
+from timesearch.errors import TimeSearchError
+from timesearch.redaction import redact
 from timesearch.settings import Settings, load_settings
 from timesearch.tracking import PARENT_RUN, lock_tags, parent_run, tracking_uri
 
@@ -101,5 +104,20 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
     )
 
 
+def main() -> None:
+    """Run the pipeline here, and close with its table."""
+    try:
+        done = pipeline()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except TimeSearchError as error:
+        print(f"\ntimesearch: {redact(str(error))}", file=sys.stderr)
+        raise SystemExit(1) from None
+    made = ", ".join(done["ran"]) or "nothing, all was up to date"
+    print(f"\n{done['table']}\nmade: {made}")
+    print("report: results/report.html; pages of this run: make ui; figures: uv run dvc metrics show")
+
+
 if __name__ == "__main__":
-    pipeline()
+    main()

@@ -32,7 +32,7 @@ class Prefect:
         self.env = {
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "3",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
             "HF_TOKEN": PLANTED,
         }

@@ -18,6 +18,7 @@ from pathlib import Path
 from timesearch.errors import CacheMismatchError, ItemError, RequestError
 from timesearch.files import write_jsonl
 from timesearch.progress import progress_bar
+from timesearch.redaction import redact
 
 Work = Callable[[str], "float | None"]
 """Does one item; returns how many frames (or files) it made, or None where the item was up to date."""
@@ -97,7 +98,7 @@ def write_failures(path: Path, failures: Sequence[Failure]) -> None:
 def _printable(failure: Failure) -> dict[str, str]:
     """Names of files need not be Unicode: bytes that are not are shown as escapes."""
     return {
-        key: value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        key: redact(value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
         for key, value in asdict(failure).items()
     }
 

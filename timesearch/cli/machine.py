@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,10 +77,4 @@ def demo() -> None:
         "DO_NOT_TRACK": "1",
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    done = subprocess.run([sys.executable, "-m", "flows.pipeline"], env={**environment, **ours}, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
-    table = Path("results/table.md")
-    if table.is_file():
-        say("\n" + table.read_text(encoding="utf-8"))
-    say("Report: results/report.html. Pages of this run: make ui. Figures: uv run dvc metrics show")
+    os.execve(sys.executable, [sys.executable, "-m", "flows.pipeline"], {**environment, **ours})
