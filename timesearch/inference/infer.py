@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     from timesearch.tracking import Run
 
 VLLM = (
-    *("vllm", "serve", "{model}", "--host", "{host}", "--port", "{port}"),
-    *("--enable-prefix-caching", "--enable-prompt-tokens-details"),
+    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
+    *("--host", "{host}", "--port", "{port}", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
 )
 """Starts a checkpoint's server where the settings name no command."""
 

@@ -84,7 +84,9 @@ def load_model(checkpoint: Path | str) -> Any:
     """
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     base = base_of(checkpoint)
     model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16 if on_gpu else torch.float32)

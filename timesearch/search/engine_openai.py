@@ -212,14 +212,13 @@ def _read(response: httpx.Response) -> Reply:
         message = value["choices"][0]["message"]
     except (KeyError, IndexError, TypeError):
         raise EngineError(f"the policy server answered without a message: {response.text[:200]}") from None
-    text = message.get("content") or ""
-    thought = message.get("reasoning") or message.get("reasoning_content")
-    if thought:
-        text = f"<think>{thought}</think>\n{text}"
+    thought, said = message.get("reasoning") or message.get("reasoning_content"), message.get("content")
+    parts = [*([f"<think>{thought}</think>"] if thought else []), *([said] if said else [])]
     for call in message.get("tool_calls") or []:
         function = call["function"]
         written = f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
-        text = f"{text}\n<tool_call>\n{written}\n</tool_call>".lstrip()
+        parts.append(f"<tool_call>\n{written}\n</tool_call>")
+    text = "\n".join(parts)
     usage = value.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return Reply(text, usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0))
