@@ -119,7 +119,7 @@ def test_standard_ssim_equals_scikit_image(size: tuple[int, int]) -> None:
     expected = [
         [structural_similarity(x, y, gaussian_weights=True, channel_axis=-1, data_range=255) for y in b] for x in a
     ]
-    assert np.abs(ssim_matrix(a, b, "standard") - expected).max() < 1e-5
+    assert np.abs(ssim_matrix(a, b, "standard") - expected).max() < 5e-5
 
 
 def test_a_frame_equals_itself_in_both_modes() -> None:

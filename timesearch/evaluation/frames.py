@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,14 +58,15 @@ def _similarities(
         for time, frame in zip(truth_times, truth_frames, strict=True)
     }
     found: dict[tuple[str, float, float], float] = {}
+    searched: dict[str, Any] = dict.fromkeys(engines)
     times = sorted(needed)
     for start in range(0, len(times), _CHUNK):
         chunk = times[start : start + _CHUNK]
         for time, frame in zip(chunk, read_frames(path, chunk), strict=True):
             for metric, engine in engines.items():
-                statistics = engine.statistics(frame)
+                searched[metric] = engine.statistics(frame, reuse=searched[metric])
                 for other in needed[time]:
-                    found[metric, other, time] = engine.similarity(truth[metric, other], statistics)
+                    found[metric, other, time] = engine.similarity(truth[metric, other], searched[metric])
     return found
 
 

@@ -3,7 +3,9 @@
 Headline names, as in `metrics.json` (a mean over the episodes that have such a value, null where none has):
 
 - ``temporal_precision|recall|f1`` within the first threshold, others as ``temporal_f1@2``; ``temporal_f1`` is the mean
-  of the episodes' F1, as T* reports it, and ``temporal_f1_of_means`` the F1 of mean precision and mean recall.
+  of the episodes' F1, as T* reports it, and ``temporal_f1_of_means`` the F1 of mean precision and mean recall. An
+  episode that searched nothing counts as 0; T* leaves it out, so where all episodes have ground truth its number is
+  this one divided by ``search_rate``.
 - ``annd_precision|recall``: mean distances to the nearest neighbour in seconds, over episodes that searched.
 - ``span_coverage``: share of the ground-truth spans that a searched frame lies in.
 - ``visual_precision|recall|f1`` by standard SSIM, ``visual_tstar_...`` as T* computes it.
