@@ -34,7 +34,7 @@ def evaluate(
     """Score predictions: searches, answers, intervals, comparisons. Without --predictions, the project's own."""
     from timesearch.evaluation import evaluate as stage
     from timesearch.evaluation.table import print_table
-    from timesearch.settings import Judge, Settings, load_settings
+    from timesearch.settings import Settings, load_settings
 
     if not predictions:
         settings = load_settings(params)
@@ -46,7 +46,7 @@ def evaluate(
         raise RequestError("--out is missing: name a folder for the results")
     if videos is not None and not videos.is_dir():
         raise RequestError(f"--videos {videos} is no folder: name the folder of the source videos, or leave it out")
-    settings = load_settings(params) if params.is_file() else Settings(judge=Judge(kind="rule"))
+    settings = load_settings(params) if params.is_file() else Settings.model_validate({"judge": {"kind": "rule"}})
     options = settings.evaluate
     options.thresholds = threshold or options.thresholds
     options.visual = options.visual if visual is None else visual
