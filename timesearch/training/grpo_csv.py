@@ -13,7 +13,8 @@ DeepSpeed. It departs from the paper's code in that the searched frames stay vis
 they are hidden by the attention mask), and in that an image lost on its way stops the run.
 
 Private names of TRL that are used, each held by a test: `_generate`, `_generate_single_turn`,
-`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_prepare_inputs`, `_sync_tool_dicts`,
+`_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_get_tool_suffix_ids`, `_get_train_sampler`,
+`_prepare_inputs`, `_sync_tool_dicts`,
 `_image_pad_token_id`, `_tokenizer`.
 """
 
@@ -38,8 +39,8 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from timesearch.batch import write_failures
 from timesearch.errors import RequestError, TimeSearchError
@@ -47,7 +48,7 @@ from timesearch.files import file_digest, write_json
 from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, score_episode
-from timesearch.search.checkpoint import load_processor, vision_token_ids
+from timesearch.search.checkpoint import load_processor, multiply_patches, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
@@ -157,6 +158,17 @@ class _Tools(dict[str, Any]):
         return call
 
 
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with an order that follows from the epoch, so that a resumed run meets the questions it would have.
+
+    TRL's own draws the orders one after another, and a resumed run begins with the first again.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
 class GRPOCSVTrainer(GRPOTrainer):
     """`GRPOTrainer` that keeps each rollout as an `Episode` and can ask for re-answers.
 
@@ -176,8 +188,18 @@ class GRPOCSVTrainer(GRPOTrainer):
         self.episodes: list[Episode] = []
         self._rows: list[dict[str, Any]] = []
         super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
+        multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
         self._replay = ReplayBuffer(capacity=max(1, self.args.generation_batch_size // self.num_generations))
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(
+            data_source=dataset or self.train_dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+        )
 
     # Rollouts
 
@@ -277,15 +299,33 @@ class GRPOCSVTrainer(GRPOTrainer):
         with self.clock("loss"):
             return super()._get_per_token_logps_and_entropies(*arguments, **keywords)
 
+    def _get_tool_suffix_ids(self, tool_messages: list[Message]) -> list[int]:
+        """TRL's, from the text and the sizes of images: TRL processes all pixels to count their tokens."""
+        said = [{"role": role, "content": [{"type": "text", "text": ""}]} for role in ("user", "assistant")]
+        render = partial(self.processing_class.apply_chat_template, chat_template=self.chat_template, tokenize=False)
+        before = render(said)
+        text = render([*said, *tool_messages], add_generation_prompt=True)
+        suffix = text[before.rindex(self._tokenizer.eos_token) + len(self._tokenizer.eos_token) :]
+        token = self.processing_class.image_token
+        first, *rest = suffix.split(token)
+        images = [block["image"] for message in tool_messages for block in message["content"] if "image" in block]
+        for image, part in zip(images, rest, strict=True):
+            first += token * self._tokens_of([image]) + part
+        return self._tokenizer(first, add_special_tokens=False)["input_ids"]
+
+    def _tokens_of(self, images: Sequence[Any]) -> int:
+        """Tokens that stand for some images."""
+        processor = self.processing_class.image_processor
+        patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in images)
+        return patches // processor.merge_size**2
+
     def _written_turns(self, ids: Sequence[int], mask: Sequence[int]) -> list[str]:
         """Text of each run of tokens that the policy wrote, the end-of-turn token left out."""
         runs = [[token for token, _ in run] for own, run in groupby(zip(ids, mask, strict=True), lambda x: x[1]) if own]
         return [self._tokenizer.decode(run).removesuffix(self._tokenizer.eos_token) for run in runs]
 
     def _check_images(self, row: dict[str, Any], ids: Sequence[int], images: Sequence[Any]) -> None:
-        processor = self.processing_class.image_processor
-        patches = sum(processor.get_number_of_image_patches(image.height, image.width) for image in images)
-        tokens, expected = list(ids).count(self._image_pad_token_id), patches // processor.merge_size**2
+        tokens, expected = list(ids).count(self._image_pad_token_id), self._tokens_of(images)
         if tokens != expected:
             raise ImageMismatchError(
                 f"sample {row['id']!r}: {tokens} image tokens stand for {len(images)} images of {expected} tokens: "
@@ -414,11 +454,11 @@ def run(settings: Settings) -> Path:
         raise RequestError(f"{policy} holds no policy: run the stages 'models' and 'coldstart' first")
     config = grpo_config(settings, str(policy))
     main = config.process_index == 0
-    checkpoint = _prepare_folder(folder, settings, policy) if main else None
     if main:
+        _prepare_folder(folder, settings, policy)
         write_failures(folder / "failures.jsonl", failures)
     config.distributed_state.wait_for_everyone()
-    checkpoint = checkpoint or _latest_checkpoint(folder)
+    checkpoint = _latest_checkpoint(folder, config.world_size)
 
     clock = Clock()
     encoder = load_encoder(str(settings.paths.models / "encoder"))
@@ -545,9 +585,14 @@ def _prepare_folder(folder: Path, settings: Settings, policy: Path) -> None:
         write_json(mark, identity)
 
 
-def _latest_checkpoint(folder: Path) -> str | None:
-    checkpoints = folder / "checkpoints"
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+def _latest_checkpoint(folder: Path, processes: int) -> str | None:
+    """The newest checkpoint that is whole: the trainer's state is written last, random states by every process."""
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for checkpoint in reversed(found):
+        if all((checkpoint / name).is_file() for name in ("trainer_state.json", *random_states)):
+            return str(checkpoint)
+    return None
 
 
 def _save(trainer: GRPOCSVTrainer, folder: Path) -> None:

@@ -29,7 +29,7 @@ MAIN_PORT = 29500
 
 
 def run(settings: Settings, node_rank: int = 0, main_address: str | None = None) -> Path:
-    """Train as `settings.train` asks, with the judge that `settings.judge` asks for.
+    """Train as `settings.train` asks.
 
     Args:
         settings: a run.
@@ -43,25 +43,22 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
         RequestError: what cannot be started as it is.
         TimeSearchError: a training process failed.
     """
-    from timesearch.judge.server import judge_server
     from timesearch.training.data import load_training_samples
 
     if "RANK" in os.environ:
         return load_trainer(settings.train.generation).run(settings)
     load_training_samples(settings)
-    with ExitStack() as stack:
-        if node_rank == 0:
-            stack.enter_context(judge_server(settings.judge))
-        if settings.train.launcher == "single" and settings.train.processes == 1:
-            return load_trainer(settings.train.generation).run(settings)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="timesearch-")))
+    if settings.train.launcher == "single" and settings.train.processes == 1:
+        return load_trainer(settings.train.generation).run(settings)
+    with tempfile.TemporaryDirectory(prefix="timesearch-") as name:
+        folder = Path(name)
         params = folder / "params.yaml"
         params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         if settings.train.launcher == "single":
             _run_processes(settings.train.processes, params, folder)
         else:
             command = launch_command(settings.train, node_rank, main_address, params)
-            code = _wait([start_guarded(command, env=_environment(settings.train))])
+            code = _wait([start_guarded(command, env=_environment())])
             if code:
                 raise TimeSearchError(f"{command[0]} ended with exit code {code}: its messages are above")
     return settings.paths.train
@@ -97,7 +94,7 @@ def _config(launcher: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _environment(train: Train) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """An environment in which a process computes with one thread, unless it was told otherwise."""
     return {"OMP_NUM_THREADS": "1", **os.environ}
 
@@ -105,7 +102,7 @@ def _environment(train: Train) -> dict[str, str]:
 def _run_processes(count: int, params: Path, folder: Path) -> None:
     """Start `count` processes on this CPU, wait for them, and stop all once one fails."""
     shared = {
-        **_environment(Train()),
+        **_environment(),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
