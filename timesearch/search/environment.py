@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import io
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -134,7 +133,7 @@ class SearchEnvironment:
         self._searched += [SearchedFrame(self._calls, index, float(times[index])) for index in found]
         return [*self._opened.show(found), *self._say("overflow" if spent else "next", count=len(found))]
 
-    def _tools(self) -> dict[str, Callable[..., list[Block]]]:
+    def _tools(self) -> dict[str, Any]:
         """The tools by name: the public methods, found by the rule that TRL follows."""
         members = inspect.getmembers(type(self), predicate=inspect.isfunction)
         return {name: getattr(self, name) for name, _ in members if name != "reset" and not name.startswith("_")}

@@ -7,13 +7,17 @@ is rendered: in training, in process, and in a server.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 from timesearch.errors import ItemError
 from timesearch.messages import Message
+
+if TYPE_CHECKING:
+    from timesearch.search.environment import SearchEnvironment
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,13 @@ class Policy(Protocol):
         ...
 
 
-def tool_schemas(environment: object) -> list[dict[str, Any]]:
+def tool_schemas(environment: SearchEnvironment) -> list[dict[str, Any]]:
     """The JSON schemas of an environment's tools, as TRL renders them in training."""
+    return [_schema(tool.__func__) for tool in environment._tools().values()]
+
+
+@cache
+def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import get_json_schema
 
-    return [get_json_schema(tool) for tool in environment._tools().values()]  # type: ignore[attr-defined]
+    return get_json_schema(tool)
