@@ -97,10 +97,10 @@ def _open(checkout: Path, tree: Path, revision: str | None, overrides: Mapping[s
         values = overridden(yaml.safe_load(params.read_text(encoding="utf-8")) or {}, overrides)
         write_text(params, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     load_settings(params)
-    pointers = [str(path.relative_to(tree)) for path in (*tree.glob("*.dvc"), *tree.glob("pretrained/*.dvc"))]
+    pointers = [path for path in (*tree.glob("*.dvc"), *tree.glob("pretrained/*.dvc")) if path.is_file()]
     if pointers:
-        _run(tree, *dvc(), "pull", "--quiet", *pointers)
-    _run(tree, *dvc(), "checkout", "--quiet", "--allow-missing")
+        _run(tree, *dvc(), "pull", *(str(path.relative_to(tree)) for path in pointers))
+    _run(tree, *dvc(), "checkout", "--allow-missing")
 
 
 def _remove(checkout: Path, tree: Path) -> None:

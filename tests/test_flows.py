@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ class Prefect:
     def close(self) -> None:
         for process in (self.worker, self.server):
             if process is not None and process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
                 process.wait(60)
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
