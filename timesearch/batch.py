@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from timesearch.errors import CacheMismatchError, ItemError, RequestError
 from timesearch.files import write_jsonl
@@ -22,6 +23,10 @@ from timesearch.redaction import redact
 
 Work = Callable[[str], "float | None"]
 """Does one item; returns how many frames (or files) it made, or None where the item was up to date."""
+
+
+_RAY_RETRIES = 3
+"""Further tries of an item whose worker process or machine died."""
 
 
 @dataclass(frozen=True)
@@ -139,22 +144,29 @@ def _on_ray(
         raise RequestError("ray is not installed: uv sync --extra ray, or set ray_address to null") from error
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=None if address == "local" else address, num_cpus=workers if address == "local" else None)
+        here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
+        ray.init(address=address, log_to_driver=False, **here)
+
+    @ray.remote(num_cpus=1, max_retries=_RAY_RETRIES)
+    def attempt_remotely(item: str) -> float | Failure | None:
+        return attempt(item)
+
+    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
     try:
-        remote = ray.remote(num_cpus=1, max_retries=3)(attempt.__call__)
         waiting = list(reversed(items))
         pending: dict[ray.ObjectRef, str] = {}
         while waiting or pending:
             while waiting and len(pending) < workers:
                 item = waiting.pop()
-                pending[remote.remote(item)] = item
+                pending[attempt_remotely.remote(item)] = item
             finished, _ = ray.wait(list(pending), num_returns=1)
             for reference in finished:
                 item = pending.pop(reference)
                 try:
                     yield item, ray.get(reference)
-                except ray.exceptions.WorkerCrashedError as error:
-                    yield item, Failure(item, "worker_died", f"{item}: its worker died four times ({error})")
+                except died as error:
+                    message = f"{item}: its worker died {_RAY_RETRIES + 1} times: {str(error).splitlines()[0]}"
+                    yield item, Failure(item, "worker_died", message)
     finally:
         if started_here:
             ray.shutdown()

@@ -1,23 +1,33 @@
-"""Stage `download`: videos from any fsspec URL, resumed after a break, checked, and renamed when whole."""
+"""Stage `download`: videos from any fsspec URL, resumed after a break, checked, and renamed when whole.
+
+`tar://MEMBER::URL` names a video in a tar archive, which is read by its headers and never fetched whole; where URL is
+the first part of an archive that lies in parts (``videos.tar.part.aa``), the others are found beside it.
+"""
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import glob
+import io
 import os
-from collections.abc import Iterable
+import re
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from timesearch.batch import BatchResult, exclusive, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
-from timesearch.files import file_digest, inside
+from timesearch.files import file_digest, inside, json_digest
 from timesearch.samples import Sample, read_samples
 from timesearch.settings import Download, Settings
 
 _CHUNK = 4 * 2**20
 """Bytes a read: one HTTP range request."""
+_HEADER_BLOCK = 2**12
+"""Bytes a read while an archive's headers are gone through."""
 
 
 def run(settings: Settings) -> BatchResult:
@@ -67,43 +77,46 @@ def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4
             with attempt:
                 _fetch_once(source, target, sha256)
     except RetryError as error:
-        last = error.last_attempt.exception()
+        last = _cause(error.last_attempt.exception() or error)
         raise ItemError(f"{source}: {last} (tried {retries + 1} times)", reason="download_failed") from last
-    except FileNotFoundError as error:
-        raise ItemError(f"{source} does not exist", reason="not_found") from error
-    except (aiohttp.ClientError, ValueError, ImportError) as error:
-        reason = "forbidden" if getattr(error, "status", None) in (401, 403) else "download_failed"
-        raise ItemError(f"{source} cannot be fetched: {error}", reason=reason) from error
+    except (FileNotFoundError, PermissionError, aiohttp.ClientError, ValueError, ImportError) as error:
+        cause = _cause(error)
+        status = getattr(cause, "status", None)
+        if status in (401, 403) or isinstance(cause, PermissionError):
+            raise ItemError(f"{source} may not be read: check your credentials", reason="forbidden") from error
+        if status == 404 or isinstance(cause, FileNotFoundError):
+            raise ItemError(f"{source} does not exist", reason="not_found") from error
+        raise ItemError(f"{source} cannot be fetched: {cause}", reason="download_failed") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The server's answer behind the FileNotFoundError that fsspec makes of every failed request."""
+    import aiohttp
+
+    passing = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, (aiohttp.ClientError, TimeoutError))
+    return error.__cause__ if passing and error.__cause__ else error
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another try may help: breaks and overload, not absence, refusal or a full disk."""
     import aiohttp
 
+    error = _cause(error)
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status in (408, 425, 429) or error.status >= 500
-    if isinstance(error, (FileNotFoundError, PermissionError, ItemError)):
-        return isinstance(error, _ShortRead)
     return isinstance(error, (aiohttp.ClientError, TimeoutError, ConnectionError, _ShortRead))
 
 
-class _ShortRead(ItemError):
+class _ShortRead(Exception):
     """The source ended before its stated size."""
-
-    reason = "download_failed"
 
 
 def _fetch_once(source: str, target: Path, sha256: str | None) -> None:
-    import fsspec
-
-    filesystem, path = fsspec.core.url_to_fs(source)
-    info = filesystem.info(path)
-    size = info.get("size")
-    version = [source, size, info.get("ETag"), info.get("Last-Modified"), str(info.get("mtime"))]
-    mark = hashlib.sha256(repr(version).encode()).hexdigest()[:16]
+    remote, size, version = _open(source)
+    mark = json_digest([source, size, version])[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name[:80]}.{mark}.download")
-    with filesystem.open(path, "rb") as remote:
+    with remote:
         _append(remote, unfinished)
     fetched = unfinished.stat().st_size
     if size is not None and fetched < size:
@@ -120,6 +133,25 @@ def _fetch_once(source: str, target: Path, sha256: str | None) -> None:
                 reason="checksum_mismatch",
             )
     unfinished.replace(target)
+    for stale in target.parent.glob(f".{glob.escape(target.name[:80])}.*.download"):
+        stale.unlink()  # of another version of the source
+
+
+def _open(source: str) -> tuple[IO[bytes], int | None, str]:
+    """A source opened for reading, its size in bytes if known, and what tells its versions apart."""
+    import fsspec
+
+    member = _TAR.fullmatch(source)
+    if member:
+        archive = _archive(member["base"])
+        return archive.open(member["name"]), archive.size_of(member["name"]), archive.version
+    filesystem, path = fsspec.core.url_to_fs(source)
+    info = filesystem.info(path)
+    return filesystem.open(path, "rb", block_size=_CHUNK), info.get("size"), _version(info)
+
+
+def _version(info: dict[str, Any]) -> str:
+    return " ".join(str(info[key]) for key in ("ETag", "Last-Modified", "mtime", "etag", "size") if info.get(key))
 
 
 def _append(remote: IO[bytes], unfinished: Path) -> None:
@@ -128,9 +160,133 @@ def _append(remote: IO[bytes], unfinished: Path) -> None:
         if local.tell():
             try:
                 remote.seek(local.tell())
-            except ValueError:  # a plain stream: from the start, then
+            except (ValueError, io.UnsupportedOperation):  # a plain stream: from the start, then
                 local.truncate(0)
         while chunk := remote.read(_CHUNK):
             local.write(chunk)
         local.flush()
         os.fsync(local.fileno())
+
+
+_TAR = re.compile(r"tar://(?P<name>[^:]+)::(?P<base>.+(?<!gz)(?<!bz2)(?<!xz)(?<!zst))")
+"""A member of a tar archive that is not compressed, and so can be read in the middle."""
+_FIRST_PART = re.compile(r"(?P<stem>.*\.tar\.(?:part[._-]?)?)(?P<number>a{2,}|0+[01]?)")
+"""The first of an archive's parts as `split` names them: `.tar.part.aa`, `.tar.aa`, `.tar.000`, `.tar.001`."""
+
+
+class _Archive:
+    """A tar archive, whole or in parts, of which only the headers and the members asked for are read."""
+
+    def __init__(self, base: str) -> None:
+        self._parts = list(_parts(base))
+        self.version = " ".join(_version(info) for _, _, info in self._parts)
+        size = sum(int(info["size"]) for _, _, info in self._parts)
+        headers = io.BufferedReader(_Joined(self._parts, 0, size, block_size=_HEADER_BLOCK), _HEADER_BLOCK)
+        try:
+            with tarfile.open(fileobj=headers, mode="r:") as archive:
+                files = [entry for entry in archive if entry.isfile()]
+        except tarfile.TarError as error:
+            raise ItemError(f"{base} is no whole tar archive ({error})", reason="not_an_archive") from error
+        self._members = {entry.name.removeprefix("./"): (entry.offset_data, entry.size) for entry in files}
+
+    def size_of(self, name: str) -> int:
+        """Size of a member in bytes."""
+        if name.removeprefix("./") not in self._members:
+            raise FileNotFoundError(name)
+        return self._members[name.removeprefix("./")][1]
+
+    def open(self, name: str) -> IO[bytes]:
+        """A member, opened for reading."""
+        size = self.size_of(name)
+        raw = _Joined(self._parts, self._members[name.removeprefix("./")][0], size, block_size=_CHUNK)
+        return io.BufferedReader(raw, _CHUNK)
+
+
+def _parts(base: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Filesystem, path and description of an archive's file, or of all its parts from the first one on."""
+    import aiohttp
+    import fsspec
+
+    first = _FIRST_PART.fullmatch(base)
+    number = first["number"] if first else ""
+    url = base
+    while True:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        try:
+            info = filesystem.info(path)
+        except FileNotFoundError as error:
+            cause = _cause(error)
+            absent = cause is error or (isinstance(cause, aiohttp.ClientResponseError) and cause.status == 404)
+            if url == base or not absent:
+                raise
+            return
+        yield filesystem, path, info
+        if first is None:
+            return
+        number = _following(number)
+        url = first["stem"] + number
+
+
+def _following(number: str) -> str:
+    """The suffix after this one: 00 01, aa ab, az ba."""
+    if number.isdigit():
+        return str(int(number) + 1).zfill(len(number))
+    last = number.rstrip("z")
+    return (last[:-1] + chr(ord(last[-1]) + 1) if last else "a") + "a" * (len(number) - len(last))
+
+
+class _Joined(io.RawIOBase):
+    """Bytes [start, start + size) of several remote files read as one."""
+
+    def __init__(self, parts: list[tuple[Any, str, dict[str, Any]]], start: int, size: int, block_size: int) -> None:
+        super().__init__()
+        self._parts, self._start, self._size, self._block_size = parts, start, size, block_size
+        self._position = 0
+        self._opened: dict[int, Any] = {}
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte; nothing is fetched."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read at most to the end of a part."""
+        wanted = min(len(buffer), self._size - self._position)
+        offset = self._start + self._position
+        for number, (filesystem, path, info) in enumerate(self._parts):
+            if offset < info["size"] and wanted > 0:
+                if number not in self._opened:
+                    self._opened[number] = filesystem.open(path, "rb", block_size=self._block_size)
+                self._opened[number].seek(offset)
+                data = self._opened[number].read(min(wanted, info["size"] - offset))
+                buffer[: len(data)] = data
+                self._position += len(data)
+                return len(data)
+            offset -= info["size"]
+        return 0
+
+    def close(self) -> None:
+        """Close the parts that were opened."""
+        for opened in self._opened.values():
+            opened.close()
+        super().close()
+
+
+_archives: dict[str, _Archive] = {}
+_archives_lock = threading.Lock()
+
+
+def _archive(base: str) -> _Archive:
+    """The archive at `base`; its headers are read once a process."""
+    with _archives_lock:
+        if base not in _archives:
+            _archives[base] = _Archive(base)
+        return _archives[base]

@@ -1,0 +1,58 @@
+"""Many items on a local Ray cluster of two workers, one of which dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from footage import make_video
+
+from timesearch import FrameCache
+from timesearch.batch import run_batch
+from timesearch.errors import ItemError
+from timesearch.settings import Frames
+from timesearch.video.frames import cache_frames
+
+ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
+    def work(item: str) -> int | None:
+        mark = tmp_path / item
+        if item == "dies once" and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "always dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "broken":
+            raise ItemError("it is broken", reason="not_a_video")
+        return None if item == "done before" else 5
+
+    items = ["a", "dies once", "broken", "done before", "always dies", "b"]
+    failures = tmp_path / "failures.jsonl"
+    result = run_batch("test", items, work, failures=failures, workers=2, ray_address="local")
+    assert sorted(result.done) == ["a", "b", "dies once"]
+    assert result.skipped == ["done before"]
+    assert {failure.item: failure.reason for failure in result.failures} == {
+        "always dies": "worker_died",
+        "broken": "not_a_video",
+    }
+    assert result.units == 15
+    assert len(failures.read_text().splitlines()) == 2
+
+
+def test_frames_on_ray(tmp_path: Path) -> None:
+    videos = {f"{number}.mp4": make_video(tmp_path / f"{number}.mp4", seconds=2) for number in range(3)}
+    settings = Frames(ray_address="local", workers=2)
+    assert sorted(cache_frames(videos, tmp_path / "out", settings).done) == sorted(videos)
+    assert all(len(FrameCache.open(path)) == 4 for path in (tmp_path / "out").iterdir())

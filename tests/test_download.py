@@ -1,0 +1,227 @@
+"""Downloads from a real HTTP server that breaks off, refuses, and changes its files."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import random
+import re
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from timesearch.errors import ItemError
+from timesearch.samples import Sample
+from timesearch.settings import Download
+from timesearch.video import download as download_module
+from timesearch.video.download import download_videos, fetch
+
+BODY = random.Random(0).randbytes(300_000)
+
+
+@dataclass
+class Host:
+    """A server's files and moods; `breaks` cuts that many answers short, `busy` answers 503 that many times."""
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    ranges: bool = True
+    breaks: int = 0
+    busy: int = 0
+    requests: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    state = Host()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: object) -> None: ...
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            state.requests[self.command] += 1
+            body = state.files.get(self.path.lstrip("/"))
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if self.path == "/secret.mp4":
+                return self.plain(403)
+            if state.busy and self.command == "GET":
+                state.busy -= 1
+                return self.plain(503)
+            if body is None:
+                return self.plain(404)
+            first, last = 0, len(body) - 1
+            if wanted and state.ranges:
+                first, last = int(wanted[1]), min(int(wanted[2] or last), last)
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
+            else:
+                self.send_response(200)
+            self.send_header("ETag", hashlib.sha256(body).hexdigest()[:8])
+            self.send_header("Accept-Ranges", "bytes" if state.ranges else "none")
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.end_headers()
+            part = body[first : last + 1]
+            if self.command == "GET":
+                if state.breaks and len(part) > 100:
+                    state.breaks -= 1
+                    part, self.close_connection = part[: len(part) // 2], True
+                state.sent += len(part)
+                self.wfile.write(part)
+
+        def plain(self, code: int) -> None:
+            self.send_response(code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(download_module, "_CHUNK", 2**16)
+    monkeypatch.setattr(download_module, "_archives", {})
+    yield state
+    server.shutdown()
+
+
+def sample(video: str, source: str | None, sha256: str | None = None) -> Sample:
+    return Sample(id=video, video=video, source=source, sha256=sha256, question="?")
+
+
+def digest(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_breaks_and_overload_are_outlived(host: Host, tmp_path: Path, ranges: bool) -> None:
+    host.files["a.mp4"], host.ranges, host.breaks, host.busy = BODY, ranges, 1, 1
+    fetch(f"{host.url}/a.mp4", tmp_path / "a.mp4", digest(BODY))
+    assert (tmp_path / "a.mp4").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_download_goes_on_where_it_broke_off(host: Host, tmp_path: Path) -> None:
+    host.files["a.mp4"] = BODY
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_append", cut_off_after(200_000))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(f"{host.url}/a.mp4", tmp_path / "a.mp4")
+    assert not (tmp_path / "a.mp4").exists()
+    host.sent = 0
+    fetch(f"{host.url}/a.mp4", tmp_path / "a.mp4", digest(BODY))
+    assert (tmp_path / "a.mp4").read_bytes() == BODY
+    assert host.sent < 150_000
+
+
+def test_a_source_that_changed_in_between_is_not_spliced(host: Host, tmp_path: Path) -> None:
+    host.files["a.mp4"] = BODY
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_append", cut_off_after(200_000))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(f"{host.url}/a.mp4", tmp_path / "a.mp4")
+    host.files["a.mp4"] = BODY[::-1]
+    fetch(f"{host.url}/a.mp4", tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == BODY[::-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def cut_off_after(count: int) -> object:
+    def append(remote: io.BufferedIOBase, unfinished: Path) -> None:
+        unfinished.write_bytes(remote.read(count))
+        raise KeyboardInterrupt
+
+    return append
+
+
+def test_each_failure_has_its_reason(host: Host, tmp_path: Path) -> None:
+    host.files |= {"good.mp4": BODY, "other.mp4": BODY}
+    samples = [
+        sample("good.mp4", f"{host.url}/good.mp4", digest(BODY)),
+        sample("other.mp4", f"{host.url}/other.mp4", "0" * 64),
+        sample("none.mp4", f"{host.url}/none.mp4"),
+        sample("secret.mp4", f"{host.url}/secret.mp4"),
+        sample("gone.mp4", str(tmp_path / "gone.mp4")),
+        sample("nowhere.mp4", None),
+        sample("odd.mp4", "gopher-nonesuch://x/y"),
+        sample("../climbs.mp4", f"{host.url}/good.mp4"),
+        sample("member.mp4", f"tar://member.mp4::{host.url}/good.mp4"),
+    ]
+    result = download_videos(samples, tmp_path / "out", Download(retries=0))
+    assert result.done == ["good.mp4"]
+    assert {failure.item: failure.reason for failure in result.failures} == {
+        "other.mp4": "checksum_mismatch",
+        "none.mp4": "not_found",
+        "secret.mp4": "forbidden",
+        "gone.mp4": "not_found",
+        "nowhere.mp4": "no_source",
+        "odd.mp4": "download_failed",
+        "../climbs.mp4": "unsafe_path",
+        "member.mp4": "not_an_archive",
+    }
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["failures.jsonl", "good.mp4"]
+
+
+def test_a_server_that_stays_down_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ItemError) as caught:
+        fetch("http://127.0.0.1:9/a.mp4", tmp_path / "a.mp4", retries=1)
+    assert caught.value.reason == "download_failed"
+    assert "tried 2 times" in str(caught.value)
+
+
+def test_what_is_there_is_not_fetched_again(host: Host, tmp_path: Path) -> None:
+    host.files["a.mp4"] = BODY
+    samples = [sample("a.mp4", f"{host.url}/a.mp4", digest(BODY)), sample("a.mp4", f"{host.url}/a.mp4")]
+    assert download_videos(samples, tmp_path, Download()).done == ["a.mp4"]
+    before = sum(host.requests.values())
+    assert download_videos(samples, tmp_path, Download()).skipped == ["a.mp4"]
+    assert sum(host.requests.values()) == before
+    (tmp_path / "a.mp4").write_bytes(BODY[:-1] + b"?")
+    assert download_videos(samples, tmp_path, Download()).done == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("names", [["v.tar"], ["v.tar.part.aa", "v.tar.part.ab", "v.tar.part.ac"], ["v.tar.001"]])
+def test_a_video_in_an_archive_in_parts(host: Host, tmp_path: Path, names: list[str]) -> None:
+    packed = io.BytesIO()
+    members = {f"videos/{number}.mp4": random.Random(number).randbytes(200_000 + number) for number in range(6)}
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, body in members.items():
+            entry = tarfile.TarInfo(f"./{name}")
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    whole = packed.getvalue()
+    share = -(-len(whole) // len(names))
+    host.files = {name: whole[index * share : (index + 1) * share] for index, name in enumerate(names)}
+    base = f"{host.url}/{names[0]}"
+    samples = [
+        sample(name, f"tar://{name}::{base}", digest(members[name])) for name in ("videos/1.mp4", "videos/3.mp4")
+    ]
+    assert len(download_videos(samples, tmp_path, Download()).done) == 2
+    assert all((tmp_path / one.video).read_bytes() == members[one.video] for one in samples)
+    assert host.sent < len(whole)
+    (failure,) = download_videos([sample("7.mp4", f"tar://7.mp4::{base}")], tmp_path, Download()).failures
+    assert failure.reason == "not_found"
+
+
+def test_local_files_and_generated_ones(tmp_path: Path) -> None:
+    (tmp_path / "in.mp4").write_bytes(BODY)
+    samples = [
+        sample("plain.mp4", str(tmp_path / "in.mp4")),
+        sample("url.mp4", (tmp_path / "in.mp4").as_uri()),
+        sample("memory.mp4", "memory://kept.mp4"),
+    ]
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/kept.mp4", BODY)
+    assert len(download_videos(samples, tmp_path / "out", Download()).done) == 3
+    assert all((tmp_path / "out" / one.video).read_bytes() == BODY for one in samples)
