@@ -15,7 +15,9 @@ from timesearch.errors import RequestError
 
 @app.command(rich_help_panel="Machine")
 def doctor(
-    model: Annotated[Path | None, typer.Option("--model", help="Also check that this checkpoint loads.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Also say whether this checkpoint fits the parameters.")
+    ] = None,
 ) -> None:
     """Tell what this machine has, and which profile fits it."""
     from timesearch.machine import inspect_machine
@@ -32,20 +34,23 @@ def doctor(
     ):
         say(f"{name:>10}  {value}")
     if model is not None:
-        say(f"{'model':>10}  {_check_model(model)}")
+        _check_model(model)
     if machine.problems:
         raise RequestError("; ".join(machine.problems))
     say(f"The profile that fits is {machine.profile}: timesearch profile {machine.profile}")
 
 
-def _check_model(folder: Path) -> str:
-    from timesearch.search.checkpoint import load_model, load_processor
+def _check_model(checkpoint: str) -> None:
+    from timesearch.search.checkpoint import examine
+    from timesearch.settings import Settings, load_settings
 
-    if not (folder / "config.json").is_file():
-        raise RequestError(f"{folder} is no checkpoint: a folder with config.json and safetensors is expected")
-    load_processor(folder)
-    model = load_model(folder)
-    return f"{folder}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    params = Path("params.yaml")
+    findings = examine(checkpoint, (load_settings(params) if params.is_file() else Settings()).search)
+    for finding in findings:
+        say(f"{finding.what:>13}  {'fits' if finding.ok else 'DOES NOT FIT'}: {finding.text}")
+    wrong = [finding.what for finding in findings if not finding.ok]
+    if wrong:
+        raise RequestError(f"{checkpoint} does not fit these parameters: {', '.join(wrong)}")
 
 
 @app.command(rich_help_panel="Machine")
