@@ -51,7 +51,8 @@ def evaluate(
     options.thresholds = threshold or options.thresholds
     options.visual = options.visual if visual is None else visual
     files = stage.files_by_name(predictions)
-    methods = stage.evaluate_files(files, options, videos, lambda: stage.make_judge(settings.judge), settings.seed)
+    with stage.held_judge(settings.judge) as judge:
+        methods = stage.evaluate_files(files, options, videos, judge, settings.seed)
     outcome = stage.write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
     print_table(methods)
     note = "visual metrics need --videos" if options.visual and videos is None else ""

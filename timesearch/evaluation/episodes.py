@@ -44,7 +44,7 @@ END_TOLERANCE = 1.0
 Report = Callable[[Failure], None]
 
 
-@dataclass
+@dataclass(slots=True)
 class EpisodeScore:
     """What evaluation keeps of an episode: no messages, so that memory does not grow with them.
 

@@ -9,8 +9,8 @@ import asyncio
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from timesearch.evaluation.summary import compare, headline, plain, plot_data, s
 from timesearch.evaluation.table import markdown_table, method_order, print_table
 from timesearch.files import atomic_path, write_json, write_jsonl, write_text
 from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
-from timesearch.progress import progress_bar
-from timesearch.settings import Evaluate, Settings
+from timesearch.progress import console, progress_bar
+from timesearch.settings import Evaluate, Judge, Settings
 
 _TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
 _UNTRACKABLE = re.compile(r"[^\w\-. /]")  # characters that MLflow refuses in a metric's name
@@ -210,6 +210,20 @@ def files_by_name(paths: Sequence[Path]) -> dict[str, Path]:
     return files
 
 
+@contextmanager
+def held_judge(settings: Judge) -> Iterator[MakeJudge]:
+    """Yield what makes the judge; its server is started when the judge is first asked for, and stopped at the end."""
+    from timesearch.judge.server import judge_server
+
+    with ExitStack() as held:
+
+        def make() -> JudgeClient | RuleJudge:
+            held.enter_context(judge_server(settings, say=console.print))
+            return make_judge(settings)
+
+        yield make
+
+
 def tracked_metrics(method: MethodScores) -> dict[str, float]:
     """Numbers by the names that MLflow gets: ``grpo_csv/temporal_f1``, ``grpo_csv/duration_group/60/qa_accuracy``."""
     named = {f"{method.name}/{name}": value for name, value in headline(method.metrics).items()}
@@ -225,20 +239,12 @@ def run(settings: Settings) -> BatchResult:
     Raises:
         RequestError: there are no predictions.
     """
-    from timesearch.judge.server import judge_server
-    from timesearch.progress import console
     from timesearch.report.build import write_results_report
     from timesearch.tracking import stage_run
 
     results = settings.paths.results
     files = prediction_files(results / "predictions")
-    with ExitStack() as held:
-        record = held.enter_context(stage_run(settings, "evaluate"))
-
-        def judge() -> JudgeClient | RuleJudge:
-            held.enter_context(judge_server(settings.judge, say=console.print))
-            return make_judge(settings.judge)
-
+    with stage_run(settings, "evaluate") as record, held_judge(settings.judge) as judge:
         methods = evaluate_files(files, settings.evaluate, settings.paths.videos, judge, settings.seed)
         failures = results / "evaluation" / "failures.jsonl"
         outcome = write_evaluation(methods, results, settings.evaluate, settings.seed, failures=failures)
