@@ -15,6 +15,7 @@ resident sizes of the process and of the ffmpeg it starts. Writes `caches.md`, `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -155,10 +156,8 @@ def measure(name: str, first: Path, second: Path) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peaks: dict[int, float] = {}
     while process.poll() is None:
-        try:
+        with contextlib.suppress(OSError):  # one of them may end while it is looked at
             peaks |= {pid: resident(pid) for pid in tree(process.pid)}
-        except OSError:
-            pass  # one of them ended while it was looked at
         time.sleep(0.02)
     assert process.stdout is not None
     output = process.stdout.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,13 +48,14 @@ def frames(
 ) -> None:
     """Turn videos into frame caches: one decoding pass each, at a steady rate of frames."""
     from timesearch.video.frames import cache_frames, run
+    from timesearch.video.probe import SUFFIXES
 
     settings = _settings(params, own_files=bool(videos))
     given = {"fps": fps, "workers": workers}
     settings.frames = settings.frames.model_copy(update={key: value for key, value in given.items() if value})
     if out is not None:
         settings.paths.frames = out
-    result = cache_frames(_named(videos), settings.paths.frames, settings.frames) if videos else run(settings)
+    result = cache_frames(_named(videos, SUFFIXES), settings.paths.frames, settings.frames) if videos else run(settings)
     _close(result, "frame caches", settings.paths.frames, keep_going)
 
 
@@ -79,7 +81,7 @@ def features(
     if out is not None:
         settings.paths.features = out
     encoder = load_encoder(model, pretrained) if model else default_encoder(settings)
-    caches = _named(frames, ".frames") if frames else sample_frames(settings)
+    caches = _named(frames, {".frames"}, strip=".frames") if frames else sample_frames(settings)
     result = cache_features(caches, settings.paths.features, encoder, settings.features)
     _close(result, "feature caches", settings.paths.features, keep_going)
 
@@ -91,8 +93,8 @@ def _settings(params: Path, own_files: bool) -> Settings:
     return Settings() if own_files and not params.is_file() else load_settings(params)
 
 
-def _named(paths: list[Path], suffix: str = "") -> dict[str, Path]:
-    """Files by the name their cache gets: a file's own name, or for a folder the paths below it.
+def _named(paths: list[Path], suffixes: Collection[str], strip: str = "") -> dict[str, Path]:
+    """Files by the name of their cache: a file's own name, or for a folder the paths of the files of a kind below it.
 
     Raises:
         RequestError: two files would get one name.
@@ -101,13 +103,14 @@ def _named(paths: list[Path], suffix: str = "") -> dict[str, Path]:
 
     named: dict[str, Path] = {}
     for path in paths:
+        pairs = [(path.name, path)]
         if path.is_dir():
-            found = [file for file in sorted(path.rglob(f"*{suffix}")) if file.is_file() and file.name[0] != "."]
-            pairs = [(file.relative_to(path).as_posix(), file) for file in found if file.name != "failures.jsonl"]
-        else:
-            pairs = [(path.name, path)]
-        for name, file in pairs:
-            name = name.removesuffix(suffix)
+            below = [
+                file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.name[0] != "."
+            ]
+            pairs = [(file.relative_to(path).as_posix(), file) for file in below]
+        for full_name, file in pairs:
+            name = full_name.removesuffix(strip)
             if name in named and named[name].absolute() != file.absolute():
                 raise RequestError(f"{named[name]} and {file} would both become {name!r}: do them into two folders")
             named[name] = file

@@ -209,8 +209,14 @@ def transform_of(settings: Frames) -> dict[str, Any]:
     return settings.model_dump(include={"fps", "factor", "min_pixels", "max_pixels", "qscale"})
 
 
-def make_frame_cache(video: Path | str, target: Path | str, settings: Frames) -> int:
+def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, threads: int = 0) -> int:
     """Decode `video` once and write its frame cache; memory does not grow with the length of the video.
+
+    Args:
+        video: a video file.
+        target: the cache file; it is replaced when the new one is whole.
+        settings: rate, size and quality.
+        threads: of the decoder; 0 for one a core.
 
     Returns:
         Number of frames kept: of each slot of 1/fps seconds, counted from the first frame, its first frame.
@@ -225,7 +231,7 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames) ->
         times: list[float] = []
         digest = hashlib.sha256()
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with closing(sample_jpegs(video, info, (width, height), settings)) as sampled:
+            with closing(sample_jpegs(video, info, (width, height), settings, threads)) as sampled:
                 for seconds, jpeg in sampled:
                     archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
                     digest.update(jpeg)
@@ -270,7 +276,9 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
         settings: sampling, size, quality and workers.
     """
     with exclusive(out):
-        work = functools.partial(_cache_one, videos=videos, out=out, settings=settings)
+        at_once = max(1, min(settings.workers, len(videos)))
+        threads = 1 if settings.ray_address else -(-(os.cpu_count() or 1) // at_once)
+        work = functools.partial(_cache_one, videos=videos, out=out, settings=settings, threads=threads)
         return run_batch(
             title,
             list(videos),
@@ -281,12 +289,12 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
         )
 
 
-def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames) -> int | None:
+def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames, threads: int) -> int | None:
     target = cache_path(out, name)
     check_readable(videos[name])
     if up_to_date(target, videos[name], settings):
         return None
-    return make_frame_cache(videos[name], target, settings)
+    return make_frame_cache(videos[name], target, settings, threads)
 
 
 def sample_videos(settings: Settings) -> list[str]:

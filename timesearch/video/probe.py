@@ -21,6 +21,9 @@ CONTAINERS = (
 )
 """Demuxers that may be used. Playlists are left out: a file that names other files or hosts must not be followed."""
 PROTOCOLS = "file,pipe"
+_SUFFIXES = "3gp asf avi flv gif h264 hevc ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut obu ogv ts vob webm wmv"
+SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""What a video's name may end with, where a folder is searched for videos."""
 HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
 """`color_trc` codes (ITU-T H.273, table 3) of high dynamic range."""
 

@@ -6,7 +6,6 @@ neither pixels nor times touch the disk before they lie in the cache.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -30,9 +29,16 @@ _SUMMARY = re.compile(r"\(video\): (\d+) packets read .*? (\d+) decode errors")
 
 
 def sample_jpegs(
-    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames
+    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0
 ) -> Generator[tuple[float, bytes], None, None]:
     """Yield (seconds from the first frame, JPEG) of the sampled frames as ffmpeg decodes them.
+
+    Args:
+        video: the file.
+        info: what `probe` says of it.
+        size: width and height of the JPEGs in pixels.
+        settings: rate and quality.
+        threads: of the decoder; 0 for one a core.
 
     Raises:
         ItemError: `truncated`, `damaged_video`, `no_frames` or `undecodable`, after the frames that could be decoded.
@@ -41,7 +47,7 @@ def sample_jpegs(
 
     kept = 0
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        command = ffmpeg_command(video, info, size, settings)
+        command = ffmpeg_command(video, info, size, settings, threads)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         try:
@@ -112,7 +118,9 @@ class _Verdict:
             raise ItemError(f"{video}: its video stream holds no frame", reason="no_frames")
 
 
-def ffmpeg_command(video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames) -> list[str]:
+def ffmpeg_command(
+    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0
+) -> list[str]:
     """The arguments of the pass: NUT with MJPEG on standard output, a verbose log on standard error."""
     import ffmpeg
     import imageio_ffmpeg
@@ -122,7 +130,7 @@ def ffmpeg_command(video: Path, info: VideoInfo, size: tuple[int, int], settings
     stream = ffmpeg.input(
         f"file:{video.absolute()}",
         copyts=None,
-        threads=max(1, (os.cpu_count() or 1) // settings.workers),
+        threads=threads,
         protocol_whitelist=PROTOCOLS,
         format_whitelist=CONTAINERS,
     )[str(info.stream)]
