@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,16 @@ def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder,
         "features_sha256": _digest(features, cache.timestamps),
     }
     with atomic_path(target) as partial:
-        partial.write_bytes(save({"features": features, "timestamps": cache.timestamps}, metadata=header))
+        partial.write_bytes(_ordered(save({"features": features, "timestamps": cache.timestamps}, metadata=header)))
     return len(cache)
+
+
+def _ordered(file: bytes) -> bytes:
+    """The same safetensors file with its header in a fixed order, so that equal features are equal files."""
+    length = int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + file[8 + length :]
 
 
 def _prepare(cache: FrameCache, encoder: Encoder, batch: range) -> object:
