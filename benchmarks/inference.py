@@ -120,7 +120,12 @@ def make_library(root: Path, videos: int, questions: int) -> tuple[Settings, lis
         )
         for number in range(questions):
             needle = scene.needles[number % len(scene.needles)]
-            row = {"id": f"{seed}-{number}", "video": video, "question": question(needle), "answer": needle.colour}
+            row = {
+                "id": f"{seed}-{number}",
+                "video": video,
+                "question": question(needle.shape),
+                "answer": needle.colour,
+            }
             samples.append(Sample.model_validate(row))
     return settings, samples
 

@@ -38,7 +38,7 @@ def build_library(root: Path, videos: int, questions: int = 1) -> Settings:
                 Sample(
                     id=f"{seed}-{number}",
                     video=video_of(seed),
-                    question=question(needle),
+                    question=question(needle.shape),
                     answer=needle.colour,
                     gt_spans=[(needle.start, needle.end)],
                 )

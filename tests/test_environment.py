@@ -90,7 +90,7 @@ def test_the_search_finds_the_needle_and_its_frames_are_kept(caches: Path) -> No
 def test_one_object_plays_one_episode_after_another(caches: Path) -> None:
     environment = open_environment(caches)
     environment.seek_video_frames("star")
-    environment.reset(video=f"{WORLD}/1.mp4", question=question(make_scene(WORLD, "train", 1).needles[0]))
+    environment.reset(video=f"{WORLD}/1.mp4", question=question(make_scene(WORLD, "train", 1).needles[0].shape))
     assert environment._searched == []
     assert environment._reanswer_content() is None
 

@@ -414,7 +414,7 @@ def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = (tmp_path_factory.mktemp("vllm") / "log").open("wb")
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, 400)
+        wait_for(f"http://127.0.0.1:{port}/health", process, 550)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
