@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import RequestError
-from timesearch.messages import Message
+from timesearch.messages import Block, Message
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.policy import tool_schemas
 from timesearch.pocket.traces import Habits, reanswer, write_reanswer, write_trace
@@ -93,7 +93,8 @@ def _ask(sample: Sample) -> Asked:
 class Reading:
     """Re-answer examples on frames drawn at random, 1 to `most`; a share of `unknown` asks for what is not shown.
 
-    Most of the frames show shapes: reading them is the hard part, and each described frame is a lesson in it.
+    Most of the frames show shapes, and three further questions follow about the same frames: each described frame is a
+    lesson in reading, each further question one in looking up what was read.
     """
 
     def __init__(self, corpus: Corpus, count: int, most: int, unknown: float, seed: int) -> None:
@@ -116,10 +117,15 @@ class Reading:
         indices = sorted(int(index) for index in picked)
         shown = sorted({event.shape for event in (visible[index] for index in indices) if event is not None})
         absent = [shape for shape in SHAPES if shape not in shown]
-        shape = str(rng.choice(absent if rng.random() < self._unknown else shown))
-        environment._question = question(shape)
-        content = environment._answer_content(indices)
-        messages = [{"role": "user", "content": content}, reanswer(asked.scene, shape, content)]
+        messages: list[Message] = []
+        content: list[Block] = []
+        for turn in range(4):
+            shape = str(rng.choice(absent if rng.random() < self._unknown else shown))
+            environment._question = question(shape)
+            content = content or environment._answer_content(indices)
+            asking = environment._answer_content([]) if turn else content
+            answer = reanswer(asked.scene, shape, content, described=turn == 0)
+            messages += [{"role": "user", "content": asking}, answer]
         return Example(f"{asked.sample.id}, reading {number}", messages)
 
 

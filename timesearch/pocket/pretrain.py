@@ -3,8 +3,9 @@
 The base stands in for Qwen2.5-VL: it reads frames, knows the tool and the format, and searches badly. Phases, each on
 top of the one before:
 
-1. *align*: single frames; the mean vision token of a frame is matched with the embeddings of its colour and shape word.
-2. *see*: the re-answer format on few frames, all questions answerable, mixed with episodes that search well.
+1. *align*: single frames; each vision token is matched with the embeddings of the frame's colour and shape word.
+2. *see*: re-answers on few frames, mixed with episodes that search well. From here on the vision tower is frozen: the
+   noisy gradients of the first steps would undo what it has learned about shapes.
 3. *search*: more frames, questions that the frames do not answer ("I don't know"), and faulty episodes among good ones.
 4. *base*: few steps on episodes with the `BASE` habits, which spoil the behaviour and leave the skill.
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 VIDEOS = 500
 """Videos that the base is pretrained on; their seeds and split are nobody else's."""
+ALIGN_STEPS = 700
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -54,9 +56,10 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
         corpus = cached_corpus(settings, encoder, Path(scratch), "guess-proof", "pretrain", VIDEOS)
         tokenizer = make_tokenizer(settings.search.prompts)
         processor, model = make_processor(tokenizer), make_policy(tokenizer, seed)
-        with progress_bar("align", 140) as bar:
-            align(model, processor, corpus, 140, seed, partial(_advance, bar))
+        with progress_bar("align", ALIGN_STEPS) as bar:
+            align(model, processor, corpus, ALIGN_STEPS, seed, partial(_advance, bar))
         save_policy(model, processor, folder)
+        model.model.visual.requires_grad_(False)
         for title, examples, plan in _phases(corpus, seed):
             with progress_bar(title, plan.steps) as bar:
                 trainer = Path(scratch) / "trainer"
@@ -68,14 +71,14 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
 def _phases(corpus: Corpus, seed: int) -> list[tuple[str, Any, Plan]]:
     """Name, examples and plan of the phases after the first."""
     count = 10**6
-    shown = Mixture(Reading(corpus, count, 4, 0.0, seed), Episodes(corpus, count, CLEAN, 0.0, seed), 0.7)
-    skilled = Episodes(corpus, count, SKILLED, 0.25, seed + 1, reworded_tools=0.05)
-    mixed = Mixture(Reading(corpus, count, 8, 0.35, seed + 1), skilled, 0.6)
+    shown = Mixture(Reading(corpus, count, 4, 0.2, seed), Episodes(corpus, count, CLEAN, 0.0, seed), 0.5)
+    skilled = Episodes(corpus, count, SKILLED, 0.2, seed + 1, reworded_tools=0.05)
+    mixed = Mixture(Reading(corpus, count, 8, 0.4, seed + 1), skilled, 0.5)
     base = Episodes(corpus, count, BASE, 0.3, seed + 2, reworded_tools=0.05)
     return [
-        ("see", shown, Plan(400, 40, 2.5e-3, warmup=20, decay=False, seed=seed)),
-        ("search", mixed, Plan(500, 40, 2e-3, warmup=20, seed=seed)),
-        ("base", base, Plan(60, 40, 6e-4, seed=seed)),
+        ("see", shown, Plan(250, 40, 2e-3, warmup=20, decay=False, seed=seed)),
+        ("search", mixed, Plan(350, 40, 2e-3, warmup=20, seed=seed)),
+        ("base", base, Plan(50, 40, 6e-4, seed=seed)),
     ]
 
 
@@ -110,9 +113,9 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
 
 
 def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, report: Report) -> None:
-    """Phase 1: match the mean vision token of single frames with the embeddings of their colour and shape word.
+    """Phase 1: match every vision token of single frames with the embeddings of their colour and shape word.
 
-    Only the vision tower and the (tied) word embeddings learn.
+    Only the vision tower learns. Every token is to carry both words, so that attention to any of them reads the frame.
     """
     import torch
 
@@ -120,7 +123,7 @@ def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, rep
     colour_ids = torch.tensor([ids(f"Ġ{colour}") for colour in COLOURS])
     shape_ids = torch.tensor([ids(f"Ġ{shape}") for shape in SHAPES])
     embeddings = model.get_input_embeddings()
-    optimizer = torch.optim.AdamW([*model.model.visual.parameters(), *embeddings.parameters()], lr=2e-3)
+    optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     rng = generator("align", seed)
     environment = corpus.environment
@@ -136,17 +139,20 @@ def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, rep
                 colours.append(list(COLOURS).index(event.colour))
                 shapes.append(SHAPES.index(event.shape))
         batch = processor.image_processor(images=pictures, return_tensors="pt")
-        tokens = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-        means = torch.stack(list(tokens)).mean(dim=1)
-        colour_logits, shape_logits = means @ embeddings.weight[colour_ids].T, means @ embeddings.weight[shape_ids].T
-        loss = torch.nn.functional.cross_entropy(colour_logits, torch.tensor(colours))
-        loss = loss + torch.nn.functional.cross_entropy(shape_logits, torch.tensor(shapes))
+        features = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+        tokens_NTD = torch.stack(list(features))
+        loss = torch.zeros(())
+        for words, truth in ((colour_ids, colours), (shape_ids, shapes)):
+            logits_NTW = tokens_NTD @ embeddings.weight[words].detach().T
+            wanted_NT = torch.tensor(truth)[:, None].expand(logits_NTW.shape[:2])
+            loss = loss + torch.nn.functional.cross_entropy(logits_NTW.flatten(0, 1), wanted_NT.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(step, {"loss": float(loss.detach())})
+        right = (logits_NTW.argmax(dim=2) == wanted_NT).float().mean()
+        report(step, {"loss": float(loss.detach()), "right": float(right)})
 
 
 def _advance(bar: Bar, step: int, values: dict[str, float]) -> None:

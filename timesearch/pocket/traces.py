@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.messages import Block, Message, format_seconds
+from timesearch.messages import Block, Message
 from timesearch.pocket.world import SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
 
@@ -143,18 +143,17 @@ def write_reanswer(
     return [{"role": "user", "content": content}, reanswer(scene, target.shape, content)]
 
 
-def reanswer(scene: Scene, shape: str, content: list[Block]) -> Message:
+def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what each shows, and the shape's colour or "I don't know"."""
     colours = {event.shape: event.colour for event in map(scene.visible, _times(content)) if event is not None}
     found = f"The {shape} is {colours[shape]}." if shape in colours else f"No {shape} here."
-    return _turn(f"{describe(scene, content)}{found}", answer=colours.get(shape, UNKNOWN))
+    return _turn(f"{describe(scene, content) if described else ''}{found}", answer=colours.get(shape, UNKNOWN))
 
 
 def describe(scene: Scene, blocks: list[Block]) -> str:
-    """What the shown frames hold, a line each, as a trace's thought tells it: ``52.5s blue star``."""
-    events = [(seconds, scene.visible(seconds)) for seconds in _times(blocks)]
-    lines = (f"{format_seconds(t)} {f'{event.colour} {event.shape}' if event else 'nothing'}\n" for t, event in events)
-    return "".join(lines)
+    """What the shown frames hold, a line each, as a trace's thought tells it: ``blue star`` or ``nothing``."""
+    events = map(scene.visible, _times(blocks))
+    return "".join(f"{event.colour} {event.shape}\n" if event else "nothing\n" for event in events)
 
 
 def draw_guess(world: str, rng: np.random.Generator) -> str:
