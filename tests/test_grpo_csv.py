@@ -443,7 +443,7 @@ def test_a_cut_episode_is_counted_and_masked_if_asked(play: Callable[..., Any]) 
 
 
 def test_a_fault_of_this_machine_stops_the_run(play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise OSError("disk gone")
 
     monkeypatch.setattr("timesearch.search.environment.select_frames", broken)

@@ -39,6 +39,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
@@ -187,6 +188,7 @@ class GRPOCSVTrainer(GRPOTrainer):
         self.clock = clock
         self.episodes: list[Episode] = []
         self._rows: list[dict[str, Any]] = []
+        self._prompts: list[list[int]] = []
         super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
         multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
@@ -229,7 +231,7 @@ class GRPOCSVTrainer(GRPOTrainer):
         return batch
 
     def _play(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rows, self.episodes = inputs, []
+        self._rows, self._prompts, self.episodes = inputs, [], []
         return super()._generate_and_score_completions(inputs)
 
     def _other_rows(self, count: int, attempt: int) -> list[dict[str, Any]]:
@@ -261,10 +263,9 @@ class GRPOCSVTrainer(GRPOTrainer):
         for tools in self._sync_tool_dicts:
             if tools.fault:
                 raise tools.fault
-        prompt_ids, completion_ids, tool_mask, completions, _, _, images, _ = rollouts
+        _, completion_ids, tool_mask, completions, *_ = rollouts
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         for index, row in enumerate(self._rows):
-            self._check_images(row, [*prompt_ids[index], *completion_ids[index]], images[index] or [])
             self._check_vision_tokens(row, completion_ids[index], tool_mask[index])
             turns = iter(self._written_turns(completion_ids[index], tool_mask[index]))
             said = [
@@ -280,9 +281,14 @@ class GRPOCSVTrainer(GRPOTrainer):
             )
         return rollouts
 
-    def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: list[Any] | None, *arguments: Any, **keywords: Any
+    ) -> tuple[Any, ...]:
+        self._prompts = self._prompts or list(prompt_ids)
+        for ids, shown in zip(prompt_ids, images or [None] * len(prompt_ids), strict=True):
+            self._check_images(ids, shown or [])
         with self.clock("generate"):
-            return super()._generate_single_turn(*arguments, **keywords)
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **keywords)
 
     # Where the time goes
 
@@ -324,11 +330,13 @@ class GRPOCSVTrainer(GRPOTrainer):
         runs = [[token for token, _ in run] for own, run in groupby(zip(ids, mask, strict=True), lambda x: x[1]) if own]
         return [self._tokenizer.decode(run).removesuffix(self._tokenizer.eos_token) for run in runs]
 
-    def _check_images(self, row: dict[str, Any], ids: Sequence[int], images: Sequence[Any]) -> None:
-        tokens, expected = list(ids).count(self._image_pad_token_id), self._tokens_of(images)
+    def _check_images(self, ids: list[int], images: Sequence[Any]) -> None:
+        tokens, expected = ids.count(self._image_pad_token_id), self._tokens_of(images)
         if tokens != expected:
+            known = zip(self._prompts, self._rows, strict=True)
+            sample = next((row["id"] for prompt, row in known if ids[: len(prompt)] == prompt), "?")
             raise ImageMismatchError(
-                f"sample {row['id']!r}: {tokens} image tokens stand for {len(images)} images of {expected} tokens: "
+                f"sample {sample!r}: {tokens} image tokens stand for {len(images)} images of {expected} tokens: "
                 "the chat template, the image processor and the frame cache do not fit each other"
             )
 
@@ -447,6 +455,7 @@ def run(settings: Settings) -> Path:
     from timesearch.tracking import stage_run
     from timesearch.training.watch import Watch, write_table
 
+    disable_progress_bar()
     folder = settings.paths.train
     samples, failures = load_training_samples(settings)
     policy = settings.paths.coldstart if settings.paths.coldstart.is_dir() else settings.paths.models / "policy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ class Watch(TrainerCallback):
         values = {new: logs[old] for old, new in NAMES.items() if logs.get(old) is not None}
         values |= {name: logs[name] for name in EPISODE_NAMES if logs.get(name) is not None}
         values |= time_shares(self.trainer.clock.seconds, now - self._last)
+        values["memory_gib"] = memory_gib()
         self._last = now
         self.trainer.clock.seconds.clear()
         with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
@@ -147,6 +149,16 @@ class CollapseWarning:
             if now < 0.5 * first or now < 0.2:
                 self._said.add(name)
                 yield texts[name].format(now=now, first=first)
+
+
+def memory_gib() -> float:
+    """Memory that this process holds: on its GPU at most so far, or in RAM now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def time_shares(seconds: dict[str, float], total: float) -> dict[str, float]:
