@@ -255,6 +255,19 @@ def test_an_adapter_is_put_onto_its_base(settings: Settings, in_process: Transfo
     assert all(finding.ok for finding in examine(tmp_path / "adapter", settings.search))
 
 
+def test_what_of_a_checkpoint_does_not_fit_is_said(settings: Settings, tmp_path: Path) -> None:
+    from timesearch.search.checkpoint import examine
+
+    search = settings.search.model_copy(update={"patch": 28, "total_video_tokens": 10**6})
+    findings = {finding.what: finding for finding in examine(settings.paths.train, search)}
+    assert [what for what, finding in findings.items() if not finding.ok] == ["patch", "context"]
+    assert "set search.patch to 32" in findings["patch"].text
+    with pytest.raises(RequestError, match="no checkpoint"):
+        examine(tmp_path, search)
+    with pytest.raises(RequestError, match="does not exist"):
+        examine(tmp_path / "none", search)
+
+
 # Over HTTP
 
 
