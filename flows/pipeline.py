@@ -6,6 +6,7 @@ prefect deployment run 'pipeline/pocket' --watch       on a worker
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 
 from tasks.artifacts import show_plan, show_results
 from tasks.judge import judge
@@ -107,6 +109,7 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
 def main() -> None:
     """Run the pipeline here, and close with its table."""
     try:
+        _start_server()
         done = pipeline()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
@@ -117,6 +120,19 @@ def main() -> None:
     made = ", ".join(done["ran"]) or "nothing, all was up to date"
     print(f"\n{done['table']}\nmade: {made}")
     print("report: results/report.html; pages of this run: make ui; figures: uv run dvc metrics show")
+
+
+def _start_server() -> None:
+    """Start Prefect's temporary server, unless one is configured, deaf to Ctrl-C: it is to hear how the run ended."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    if PREFECT_API_URL.value():
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 if __name__ == "__main__":

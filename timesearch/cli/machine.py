@@ -79,7 +79,6 @@ def demo() -> None:
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_CLIENT_MAX_RETRIES": "2",  # Ctrl-C ends the temporary server too: report to it, but not for a minute
         "DO_NOT_TRACK": "1",
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
