@@ -9,24 +9,25 @@ One run, one machine, one video that is made here (720p30 h264, looped by stream
 - straightforward: the sampled frames decoded at full size through PyAV, resized by torchvision, saved as one tensor.
 
 Each measurement is a process of its own. Its time is taken after its imports, its memory is the sum of the peak
-resident sizes of the process and of the ffmpeg it starts. Writes `caches.md`, `caches.json` and `caches.png`.
+resident sizes of that process and of the ffmpeg it starts. Writes `caches.md`, `caches.json` and `caches.png`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MB = 1e6
 PREVIEW, SEARCHED = 64, 8
@@ -86,6 +87,8 @@ def straightforward(video: Path, target: Path) -> None:
 
 def open_episode(cache: Path, features: Path) -> None:
     """What an episode reads: the preview, a selection among all features, and the frames it found."""
+    import numpy as np
+
     from timesearch import FeatureCache, FrameCache, select_frames
 
     frames = FrameCache.open(cache)
@@ -122,7 +125,7 @@ IMPORTS = {
 
 def child(name: str, first: Path, second: Path) -> None:
     """Run one measurement in this process and print its time."""
-    bare = resident(os.getpid())
+    bare = peak_mb()
     for module in IMPORTS[name].split(", "):
         __import__(module)
     if name.startswith("open"):  # cold: out of the page cache
@@ -133,42 +136,28 @@ def child(name: str, first: Path, second: Path) -> None:
                 os.close(handle)
     started = time.perf_counter()
     MEASURED[name](first, second)
-    print(json.dumps({"seconds": time.perf_counter() - started, "bare_mb": bare, "own_mb": resident(os.getpid())}))
+    print(json.dumps({"seconds": time.perf_counter() - started, "bare_mb": bare, "peak_mb": peak_mb()}))
 
 
-def resident(pid: int) -> float:
-    """Peak resident size of a process so far, MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / MB
-    return 0.0
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    below = [int(one) for path in Path(f"/proc/{pid}/task").glob("*/children") for one in path.read_text().split()]
-    return [pid, *(deeper for one in below for deeper in tree(one))]
+def peak_mb() -> float:
+    """Peak resident size of this process and of the largest one it started, MB."""
+    used = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(used) * 1024 / MB
 
 
 def measure(name: str, first: Path, second: Path) -> dict[str, float]:
-    """Run a measurement in a process of its own; seconds, processor seconds, and MB at the peak."""
+    """Run a measurement in a process of its own; seconds, and MB resident at the peak."""
     command = [sys.executable, __file__, "--child", name, str(first), str(second)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    peaks: dict[int, float] = {}
-    while process.poll() is None:
-        with contextlib.suppress(OSError):  # one of them may end while it is looked at
-            peaks |= {pid: resident(pid) for pid in tree(process.pid)}
-        time.sleep(0.02)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    if process.returncode:
-        return {"seconds": float("nan"), "peak_mb": sum(peaks.values())}
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
-    return result | {"peak_mb": max(sum(peaks.values()), result["own_mb"])}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:  # out of memory, say
+        return dict.fromkeys(("seconds", "bare_mb", "peak_mb"), float("nan"))
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def write_features(path: Path, count: int) -> None:
     """Random features of a cache of `count` frames."""
+    import numpy as np
     from safetensors.numpy import save_file
 
     rows = np.random.default_rng(0).standard_normal((count, DIMENSION)).astype(np.float32)
@@ -183,6 +172,8 @@ def write_features(path: Path, count: int) -> None:
 
 def dense_dpp(features: np.ndarray, query: np.ndarray, k: int) -> list[int]:
     """The straightforward selection: the whole N x N kernel, then greedy picks."""
+    import numpy as np
+
     features = features.astype(np.float32)
     relevance = features @ query
     relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
@@ -199,6 +190,8 @@ def dense_dpp(features: np.ndarray, query: np.ndarray, k: int) -> list[int]:
 
 def selection(counts: list[int]) -> list[dict[str, Any]]:
     """Milliseconds of each selection, the best of five, on features that drift as a video's do."""
+    import numpy as np
+
     from timesearch import select_frames
 
     generator, rows = np.random.default_rng(0), []
@@ -233,6 +226,7 @@ def quality(clips: Path) -> list[dict[str, Any]]:
     """SSIM of cached frames to the raw output of the same filter graph, and bytes a frame, for real clips."""
     import io
 
+    import numpy as np
     from PIL import Image
     from skimage.metrics import structural_similarity
 
@@ -253,7 +247,7 @@ def quality(clips: Path) -> list[dict[str, Any]]:
             jpegs = [jpeg for _, jpeg in sample_jpegs(clip, info, size, settings)]
             command = ffmpeg_command(clip, info, size, settings)
             command[command.index("-f") + 1], command[command.index("-vcodec") + 1] = "rawvideo", "rawvideo"
-            command = [part.replace("yuvj444p", "rgb24") for part in command]
+            command = [part.replace("yuvj420p", "rgb24") for part in command]
             raw = subprocess.run(command, capture_output=True, check=True).stdout
             frames = np.frombuffer(raw, np.uint8).reshape(len(jpegs), size[1], size[0], 3)
             luma, colour = [], []

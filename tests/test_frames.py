@@ -81,7 +81,7 @@ def test_jpegs_look_like_the_frames_before_them(shared: Path, name: str) -> None
     jpegs = [jpeg for _, jpeg in sample_jpegs(video, info, size, settings)]
     command = ffmpeg_command(video, info, size, settings)
     command[command.index("-f") + 1], command[command.index("-vcodec") + 1] = "rawvideo", "rawvideo"
-    command = [part.replace("yuvj444p", "rgb24") for part in command]
+    command = [part.replace("yuvj420p", "rgb24") for part in command]
     raw = subprocess.run(command, capture_output=True, check=True).stdout
     frames = np.frombuffer(raw, np.uint8).reshape(len(jpegs), size[1], size[0], 3)
     for index in range(0, len(jpegs), max(1, len(jpegs) // 3)):

@@ -59,7 +59,10 @@ class Frames(Section):
     min_pixels: int = Field(4 * 28 * 28, ge=1)
     max_pixels: int = Field(256 * 28 * 28, ge=1, description="256 tokens of 28 x 28 pixels a frame")
     qscale: int = Field(
-        2, ge=2, le=31, description="quantiser scale of the JPEGs (ffmpeg -q:v), 2 the finest: SSIM 0.98 and above"
+        2,
+        ge=2,
+        le=31,
+        description="quantiser scale of the JPEGs (ffmpeg -q:v); at 2, the finest, SSIM of luma is 0.98 and above",
     )
     workers: int = Field(2, ge=1)
     ray_address: str | None = Field(None, description="address of a Ray cluster, 'local' to start one, or null")

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from timesearch.batch import BatchResult, exclusive, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.files import atomic_path, inside
-from timesearch.settings import Features, Settings
 from timesearch.video.frames import FrameCache, cache_path, sample_videos
 
 if TYPE_CHECKING:
+    from timesearch.batch import BatchResult
     from timesearch.retrieval.encoder import Encoder
+    from timesearch.settings import Features, Settings
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ def cache_features(
         encoder: embeds the frames.
         settings: batch size and workers.
     """
+    from timesearch.batch import exclusive, run_batch
+
     with exclusive(out):
         work = functools.partial(_cache_one, frames=frames, out=out, encoder=encoder, batch_size=settings.batch_size)
         return run_batch(title, list(frames), work, failures=out / "failures.jsonl", workers=settings.workers)

@@ -23,17 +23,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.batch import BatchResult, exclusive, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.files import atomic_path, inside, json_digest
-from timesearch.samples import read_samples
-from timesearch.settings import Frames, Settings
 from timesearch.video.probe import Fingerprint, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from timesearch.batch import BatchResult
+    from timesearch.settings import Frames, Settings
 
 VERSION = 1
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
@@ -67,13 +67,13 @@ class DecodedFrames:
             if key in self._images:
                 return
             self._images[key] = image
-            self._bytes += 3 * image.width * image.height
+            self._bytes += 4 * image.width * image.height  # Pillow pads RGB to four bytes
             while self._bytes > self._budget:
                 _, oldest = self._images.popitem(last=False)
-                self._bytes -= 3 * oldest.width * oldest.height
+                self._bytes -= 4 * oldest.width * oldest.height
 
 
-_decoded = DecodedFrames(budget=32 * 2**20)
+_decoded = DecodedFrames(budget=16 * 2**20)
 
 
 class FrameCache:
@@ -275,6 +275,8 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
         out: folder of the caches; what failed is listed in its `failures.jsonl`.
         settings: sampling, size, quality and workers.
     """
+    from timesearch.batch import exclusive, run_batch
+
     with exclusive(out):
         at_once = max(1, min(settings.workers, len(videos)))
         threads = 1 if settings.ray_address else -(-(os.cpu_count() or 1) // at_once)
@@ -299,6 +301,8 @@ def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frame
 
 def sample_videos(settings: Settings) -> list[str]:
     """Names of all videos that the train and test samples ask about, each once."""
+    from timesearch.samples import read_samples
+
     samples = [*read_samples(settings.paths.train_samples), *read_samples(settings.paths.test_samples)]
     return list(dict.fromkeys(sample.video for sample in samples))
 
