@@ -296,7 +296,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,8 +308,8 @@ def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(
         tmp_path,
         command=[*command, "--dtype", "bfloat16", "--enforce-eager"],
         model="tiny-judge",
-        start_timeout=400.0,
-        retry_for=400.0,
+        start_timeout=700.0,
+        retry_for=700.0,
     )
     rows = read_labelled(LABELLED)
     triples = [(row.question, row.reference, row.candidate) for row in rows]
