@@ -44,14 +44,11 @@ def watch_engine(seen: list[dict[str, float]]) -> None:
         engine = self.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
         theirs = dict(engine.named_parameters())
         mine = dict(self.model.named_parameters())
-        pairs = {
-            "language_model.model.norm.weight": "model.language_model.norm.weight",
-            "language_model.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
-        }
-        apart = max(float((theirs[a][: len(mine[b])] - mine[b]).abs().max()) for a, b in pairs.items())
-        seen.append(
-            {"step": self.state.global_step, "apart": apart, "sum": float(mine[pairs[next(iter(pairs))]].sum())}
-        )
+        embedding = mine["model.language_model.embed_tokens.weight"].detach()
+        # vLLM holds its weights in bf16 and pads the vocabulary.
+        arrived = theirs["language_model.model.embed_tokens.weight"][: len(embedding)]
+        apart = float((arrived - embedding.to(arrived.dtype)).abs().max())
+        seen.append({"step": self.state.global_step, "apart": apart, "sum": float(arrived.double().abs().sum())})
         return written
 
     grpo_csv.GRPOCSVTrainer._generate_single_turn = watched  # type: ignore[method-assign]

@@ -128,13 +128,11 @@ def _solved(predictions: Sequence[Prediction], settings: Settings) -> dict[str, 
     played = [(row, final_answer(row.prediction)) for row in predictions if row.error is None]
     triples = sorted({(row.question, row.answer, said) for row, said in played if said and row.type == "open_ended"})
     scores = dict(zip(triples, asyncio.run(make_judge(settings.judge).score_many(triples)), strict=True))
-    return {
-        row.id: accuracy(
-            said,
-            row.answer,
-            row.type,
-            judge=lambda reference, candidate, question=row.question: scores[question, reference, candidate],
-        )
-        > 0.5
-        for row, said in played
-    }
+    right = {}
+    for row, said in played:
+
+        def verdict(reference: str, candidate: str, question: str = row.question) -> float:
+            return scores[question, reference, candidate]
+
+        right[row.id] = accuracy(said, row.answer, row.type, judge=verdict) > 0.5
+    return right

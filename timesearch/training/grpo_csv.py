@@ -392,20 +392,15 @@ class GRPOCSVTrainer(GRPOTrainer):
     def _score(self, log_metric: Callable[[str, float], None]) -> None:
         judged = asyncio.run(self._judge_answers())
         for episode in self.episodes:
-            question = episode.row["question"]
+            row = episode.row
+
+            def verdict(reference: str, candidate: str, question: str = row["question"]) -> float:
+                return judged[question, reference, candidate]
+
             episode.scores = score_episode(
-                episode.messages,
-                episode.row["answer"],
-                episode.row["type"],
-                episode.reanswer,
-                judge=lambda reference, candidate, question=question: judged[question, reference, candidate],
+                episode.messages, row["answer"], row["type"], episode.reanswer, judge=verdict
             )
-            episode.scores["reanswer_accuracy"] = accuracy(
-                episode.reanswer,
-                episode.row["answer"],
-                episode.row["type"],
-                judge=lambda reference, candidate, question=question: judged[question, reference, candidate],
-            )
+            episode.scores["reanswer_accuracy"] = accuracy(episode.reanswer, row["answer"], row["type"], judge=verdict)
         for name, value in episode_metrics(self.episodes).items():
             log_metric(name, value)
 

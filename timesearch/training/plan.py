@@ -44,7 +44,7 @@ def _qwen3(
 ) -> dict[str, Any]:
     text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128}
     text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": tied}
-    tower = dict(zip(("depth", "hidden_size", "intermediate_size"), vision, strict=True))
+    tower: dict[str, Any] = dict(zip(("depth", "hidden_size", "intermediate_size"), vision, strict=True))
     tower |= {"num_heads": 16, "out_hidden_size": hidden, "num_position_embeddings": 2304}
     tower |= {"deepstack_visual_indexes": [5, 11, 17], "patch_size": 16}
     return {"model_type": "qwen3_vl", "text_config": text, "vision_config": tower, "tie_word_embeddings": tied}
