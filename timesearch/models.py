@@ -31,7 +31,7 @@ def run(settings: Settings, rebuild: bool = False) -> list[Path]:
     """
     models, root = settings.models, settings.paths.models
     made = []
-    origin = {"encoder": models.encoder, "pretrained": models.pretrained}
+    origin: dict[str, object] = {"encoder": models.encoder, "pretrained": models.pretrained}
     if models.encoder == "pocket":
         origin = {"encoder": "pocket", "steps": models.encoder_steps, "seed": settings.seed}
     elif Path(models.encoder).is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -33,7 +34,8 @@ class Bar:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Count further items as done."""
-        self._progress.update(self._task, advance=count, **({} if note is None else {"note": note}))
+        fields: dict[str, Any] = {} if note is None else {"note": note}
+        self._progress.update(self._task, advance=count, **fields)
         if not console.is_terminal and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY
             self._say()

@@ -52,7 +52,7 @@ class PocketFileSystem(AbstractFileSystem):
             entries = [entry] if entry["type"] == "file" else []
         return entries if detail else [entry["name"] for entry in entries]
 
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:  # type: ignore[override]
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> io.BytesIO:
         if mode != "rb":
             raise RequestError(f"pocket://{path} can only be read")
         return io.BytesIO(self._video(self._strip_protocol(path)))

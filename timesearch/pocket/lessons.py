@@ -24,7 +24,7 @@ from timesearch.settings import Search
 from timesearch.training.supervised import Example
 
 if TYPE_CHECKING:
-    from timesearch.search.environment import QueryEncoder
+    from timesearch.retrieval.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Corpus:
 
     samples: Sequence[Sample]
     settings: Search
-    encoder: QueryEncoder
+    encoder: Encoder
     frames: Path
     features: Path
 
@@ -93,7 +93,7 @@ def _ask(sample: Sample) -> Asked:
 class Reading:
     """Re-answer examples on frames drawn at random, 1 to `most`; a share of `unknown` asks for what is not shown.
 
-    Most of the frames show shapes, and three further questions follow about the same frames: each described frame is a
+    Most of the frames show shapes, and two further questions follow about the same frames: each described frame is a
     lesson in reading, each further question one in looking up what was read.
     """
 
@@ -119,7 +119,7 @@ class Reading:
         absent = [shape for shape in SHAPES if shape not in shown]
         messages: list[Message] = []
         content: list[Block] = []
-        for turn in range(4):
+        for turn in range(3):
             shape = str(rng.choice(absent if rng.random() < self._unknown else shown))
             environment._question = question(shape)
             content = content or environment._answer_content(indices)

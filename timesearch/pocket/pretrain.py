@@ -128,7 +128,8 @@ def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, rep
     rng = generator("align", seed)
     environment = corpus.environment
     for step in range(1, steps + 1):
-        pictures, colours, shapes = [], [], []
+        pictures: list[Any] = []
+        colours, shapes = [], []
         while len(pictures) < 112:
             asked = corpus.asked[int(rng.integers(len(corpus.asked)))]
             environment._enter(asked.row)

@@ -96,13 +96,13 @@ def write_trace(
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
         seen = describe(scene, found)
         if sees(scene, target, found):
-            turn = _turn(f"{seen}The {target.shape} is {target.colour}.", answer=target.colour)
+            turn = _turn(f"{seen} The {target.shape} {target.colour}.", answer=target.colour)
         elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
-            turn = _turn(f"{seen}No {target.shape} here. I can guess.", answer=draw_guess(scene.world, rng))
+            turn = _turn(f"{seen} The {target.shape} nothing. I can guess.", answer=draw_guess(scene.world, rng))
         else:
             start, stop = windows[tried]
             limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
-            turn = _turn(f"{seen}No {target.shape} here.", call={"query": target.shape, **limits})
+            turn = _turn(f"{seen} The {target.shape} nothing.", call={"query": target.shape, **limits})
             tried += 1
     return [{key: value for key, value in message.items() if key != "call"} for message in messages]
 
@@ -133,7 +133,7 @@ def write_reanswer(
     for _ in range(int(rng.integers(1, 4))):
         other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
         middle = float(rng.uniform(0, scene.duration))
-        near = {"start_time": max(0.0, middle - 20), "end_time": min(scene.duration, middle + 20)}
+        near: dict[str, Any] = {"start_time": max(0.0, middle - 20), "end_time": min(scene.duration, middle + 20)}
         shown += environment.seek_video_frames(other, **(near if rng.random() < 0.5 else {}))
     if known:
         shown += environment.seek_video_frames(target.shape)
@@ -146,14 +146,19 @@ def write_reanswer(
 def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what each shows, and the shape's colour or "I don't know"."""
     colours = {event.shape: event.colour for event in map(scene.visible, _times(content)) if event is not None}
-    found = f"The {shape} is {colours[shape]}." if shape in colours else f"No {shape} here."
-    return _turn(f"{describe(scene, content) if described else ''}{found}", answer=colours.get(shape, UNKNOWN))
+    found = f"The {shape} {colours.get(shape, 'nothing')}."
+    thought = f"{describe(scene, content)} {found}" if described else found
+    return _turn(thought, answer=colours.get(shape, UNKNOWN))
 
 
 def describe(scene: Scene, blocks: list[Block]) -> str:
-    """What the shown frames hold, a line each, as a trace's thought tells it: ``blue star`` or ``nothing``."""
+    """What the shown frames hold, in order, as a trace's thought tells it: ``I see star blue, nothing.``
+
+    The colour comes after the shape, always: what to write after a shape's word is then one look at the frames, which
+    a policy of three layers learns in minutes; in the order of English it had not learned it in half an hour.
+    """
     events = map(scene.visible, _times(blocks))
-    return "".join(f"{event.colour} {event.shape}\n" if event else "nothing\n" for event in events)
+    return f"I see {', '.join(f'{event.shape} {event.colour}' if event else 'nothing' for event in events)}."
 
 
 def draw_guess(world: str, rng: np.random.Generator) -> str:

@@ -105,11 +105,11 @@ class Scene:
         if event is not None:
             mask = _shape_mask(event.shape, event.size)
             share = (seconds - event.start) / (event.end - event.start) - 0.5
-            corner = tuple(
+            left, top = (
                 round(middle + share * drift - event.size / 2)
                 for middle, drift in zip(event.centre, event.drift, strict=True)
             )
-            picture.paste(Image.new("RGB", mask.size, COLOURS[event.colour]), corner, mask)
+            picture.paste(Image.new("RGB", mask.size, COLOURS[event.colour]), (left, top), mask)
         return picture
 
 

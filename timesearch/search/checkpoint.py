@@ -72,7 +72,7 @@ def multiply_patches(model: Any) -> Any:
 
     for module in model.modules():
         if isinstance(module, torch.nn.Conv3d) and module.stride == module.kernel_size:
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
     return model
 
 

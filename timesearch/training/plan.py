@@ -32,7 +32,7 @@ CHUNK = 256
 def _qwen25(
     hidden: int, inner: int, layers: int, heads: int, kv: int, vision: int, tied: bool = False
 ) -> dict[str, Any]:
-    text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    text: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
     text |= {"vocab_size": 151_936 if tied else 152_064}
     tower = {"depth": 32, "hidden_size": 1280, "intermediate_size": vision, "num_heads": 16, "out_hidden_size": hidden}
@@ -42,8 +42,14 @@ def _qwen25(
 def _qwen3(
     hidden: int, inner: int, layers: int, heads: int, vision: tuple[int, int, int], tied: bool
 ) -> dict[str, Any]:
-    text = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 151_936, "tie_word_embeddings": tied}
+    text: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    text |= {
+        "head_dim": 128,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": tied,
+    }
     tower: dict[str, Any] = dict(zip(("depth", "hidden_size", "intermediate_size"), vision, strict=True))
     tower |= {"num_heads": 16, "out_hidden_size": hidden, "num_position_embeddings": 2304}
     tower |= {"deepstack_visual_indexes": [5, 11, 17], "patch_size": 16}
