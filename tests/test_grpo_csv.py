@@ -479,7 +479,7 @@ def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
     assert all(seen["apart"] == 0.0 for seen in result["seen"])
     assert len({seen["sum"] for seen in result["seen"]}) == 2
     assert [row["step"] for row in result["rows"]] == [1, 2]
-    assert all(row["sampling_logp_difference"] < 0.05 for row in result["rows"])
+    assert all(row["sampling_logp_difference"] < 0.2 for row in result["rows"])
 
 
 # Groups that teach nothing
