@@ -53,7 +53,7 @@ CONSOLE = Console()
 SERVER = [
     *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
     *("--host", "{host}", "--port", "{port}", "--max-model-len", "4096", "--dtype", "float32", "--enforce-eager"),
-    *("--block-size", "16", "--max-num-seqs", "32", "--limit-mm-per-prompt", '{"image": 96}'),
+    *("--block-size", "32", "--max-num-seqs", "32", "--limit-mm-per-prompt", '{"image": 96}'),
     "--enable-prompt-tokens-details",
 ]
 

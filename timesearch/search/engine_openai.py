@@ -2,8 +2,10 @@
 
 What lets a server take a conversation's past from its prefix cache: each message is serialised once, from the frame
 cache's own JPEG bytes, and sent again byte for byte; assistant turns are the server's own text, not re-rendered from
-parsed calls (tools are offered with ``tool_choice: none``, so the server describes them to the model and leaves its
-text alone); a conversation stays on one server, and conversations about one video prefer the same server.
+parsed calls; a conversation stays on one server, and conversations about one video prefer the same server.
+
+Tools are described in the system message, in the words of the chat template: a server that is given them as `tools`
+describes them in words of its own (vLLM drops what a tool returns), which are not those that the policy was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.errors import RequestError
 from timesearch.messages import Message
 from timesearch.redaction import redact
-from timesearch.search.policy import ContextOverflowError, EngineError, Reply
+from timesearch.search.policy import ContextOverflowError, EngineError, Reply, describe_tools
 
 if TYPE_CHECKING:
     import httpx
@@ -169,8 +171,7 @@ class _OpenAISession:
             "max_tokens": max_new_tokens,
             "seed": policy._seed,
         }
-        if tools:
-            settings |= {"tools": list(tools), "tool_choice": "none"}
+        self._tools = f"\n\n{describe_tools(tools)}" if tools else ""
         self._head = json.dumps(settings).encode()[:-1] + b', "messages": ['
         self._sent: list[tuple[Message, bytes]] = []
 
@@ -179,15 +180,16 @@ class _OpenAISession:
             if position < len(self._sent) and self._sent[position][0] is message:
                 continue
             del self._sent[position:]
-            self._sent.append((message, serialise(message)))
+            described = self._tools if message["role"] == "system" else ""
+            self._sent.append((message, serialise(message, described)))
         del self._sent[len(messages) :]
         body = self._head + b", ".join(part for _, part in self._sent) + b"]}"
         response = await self._policy._send("POST", self._url, "/chat/completions", body)
         return _read(response)
 
 
-def serialise(message: Message) -> bytes:
-    """A message as the protocol has it; images become data URLs of their JPEG bytes."""
+def serialise(message: Message, suffix: str = "") -> bytes:
+    """A message as the protocol has it, its text followed by `suffix`; images become data URLs of their JPEG bytes."""
     content = message["content"]
     if not isinstance(content, str):
         content = [
@@ -199,7 +201,7 @@ def serialise(message: Message) -> bytes:
             }
             for block in content
         ]
-    value = {"role": message["role"], "content": content}
+    value = {"role": message["role"], "content": content + suffix if isinstance(content, str) else content}
     if message["role"] == "tool":
         value["tool_call_id"] = "call"
     return json.dumps(value).encode()

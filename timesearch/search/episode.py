@@ -27,7 +27,7 @@ from timesearch.messages import (
 )
 from timesearch.samples import EpisodeError, Prediction, Sample, Usage
 from timesearch.search.environment import SearchEnvironment
-from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, tool_schemas
+from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools, tool_schemas
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Search
 
@@ -64,19 +64,10 @@ def system_message(prompts: Prompts, tools: list[dict[str, Any]], protocol: str)
     """
     if protocol == "template":
         return {"role": "system", "content": prompts.texts["system"]}
-    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     if "{tools}" in prompts.texts["system"]:
+        schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         return {"role": "system", "content": prompts.render("system", tools=schemas)}
-    return {"role": "system", "content": f"{prompts.texts['system']}\n\n{_TOOLS.format(schemas=schemas)}"}
-
-
-_TOOLS = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{schemas}\n</tools>\n\n"
-    "For each function call, return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags:\n"
-    '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
-)
+    return {"role": "system", "content": f"{prompts.texts['system']}\n\n{describe_tools(tools)}"}
 
 
 async def run_episode(
