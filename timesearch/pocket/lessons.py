@@ -16,7 +16,7 @@ from timesearch.messages import Block, Message
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.policy import tool_schemas
 from timesearch.pocket.traces import Habits, reanswer, write_reanswer, write_trace
-from timesearch.pocket.world import SHAPES, Event, Scene, generator, question
+from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, generator, question
 from timesearch.samples import Sample
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.prompts import Prompts
@@ -129,6 +129,31 @@ class Reading:
         return Example(f"{asked.sample.id}, reading {number}", messages)
 
 
+class Lookup:
+    """Exercises without pictures: a list of what was seen, and the colour of every shape by it.
+
+    Looking up what was read is a skill of its own, which whole episodes teach slowly: one use of it in 150 tokens.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("lookup", self._seed, number)
+        seen = [str(shape) for shape in rng.permutation(SHAPES)[: int(rng.integers(1, 7))]]
+        colours = {shape: str(rng.choice(list(COLOURS))) for shape in seen}
+        items = [f"{shape} {colours[shape]}" for shape in seen] + ["nothing"] * int(rng.integers(0, 3))
+        first = int(rng.integers(len(SHAPES)))
+        order = [*SHAPES[first:], *SHAPES[:first]]
+        told = f"I see {', '.join(rng.permutation(items))}."
+        thought = " ".join(f"The {shape} {colours.get(shape, 'nothing')}." for shape in order)
+        messages: list[Message] = [{"role": "user", "content": told}, {"role": "assistant", "content": thought}]
+        return Example(f"lookup {number}", messages)
+
+
 class Episodes:
     """Search episodes with `habits`; a share of `reanswer_share` are re-answer examples instead.
 
@@ -175,10 +200,13 @@ class Episodes:
         return Example(f"{asked.sample.id}, episode {number}", [self._corpus.system, *trace], tools)
 
 
+Lessons = Reading | Lookup | Episodes
+
+
 class Mixture:
     """Examples of two datasets; `share` of them from the first."""
 
-    def __init__(self, first: Reading | Episodes, second: Reading | Episodes, share: float) -> None:
+    def __init__(self, first: Lessons, second: Lessons, share: float) -> None:
         self._first, self._second, self._share = first, second, share
 
     def __len__(self) -> int:

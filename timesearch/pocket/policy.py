@@ -21,6 +21,9 @@ PATCH = 32
 """Pixels along the side of one vision token: patches of 16, merged 2 x 2."""
 FRAME = 64
 """Width and height of a cached pocket frame in pixels: four vision tokens."""
+INIT_STD = 128**-0.5
+"""Standard deviation of initial weights. The usual 0.02 is for wide models: at width 128, 200 steps of `Lookup` end at
+67% right from there, and at 100% from here."""
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -156,6 +159,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "head_dim": 64,
+            "initializer_range": INIT_STD,
             "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
@@ -169,6 +173,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
             "bos_token_id": None,
         },
         vision_config={
+            "initializer_range": INIT_STD,
             "depth": 2,
             "hidden_size": 128,
             "intermediate_size": 256,

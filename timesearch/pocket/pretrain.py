@@ -4,13 +4,13 @@ The base stands in for Qwen2.5-VL: it reads frames, knows the tool and the forma
 top of the one before:
 
 1. *align*: single frames; each vision token is matched with the embeddings of the frame's colour and shape word.
-2. *see*: re-answers on few frames, mixed with episodes that search well. From here on the vision tower is frozen: the
-   noisy gradients of the first steps would undo what it has learned about shapes.
+2. *see*: re-answers on few frames, look-ups without frames, and episodes that search well. The vision tower is
+   frozen until the last phase: the noisy gradients of these steps would undo what it has learned about shapes.
 3. *search*: more frames, questions that the frames do not answer ("I don't know"), and faulty episodes among good ones.
 4. *base*: few steps on episodes with the `BASE` habits, which spoil the behaviour and leave the skill.
 
 Good episodes come before bad ones, because copying the asked shape into the query is learned from consistent examples
-alone: with the `BASE` habits from the start, the loss had stopped at 0.40 after 260 steps.
+alone.
 
 The videos are rendered, encoded, decoded and embedded by the same code as everybody's.
 """
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError
 from timesearch.pocket.dataset import samples_of
-from timesearch.pocket.lessons import Corpus, Episodes, Mixture, Reading
+from timesearch.pocket.lessons import Corpus, Episodes, Lookup, Mixture, Reading
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
 from timesearch.pocket.world import COLOURS, SHAPES, generator, make_scene
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 VIDEOS = 500
 """Videos that the base is pretrained on; their seeds and split are nobody else's."""
-ALIGN_STEPS = 700
+ALIGN_STEPS = 400
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -59,8 +59,8 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
         with progress_bar("align", ALIGN_STEPS) as bar:
             align(model, processor, corpus, ALIGN_STEPS, seed, partial(_advance, bar))
         save_policy(model, processor, folder)
-        model.model.visual.requires_grad_(False)
         for title, examples, plan in _phases(corpus, seed):
+            model.model.visual.requires_grad_(title == "base")
             with progress_bar(title, plan.steps) as bar:
                 trainer = Path(scratch) / "trainer"
                 model = fine_tune(model, processor, examples, plan, trainer, partial(_advance, bar))
@@ -71,14 +71,14 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
 def _phases(corpus: Corpus, seed: int) -> list[tuple[str, Any, Plan]]:
     """Name, examples and plan of the phases after the first."""
     count = 10**6
-    shown = Mixture(Reading(corpus, count, 4, 0.2, seed), Episodes(corpus, count, CLEAN, 0.0, seed), 0.5)
-    skilled = Episodes(corpus, count, SKILLED, 0.2, seed + 1, reworded_tools=0.05)
-    mixed = Mixture(Reading(corpus, count, 8, 0.4, seed + 1), skilled, 0.5)
+    shown = Mixture(Reading(corpus, count, 4, 0.3, seed), Episodes(corpus, count, CLEAN, 0.0, seed), 0.5)
+    skilled = Episodes(corpus, count, SKILLED, 0.25, seed + 1, reworded_tools=0.05)
+    mixed = Mixture(Reading(corpus, count, 8, 0.4, seed + 1), skilled, 0.4)
     base = Episodes(corpus, count, BASE, 0.3, seed + 2, reworded_tools=0.05)
     return [
-        ("see", shown, Plan(250, 40, 2e-3, warmup=20, decay=False, seed=seed)),
-        ("search", mixed, Plan(350, 40, 2e-3, warmup=20, seed=seed)),
-        ("base", base, Plan(50, 40, 6e-4, seed=seed)),
+        ("see", Mixture(Lookup(count, seed), shown, 0.25), Plan(200, 48, 1.5e-3, warmup=20, decay=False, seed=seed)),
+        ("search", mixed, Plan(300, 40, 1.5e-3, warmup=20, seed=seed)),
+        ("base", base, Plan(50, 40, 5e-4, seed=seed)),
     ]
 
 

@@ -154,8 +154,8 @@ def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = T
 def describe(scene: Scene, blocks: list[Block]) -> str:
     """What the shown frames hold, in order, as a trace's thought tells it: ``I see star blue, nothing.``
 
-    The colour comes after the shape, always: what to write after a shape's word is then one look at the frames, which
-    a policy of three layers learns in minutes; in the order of English it had not learned it in half an hour.
+    The colour comes after the shape, here and in the conclusion: what follows a shape's word is then always a look-up of
+    that word, the simplest thing that attention does.
     """
     events = map(scene.visible, _times(blocks))
     return f"I see {', '.join(f'{event.shape} {event.colour}' if event else 'nothing' for event in events)}."
