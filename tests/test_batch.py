@@ -16,6 +16,7 @@ from timesearch.errors import ItemError
 from timesearch.settings import Frames
 from timesearch.video.frames import cache_frames
 
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # read when Ray is imported; `run_batch` sets it too
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
 

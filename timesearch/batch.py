@@ -138,6 +138,8 @@ def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterat
 def _on_ray(
     attempt: _Attempt, items: Sequence[str], workers: int, address: str
 ) -> Iterator[tuple[str, float | Failure | None]]:
+    # Ray would start each worker by the driver's own `uv run` command line, which never becomes a worker.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError as error:
