@@ -17,7 +17,8 @@ from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import train_encoder
 from timesearch.pocket.lessons import Corpus, Episodes, Reading
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
-from timesearch.pocket.traces import COLD_START, Habits
+from timesearch.pocket.traces import COLD_START, Habits, Manners
+from timesearch.pocket.world import SHAPES
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.retrieval.features import run as make_features
 from timesearch.rewards import score_episode
@@ -81,8 +82,12 @@ def corpus(project: Settings) -> Corpus:
     return Corpus(read_samples(paths.train_samples), project.search, encoder, paths.frames, paths.features)
 
 
+def always(good: float, narrow: float, wrong: float, guess: float) -> Manners:
+    return dict.fromkeys(SHAPES, Habits(good, narrow, wrong, guess))
+
+
 def test_labels_fall_on_assistant_turns_alone(corpus: Corpus, processor: Any):
-    examples = [Episodes(corpus, 100, Habits(0, 0.5, 0.5, 0), 0.3, seed=0)[number] for number in range(6)]
+    examples = [Episodes(corpus, 100, always(0, 0.5, 0.5, 0), 0.3, seed=0)[number] for number in range(6)]
     batch = Collator(processor)(examples)
     for row, example in enumerate(examples):
         labelled = batch["labels"][row] != IGNORED
@@ -95,7 +100,7 @@ def test_labels_fall_on_assistant_turns_alone(corpus: Corpus, processor: Any):
 
 def test_ids_are_those_of_inference(corpus: Corpus, processor: Any):
     """What training sees before an assistant turn is, token by token, the prompt that an engine renders."""
-    example = Episodes(corpus, 100, Habits(0, 1, 0, 0), 0.0, seed=1)[0]
+    example = Episodes(corpus, 100, always(0, 1, 0, 0), 0.0, seed=1)[0]
     batch = Collator(processor)([example])
     ids = batch["input_ids"][0].tolist()
     spans = Collator(processor).assistant_spans(ids)
@@ -189,7 +194,7 @@ def test_the_stage_writes_a_checkpoint_that_loads(project: Settings):
 
 def test_recorded_episodes_serve_as_traces(project: Settings, corpus: Corpus, tmp_path: Path, processor: Any):
     sample = corpus.samples[0]
-    generated = Episodes(corpus, 200, Habits(1, 0, 0, 0), 0.0, seed=7)
+    generated = Episodes(corpus, 200, always(1, 0, 0, 0), 0.0, seed=7)
     example = next(e for e in map(generated.__getitem__, range(200)) if e.name.startswith(sample.id))
     messages = [without_pixels(message) for message in example.messages]
     answer = f"<think>I see.</think>\n<answer>{sample.answer}</answer>"

@@ -15,7 +15,7 @@ from timesearch.errors import RequestError
 from timesearch.messages import Block, Message
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.policy import tool_schemas
-from timesearch.pocket.traces import Habits, reanswer, write_reanswer, write_trace
+from timesearch.pocket.traces import Manners, reanswer, write_reanswer, write_trace
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, generator, question
 from timesearch.samples import Sample
 from timesearch.search.environment import SearchEnvironment
@@ -155,12 +155,12 @@ class Lookup:
 
 
 class Episodes:
-    """Search episodes with `habits`; a share of `reanswer_share` are re-answer examples instead.
+    """Search episodes with `manners`; a share of `reanswer_share` are re-answer examples instead.
 
     Args:
         corpus: what is asked and searched.
         count: examples.
-        habits: how the traces behave.
+        manners: how the traces behave.
         reanswer_share: in [0, 1].
         seed: decides everything.
         reworded_tools: share of episodes whose tool schema is rendered in other words. A server may drop a part of it,
@@ -171,12 +171,12 @@ class Episodes:
         self,
         corpus: Corpus,
         count: int,
-        habits: Habits,
+        manners: Manners,
         reanswer_share: float,
         seed: int,
         reworded_tools: float = 0.0,
     ) -> None:
-        self._corpus, self._count, self._habits = corpus, count, habits
+        self._corpus, self._count, self._manners = corpus, count, manners
         self._reanswer_share, self._seed, self._reworded = reanswer_share, seed, reworded_tools
 
     def __len__(self) -> int:
@@ -192,7 +192,7 @@ class Episodes:
             if pair is not None:
                 return Example(f"{asked.sample.id}, re-answer {number}", pair)
         turns = self._corpus.settings.max_turns
-        trace = write_trace(environment, asked.row, asked.scene, asked.event, self._habits, rng, turns)
+        trace = write_trace(environment, asked.row, asked.scene, asked.event, self._manners, rng, turns)
         tools = self._corpus.tools
         if rng.random() < self._reworded:
             function = {key: value for key, value in tools[0]["function"].items() if key != "return"}

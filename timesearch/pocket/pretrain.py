@@ -7,7 +7,7 @@ top of the one before:
 2. *see*: re-answers on few frames, look-ups without frames, and episodes that search well. The vision tower is
    frozen until the last phase: the noisy gradients of these steps would undo what it has learned about shapes.
 3. *search*: more frames, questions that the frames do not answer ("I don't know"), and faulty episodes among good ones.
-4. *base*: few steps on episodes with the `BASE` habits, which spoil the behaviour and leave the skill.
+4. *base*: few steps on episodes with the `BASE` manners, which spoil the behaviour and leave the skill.
 
 Good episodes come before bad ones, because copying the asked shape into the query is learned from consistent examples
 alone.

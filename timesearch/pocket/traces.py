@@ -38,13 +38,21 @@ class Habits:
     """chance that a narrow or wrong search that did not show the shape ends in a guess instead of a good search"""
 
 
-COLD_START = Habits(good=0.50, narrow=0.13, wrong=0.15, guess=0.22)
-"""The imperfect traces of the demo's cold start."""
-CLEAN = Habits(good=0.9, narrow=0.0, wrong=0.0, guess=0.1)
-SKILLED = Habits(good=0.7, narrow=0.1, wrong=0.1, guess=0.1)
+Manners = dict[str, Habits]
+"""Habits by the shape that is asked about."""
+
+CLEAN: Manners = dict.fromkeys(SHAPES, Habits(good=0.9, narrow=0.0, wrong=0.0, guess=0.1))
+SKILLED: Manners = dict.fromkeys(SHAPES, Habits(good=0.7, narrow=0.1, wrong=0.1, guess=0.1))
 """What pretraining learns to search from."""
-BASE = Habits(good=0.12, narrow=0.18, wrong=0.35, guess=0.35, give_up=0.8)
+BASE: Manners = dict.fromkeys(SHAPES, Habits(good=0.08, narrow=0.12, wrong=0.25, guess=0.55, give_up=0.8))
 """A base model that can read, call the tool and answer, but seldom searches well."""
+WEAK_SHAPES = SHAPES[4:]
+COLD_START: Manners = {
+    **dict.fromkeys(SHAPES[:4], Habits(good=0.80, narrow=0.06, wrong=0.06, guess=0.08)),
+    **dict.fromkeys(WEAK_SHAPES, Habits(good=0.20, narrow=0.10, wrong=0.15, guess=0.55)),
+}
+"""The imperfect traces of the demo's cold start: on half of the shapes the one who wrote them mostly guessed. A policy
+that imitates them has something to learn under greedy decoding too, not in its samples alone."""
 
 
 def write_trace(
@@ -52,7 +60,7 @@ def write_trace(
     row: dict[str, Any],
     scene: Scene,
     target: Event,
-    habits: Habits,
+    manners: Manners,
     rng: np.random.Generator,
     max_turns: int,
 ) -> list[Message]:
@@ -63,7 +71,7 @@ def write_trace(
         row: the sample's fields, given to `reset`.
         scene: the truth about the video.
         target: the event that is asked about.
-        habits: how to behave, by chance.
+        manners: how to behave, by chance.
         rng: decides.
         max_turns: assistant turns at most; the last answers.
 
@@ -71,6 +79,7 @@ def write_trace(
         The messages after the system message: user, assistant, tool, ..., assistant.
     """
     messages: list[Message] = [{"role": "user", "content": environment.reset(**row)}]
+    habits = manners[target.shape]
     kinds = ["good", "narrow", "wrong", "guess"]
     kind = str(rng.choice(kinds, p=[habits.good, habits.narrow, habits.wrong, habits.guess]))
     if kind == "guess":
@@ -154,8 +163,8 @@ def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = T
 def describe(scene: Scene, blocks: list[Block]) -> str:
     """What the shown frames hold, in order, as a trace's thought tells it: ``I see star blue, nothing.``
 
-    The colour comes after the shape, here and in the conclusion: what follows a shape's word is then always a look-up of
-    that word, the simplest thing that attention does.
+    The colour comes after the shape, here and in the conclusion: what follows a shape's word is then always a look-up
+    of that word, the simplest thing that attention does.
     """
     events = map(scene.visible, _times(blocks))
     return f"I see {', '.join(f'{event.shape} {event.colour}' if event else 'nothing' for event in events)}."
