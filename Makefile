@@ -36,7 +36,7 @@ demo: setup  ## The whole pipeline at pocket size, with its table of results
 	@$(RUN) timesearch demo
 
 test: .venv/.synced-test .dvc/tmp/pulled  ## All tests
-	@$(RUN) pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
 
 check: .venv/.synced  ## Lint, format, types
 	$(RUN) ruff check .

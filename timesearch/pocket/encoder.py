@@ -21,6 +21,7 @@ from PIL import Image
 from timesearch.files import write_json
 from timesearch.pocket.policy import FRAME
 from timesearch.pocket.world import COLOURS, SHAPES, generator, make_scene
+from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer
@@ -81,6 +82,7 @@ def train_encoder(
     torch.manual_seed(seed)
     towers = {key: value for key, value in MODEL.items() if key != "custom_text"}
     model = CustomTextCLIP(**towers, init_logit_scale=math.log(10))
+    use_fitting_threads(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
     for pixels, texts, truth in _batches(steps, 128, seed, tokenizer):

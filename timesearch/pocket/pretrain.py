@@ -77,7 +77,7 @@ def _phases(corpus: Corpus, seed: int) -> list[tuple[str, Any, Plan]]:
     base = Episodes(corpus, count, BASE, 0.3, seed + 2, reworded_tools=0.05)
     return [
         ("see", Mixture(Lookup(count, seed), shown, 0.25), Plan(200, 48, 1.5e-3, warmup=20, decay=False, seed=seed)),
-        ("search", mixed, Plan(300, 40, 1.5e-3, warmup=20, seed=seed)),
+        ("search", mixed, Plan(150, 40, 1.5e-3, warmup=20, seed=seed)),
         ("base", base, Plan(50, 40, 5e-4, seed=seed)),
     ]
 

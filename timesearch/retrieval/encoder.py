@@ -19,6 +19,7 @@ import numpy as np
 
 from timesearch.errors import RequestError
 from timesearch.files import file_digest, json_digest
+from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,6 +156,7 @@ class OpenClipEncoder:
         except (RuntimeError, ValueError, OSError) as error:
             why = str(error).splitlines()[0][:300]
             raise RequestError(f"the encoder {self.name!r} ({self.pretrained}) cannot be loaded: {why}") from error
+        use_fitting_threads(model)
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         return _Parts(model.eval(), preprocess, tokenizer, device, dtype, pool)
 

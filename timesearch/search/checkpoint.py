@@ -11,11 +11,9 @@ from typing import Any
 
 from timesearch.errors import RequestError
 from timesearch.settings import Search
+from timesearch.threads import use_fitting_threads
 
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
-
-SMALL = 100_000_000
-"""Parameters below which one CPU thread is faster than several."""
 
 
 def vision_token_ids(tokenizer: Any) -> list[int]:
@@ -79,8 +77,7 @@ def multiply_patches(model: Any) -> Any:
 def load_model(checkpoint: Path | str) -> Any:
     """The model of a checkpoint on the best device: bfloat16 on a GPU, float32 on a CPU.
 
-    A folder with a LoRA adapter is loaded as its base model with the adapter merged in. On a CPU a small model runs
-    on one thread: sharing its little work out costs more than doing it, many times more on a busy machine.
+    A folder with a LoRA adapter is loaded as its base model with the adapter merged in.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -94,9 +91,9 @@ def load_model(checkpoint: Path | str) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
-    if not on_gpu and model.num_parameters() < SMALL:
-        torch.set_num_threads(1)
-    return multiply_patches(model.to("cuda" if on_gpu else "cpu").eval())
+    model = model.to("cuda" if on_gpu else "cpu").eval()
+    use_fitting_threads(model)
+    return multiply_patches(model)
 
 
 @dataclass(frozen=True)
