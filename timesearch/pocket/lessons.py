@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from timesearch.errors import RequestError
 from timesearch.messages import Block, Message
@@ -200,7 +200,12 @@ class Episodes:
         return Example(f"{asked.sample.id}, episode {number}", [self._corpus.system, *trace], tools)
 
 
-Lessons = Reading | Lookup | Episodes
+class Lessons(Protocol):
+    """A map from a number to an example."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Example: ...
 
 
 class Mixture:

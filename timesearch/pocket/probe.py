@@ -41,7 +41,8 @@ def probe(
         Means in [0, 1]: `format`, `accuracy`, `completeness`, `search` (episodes that search), `right_query` (the first
         query names the asked shape), `seen` (the shape was among the searched frames), `accuracy_if_seen`,
         `reanswer_if_seen`, `unknown_if_unseen`, `temporal_f1` (T*, threshold 2 s, against the middle of the event);
-        and `frames` and `calls`, counts an episode.
+        and `frames` and `calls`, counts an episode. Left out is what no episode tells, such as `accuracy_if_seen` where
+        none saw the shape.
     """
     import torch
 
@@ -50,7 +51,8 @@ def probe(
     rows: list[dict[str, float]] = []
     for start in range(0, len(order), BATCH):
         rows += _play([corpus.asked[i] for i in order[start : start + BATCH]], model, processor, corpus, temperature)
-    return {key: round(float(np.nanmean([row[key] for row in rows])), 3) for key in rows[0]}
+    known = {key: [row[key] for row in rows if not np.isnan(row[key])] for key in rows[0]}
+    return {key: round(float(np.mean(values)), 3) for key, values in known.items() if values}
 
 
 def _play(group: list[Asked], model: Any, processor: Any, corpus: Corpus, temperature: float) -> list[dict[str, float]]:

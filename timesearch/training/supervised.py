@@ -66,6 +66,13 @@ class Collator:
             for example in examples
         ]
         images = [images_of(example.messages) for example in examples]
+        for example, text, group in zip(examples, texts, images, strict=True):
+            marks = text.count(self._processor.image_token)
+            if marks != len(group):
+                raise ItemError(
+                    f"{example.name}: its text marks {marks} images and it has {len(group)}; does it hold vision markup?",
+                    reason="image_mismatch",
+                )
         batch = self._processor(
             text=texts,
             images=[image for group in images for image in group] or None,
@@ -85,8 +92,7 @@ class Collator:
             tokens = int((ids == self._image).sum())
             if tokens != features:
                 raise ItemError(
-                    f"{example.name}: {tokens} image tokens stand for {features} image features; "
-                    "does its text hold vision markup?",
+                    f"{example.name}: {tokens} image tokens stand for {features} image features",
                     reason="image_mismatch",
                 )
             spans = self.assistant_spans(ids.tolist())
