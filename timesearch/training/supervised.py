@@ -70,7 +70,7 @@ class Collator:
             marks = text.count(self._processor.image_token)
             if marks != len(group):
                 raise ItemError(
-                    f"{example.name}: its text marks {marks} images and it has {len(group)}; does it hold vision markup?",
+                    f"{example.name}: {marks} image marks in its text, {len(group)} images; is there vision markup?",
                     reason="image_mismatch",
                 )
         batch = self._processor(
