@@ -168,3 +168,20 @@ def test_values_of_secret_variables_never_come_through(before: str, after: str) 
         row = redact_value({"a": [f"{before}s3cr3t-value{after}"], "b": 1})
     assert "s3cr3t-value" not in json.dumps(row)
     assert row["b"] == 1
+
+
+def test_redaction_bears_an_environment_that_changes_meanwhile() -> None:
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            os.environ["TIMESEARCH_TEST_FLICKER"] = "1"
+            os.environ.pop("TIMESEARCH_TEST_FLICKER", None)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert all(redact("plain") == "plain" for _ in range(2000))
+    finally:
+        done.set()
+        thread.join()

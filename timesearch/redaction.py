@@ -25,7 +25,9 @@ def redact(text: str) -> str:
     Secrets are the user part of URLs, query parameters and authorisation headers that carry a credential, and the
     value of every environment variable whose name says that it holds one (``HF_TOKEN``, ``AWS_SECRET_ACCESS_KEY``).
     """
-    for name, value in os.environ.items():
+    for name in list(os.environ):
+        # Another thread may take a variable away meanwhile, as MLflow's does while it is imported.
+        value = os.environ.get(name, "")
         if len(value) >= _SHORTEST and _SECRET_NAME.search(name) and value in text:
             text = text.replace(value, _HIDDEN)
     text = _USER_INFO.sub(rf"\1{_HIDDEN}@", text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,17 @@ def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
     raise typer.Exit(result.exit_code(keep_going))
 
 
+def _recorded(settings: Settings, stage: str, work: Callable[[], BatchResult]) -> BatchResult:
+    """Do a stage's work inside its MLflow run."""
+    from timesearch.tracking import stage_run
+
+    with stage_run(settings, stage) as record:
+        result = work()
+        counts = {"made": len(result.done), "up_to_date": len(result.skipped), "failed": len(result.failures)}
+        record.log_metrics({name: float(count) for name, count in counts.items()})
+    return result
+
+
 @app.command()
 def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing = False) -> None:
     """Fetch the videos of all samples."""
@@ -34,7 +45,7 @@ def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing =
     from timesearch.video.download import run
 
     settings = load_settings(params)
-    _close(run(settings), "videos", settings.paths.videos, keep_going)
+    _close(_recorded(settings, "download", lambda: run(settings)), "videos", settings.paths.videos, keep_going)
 
 
 @app.command()
@@ -55,7 +66,10 @@ def frames(
     settings.frames = settings.frames.model_copy(update={key: value for key, value in given.items() if value})
     if out is not None:
         settings.paths.frames = out
-    result = cache_frames(_named(videos, SUFFIXES), settings.paths.frames, settings.frames) if videos else run(settings)
+    if videos:
+        result = cache_frames(_named(videos, SUFFIXES), settings.paths.frames, settings.frames)
+    else:
+        result = _recorded(settings, "frames", lambda: run(settings))
     _close(result, "frame caches", settings.paths.frames, keep_going)
 
 
@@ -82,7 +96,11 @@ def features(
         settings.paths.features = out
     encoder = load_encoder(model, pretrained) if model else default_encoder(settings)
     caches = _named(frames, {".frames"}, strip=".frames") if frames else sample_frames(settings)
-    result = cache_features(caches, settings.paths.features, encoder, settings.features)
+
+    def work() -> BatchResult:
+        return cache_features(caches, settings.paths.features, encoder, settings.features)
+
+    result = work() if frames else _recorded(settings, "features", work)
     _close(result, "feature caches", settings.paths.features, keep_going)
 
 

@@ -18,9 +18,11 @@ def models(
     """Bring the encoder and the base policy."""
     from timesearch.models import run
     from timesearch.settings import load_settings
+    from timesearch.tracking import stage_run
 
     settings = load_settings(params)
-    made = run(settings, rebuild)
+    with stage_run(settings, "models"):
+        made = run(settings, rebuild)
     which = " and ".join(str(folder) for folder in made) or "nothing, all is up to date"
     say(f"models: made {which}; next: timesearch frames")
 
