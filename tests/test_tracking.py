@@ -1,6 +1,8 @@
 import json
 import logging
+import os
 import sqlite3
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
