@@ -1,6 +1,6 @@
 """What a frame cache costs, against the limit and against the straightforward way.
 
-    uv run python benchmarks/caches.py --out results/benchmarks/caches [--quick] [--clips ../shared/videos]
+    uv run python benchmarks/caches.py --out results/benchmarks/caches [--quick] [--clips FOLDER]
 
 One run, one machine, one video that is made here (720p30 h264, looped by stream copy to each length):
 

@@ -66,7 +66,7 @@ def train_encoder(
 
     Args:
         folder: becomes an open_clip local-dir folder.
-        steps: optimiser steps of 128 pictures; facts of a prototype: 160 are too few.
+        steps: optimiser steps of 128 pictures.
         seed: of pictures, captions and weights.
         advance: called after each step with its loss.
     """
