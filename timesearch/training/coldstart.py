@@ -9,7 +9,6 @@ event and "I don't know", so that it knows the completeness task before it is re
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError, RequestError
-from timesearch.files import file_digest, write_json, write_jsonl
+from timesearch.files import write_jsonl
 from timesearch.messages import Block, Message, final_answer, tool_frames
 from timesearch.progress import progress_bar
 from timesearch.rewards import accuracy, format_reward
@@ -28,6 +27,7 @@ from timesearch.search.policy import tool_schemas
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 from timesearch.training.data import load_training_samples
+from timesearch.training.folder import prepare_run_folder
 from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(settings: Settings) -> Path:
         raise RequestError(f"{policy} holds no policy: run the stage 'models' first")
     samples, failures = load_training_samples(settings)
     encoder = load_encoder(str(settings.paths.models / "encoder"))
-    _prepare_folder(folder, settings, policy)
+    prepare_run_folder(folder, settings, "coldstart", policy)
     examples, rejected = _examples(settings, samples, encoder)
     write_jsonl(folder / "failures.jsonl", [vars(failure) for failure in [*failures, *rejected]])
     plan = Plan(
@@ -88,20 +88,6 @@ def run(settings: Settings) -> Path:
         record.log_artifact(folder / "metrics.jsonl")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder
-
-
-def _prepare_folder(folder: Path, settings: Settings, policy: Path) -> None:
-    """Keep what an interrupted run of the same settings left, and clear away what another run did."""
-    identity = {
-        "settings": settings.model_dump(mode="json", include={"seed", "search", "coldstart"}),
-        "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
-        "samples": file_digest(settings.paths.train_samples),
-    }
-    mark = folder / "run.json"
-    known = mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity
-    if not (known and (folder / "checkpoints").is_dir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(mark, identity)
 
 
 def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -> tuple[Any, list[Failure]]:

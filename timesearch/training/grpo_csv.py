@@ -21,7 +21,6 @@ Private names of TRL that are used, each held by a test: `_generate`, `_generate
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import shutil
@@ -45,7 +44,6 @@ from trl.trainer.utils import RepeatSampler
 
 from timesearch.batch import write_failures
 from timesearch.errors import RequestError, TimeSearchError
-from timesearch.files import file_digest, write_json
 from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, score_episode
@@ -55,6 +53,7 @@ from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples, prompt_tokens
+from timesearch.training.folder import prepare_run_folder
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 
 RESAMPLES = 2
@@ -459,7 +458,7 @@ def run(settings: Settings) -> Path:
     config = grpo_config(settings, str(policy))
     main = config.process_index == 0
     if main:
-        _prepare_folder(folder, settings, policy)
+        prepare_run_folder(folder, settings, "train", policy)
         write_failures(folder / "failures.jsonl", failures)
     config.distributed_state.wait_for_everyone()
     checkpoint = _latest_checkpoint(folder, config.world_size)
@@ -573,20 +572,6 @@ def _lora(train: Train) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=train.lora_rank, lora_alpha=2 * train.lora_rank, target_modules="all-linear")
-
-
-def _prepare_folder(folder: Path, settings: Settings, policy: Path) -> None:
-    """Keep what an interrupted run of the same settings left, and clear away what another run did."""
-    identity = {
-        "settings": settings.model_dump(mode="json", include={"seed", "search", "train"}),
-        "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
-        "samples": file_digest(settings.paths.train_samples),
-    }
-    mark = folder / "run.json"
-    known = mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity
-    if not (known and (folder / "checkpoints").is_dir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(mark, identity)
 
 
 def _latest_checkpoint(folder: Path, processes: int) -> str | None:
