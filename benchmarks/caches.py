@@ -8,8 +8,9 @@ One run, one machine, one video that is made here (720p30 h264, looped by stream
 - this cache: `timesearch.video.frames.make_frame_cache`;
 - straightforward: the sampled frames decoded at full size through PyAV, resized by torchvision, saved as one tensor.
 
-Each measurement is a process of its own. Its time is taken after its imports, its memory is the sum of the peak
-resident sizes of that process and of the ffmpeg it starts. Writes `caches.md`, `caches.json` and `caches.png`.
+Each measurement is a process of its own, repeated three times (once for the hour) for the median. Its time is taken
+after its imports, its memory is the sum of the peak resident sizes of that process and of the ffmpeg it starts.
+Writes `caches.md`, `caches.json` and `caches.png`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -140,13 +142,23 @@ def child(name: str, first: Path, second: Path) -> None:
 
 
 def peak_mb() -> float:
-    """Peak resident size of this process and of the largest one it started, MB."""
-    used = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(used) * 1024 / MB
+    """Peak resident size of this process and of the largest one it started, MB.
+
+    The first from /proc: `getrusage` would count what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8").split()
+    own = int(status[status.index("VmHWM:") + 1])
+    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 / MB
 
 
-def measure(name: str, first: Path, second: Path) -> dict[str, float]:
-    """Run a measurement in a process of its own; seconds, and MB resident at the peak."""
+def measure(name: str, first: Path, second: Path, repeats: int = 3) -> dict[str, float]:
+    """The medians of a measurement repeated: seconds, and MB resident at the peak."""
+    runs = [measure_once(name, first, second) for _ in range(repeats)]
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def measure_once(name: str, first: Path, second: Path) -> dict[str, float]:
+    """Run a measurement in a process of its own."""
     command = [sys.executable, __file__, "--child", name, str(first), str(second)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:  # out of memory, say
@@ -189,7 +201,7 @@ def dense_dpp(features: np.ndarray, query: np.ndarray, k: int) -> list[int]:
 
 
 def selection(counts: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds of each selection, the best of five, on features that drift as a video's do."""
+    """Milliseconds of each selection on one core, the median, on features that drift as a video's do."""
     import numpy as np
 
     from timesearch import select_frames
@@ -205,11 +217,11 @@ def selection(counts: list[int]) -> list[dict[str, Any]]:
         times: dict[str, float] = {}
         for name, function in (("this", select_frames), ("dense", dense_dpp)):
             taken = []
-            for _ in range(5 if name == "this" else 2):
+            for _ in range(9 if name == "this" else 3):
                 started = time.perf_counter()
                 picked = function(half, query, SEARCHED)
                 taken.append(time.perf_counter() - started)
-            times[name] = min(taken) * 1e3
+            times[name] = statistics.median(taken) * 1e3
             times[f"{name}_picks"] = picked
         rows.append(
             {
@@ -233,7 +245,7 @@ def quality(clips: Path) -> list[dict[str, Any]]:
     from timesearch.errors import ItemError
     from timesearch.settings import Frames
     from timesearch.video.probe import probe, smart_size
-    from timesearch.video.sampling import ffmpeg_command, sample_jpegs
+    from timesearch.video.sampling import PIXELS, ffmpeg_command, sample_jpegs
 
     rows = []
     for clip in sorted(clips.iterdir()):
@@ -247,7 +259,7 @@ def quality(clips: Path) -> list[dict[str, Any]]:
             jpegs = [jpeg for _, jpeg in sample_jpegs(clip, info, size, settings)]
             command = ffmpeg_command(clip, info, size, settings)
             command[command.index("-f") + 1], command[command.index("-vcodec") + 1] = "rawvideo", "rawvideo"
-            command = [part.replace("yuvj420p", "rgb24") for part in command]
+            command = [part.replace(PIXELS, "rgb24") for part in command]
             raw = subprocess.run(command, capture_output=True, check=True).stdout
             frames = np.frombuffer(raw, np.uint8).reshape(len(jpegs), size[1], size[0], 3)
             luma, colour = [], []
@@ -316,6 +328,7 @@ def main() -> None:
     if options.child:
         child(options.child[0], Path(options.child[1]), Path(options.child[2]))
         return
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported: selection is measured on one core
     options.out.mkdir(parents=True, exist_ok=True)
     lengths = [0.5, 1.0] if options.quick else [1.0, 10.0, 60.0]
     counts = [600, 1200] if options.quick else [600, 1200, 2048, 7200]
@@ -329,7 +342,7 @@ def main() -> None:
                 if method == "straightforward" and minutes > 10:
                     continue  # 20 GB of frames
                 target = folder / f"{minutes}.{method.split()[0]}"
-                cost = measure(method, video, target)
+                cost = measure(method, video, target, 3 if minutes <= 10 else 1)
                 limit = limit or cost["seconds"]
                 size = target.stat().st_size / MB if target.exists() else 0.0
                 raw = round(minutes * 120) * 588 * 336 * 3 / MB

@@ -63,6 +63,7 @@ class Bench:
     coldstart_steps: int
     train_videos: int
     heldout: int
+    first: int
     temperature: float
 
     def settings(self, world: str, seed: int = 0, method: str = "grpo_csv") -> Settings:
@@ -118,7 +119,7 @@ def prepare(bench: Bench) -> None:
                 for number in range(bench.train_videos)
                 for sample in samples_of(make_scene(world, "train", number))
             ]
-            asked = [samples_of(make_scene(world, "heldout", number)) for number in range(bench.heldout)]
+            asked = [samples_of(make_scene(world, "heldout", bench.first + number)) for number in range(bench.heldout)]
             heldout = [samples[number % len(samples)] for number, samples in enumerate(asked)]
             for path, samples in ((settings.paths.train_samples, train), (settings.paths.test_samples, heldout)):
                 write_jsonl(path, [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples])
@@ -286,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coldstart-steps", type=int, default=200)
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
+    parser.add_argument("--first", type=int, default=1000, help="the first held-out video; settings were chosen below 1000")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the held-out episodes")
     parser.add_argument("--workers", type=int, default=2, help="worlds and seeds at the same time, a core each")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
@@ -299,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.coldstart_steps,
         given.train_videos,
         given.heldout,
+        given.first,
         given.temperature,
     )
     if given.only:

@@ -62,7 +62,7 @@ class Frames(Section):
         2,
         ge=2,
         le=31,
-        description="quantiser scale of the JPEGs (ffmpeg -q:v); at 2, the finest, SSIM of luma is 0.98 and above",
+        description="quantiser scale of the JPEGs (ffmpeg -q:v); at 2, the finest, SSIM of RGB is 0.98",
     )
     workers: int = Field(2, ge=1)
     ray_address: str | None = Field(None, description="address of a Ray cluster, 'local' to start one, or null")

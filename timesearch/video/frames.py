@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from timesearch.batch import BatchResult
     from timesearch.settings import Frames, Settings
 
-VERSION = 1
+VERSION = 2
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 

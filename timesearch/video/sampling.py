@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError
 from timesearch.video.probe import CONTAINERS, PROTOCOLS, VideoInfo
@@ -26,6 +26,23 @@ _DAMAGE_ALLOWED = 0.01
 """Share of a video's frames that may be damaged: a broadcast recording has some, a broken file many."""
 _ACCURATE = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 """swscale's exact arithmetic: only the kept frames are scaled, so that it costs little."""
+PIXELS = "yuvj444p"
+"""Pixel format of the JPEGs. With half the chroma samples (4:2:0), SSIM of RGB falls to 0.92 on saturated edges."""
+_SMALL = 256 * 256
+"""Frames of fewer pixels take a finer quantiser: they need it for an SSIM of 0.98, and are few bytes anyway."""
+_MATRIX = (
+    (8, 16, 19, 22, 26, 27, 29, 34),
+    (16, 16, 22, 24, 27, 29, 34, 37),
+    (19, 22, 26, 27, 29, 34, 34, 38),
+    (22, 22, 26, 27, 29, 34, 37, 40),
+    (22, 26, 27, 29, 32, 35, 40, 48),
+    (26, 27, 29, 32, 35, 40, 48, 58),
+    (26, 27, 29, 34, 38, 46, 56, 69),
+    (27, 29, 35, 38, 46, 56, 69, 83),
+)
+"""ISO/IEC 11172-2, Section 2.4.3.2: the matrix for intra blocks, which ffmpeg takes for luma and chroma alike."""
+_COARSER = {"intra_matrix": 1.25, "chroma_intra_matrix": 2.8}
+"""Factors of that matrix for luma and chroma: a quarter of the bytes for 0.006 of RGB SSIM (`benchmarks/caches.py`)."""
 _CUT_OFF = re.compile(r"partial file|File ended prematurely|\[in#0/(mov|matroska|avi)[^]]*] corrupt input packet")
 _SUMMARY = re.compile(r"\(video\): (\d+) packets read .*? (\d+) decode errors")
 
@@ -74,6 +91,17 @@ def sample_jpegs(
             code = process.wait()
         log.seek(0)
         _Verdict.read(log, code, kept).check(video)
+
+
+def _quality(size: tuple[int, int], qscale: int) -> dict[str, Any]:
+    """ffmpeg's options for the JPEGs' quantisers."""
+    if size[0] * size[1] < _SMALL:
+        return {"qmin": 1, "q:v": qscale - 1}
+    coarser = {
+        name: ",".join(str(min(255, round(factor * value))) for row in _MATRIX for value in row)
+        for name, factor in _COARSER.items()
+    }
+    return {"q:v": qscale, **coarser}
 
 
 @dataclass
@@ -146,13 +174,13 @@ def ffmpeg_command(
         stream = stream.filter("tonemap", "hable", desat=0)
         stream = stream.filter("zscale", transfer="bt709", matrix="bt709", range="tv").filter("format", "yuv444p")
     stream = stream.filter("scale", *size, flags=_ACCURATE, out_color_matrix="bt601", out_range="pc")
-    # 4:2:0, as nearly all sources are: 4:4:4 doubles the bytes and leaves SSIM of luma as it is
-    stream = stream.filter("setsar", 1).filter("format", "yuvj420p")
+    stream = stream.filter("setsar", 1).filter("format", PIXELS)
     output = stream.output(
         "pipe:1",
         format="nut",
         vcodec="mjpeg",
-        **{"q:v": settings.qscale, "fps_mode": "passthrough", "enc_time_base": "filter"},
+        **_quality(size, settings.qscale),
+        **{"fps_mode": "passthrough", "enc_time_base": "filter"},
     )
     arguments = output.global_args("-hide_banner", "-nostdin", "-nostats", "-loglevel", "verbose")
     command: list[str] = arguments.compile(imageio_ffmpeg.get_ffmpeg_exe())
