@@ -54,10 +54,14 @@ def main() -> None:
     parser.add_argument("--world", choices=sorted(WORLDS), default="demo")
     parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS)
     parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS)
+    parser.add_argument("--first-test-video", type=int, default=1000, help="settings were chosen on those below 1000")
     arguments = parser.parse_args()
-    for split, videos in (("train", arguments.train_videos), ("test", arguments.test_videos)):
+    for split, videos, first in (
+        ("train", arguments.train_videos, 0),
+        ("test", arguments.test_videos, arguments.first_test_video),
+    ):
         path = arguments.out / f"{split}.jsonl"
-        count = write_samples(path, arguments.world, split, videos)
+        count = write_samples(path, arguments.world, split, videos, first)
         print(f"{path}: {count} questions about {videos} videos")
 
 
