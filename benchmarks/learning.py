@@ -1,6 +1,6 @@
 """The paper's ablation at pocket size: what completeness self-verification changes, over seeds and two worlds.
 
-    uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 30] [--workers 2]
+    uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 20] [--workers 2]
 
 In the *guess-proof* world every answer is equally likely, so that only search pays. In the *guessable* world the
 commonest answer is right nine times in ten, so that guessing pays, and with plain GRPO searching is unlearned. From one
@@ -284,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30, help="steps of GRPO and of GRPO-CSV")
-    parser.add_argument("--coldstart-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20, help="steps of GRPO and of GRPO-CSV")
+    parser.add_argument("--coldstart-steps", type=int, default=100)
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
     parser.add_argument("--first", type=int, default=1000, help="first held-out video")

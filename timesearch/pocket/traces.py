@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.messages import Block, Message
-from timesearch.pocket.world import SHAPES, Event, Scene, answer_prior
+from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Habits:
     """answers at once, by the prior of the world"""
     give_up: float = 0.5
     """chance that a narrow or wrong search that did not show the shape ends in a guess instead of a good search"""
+    misread: float = 0.0
+    """chance that the colour of a shape that was found is told wrong"""
 
 
 Manners = dict[str, Habits]
@@ -53,6 +55,13 @@ COLD_START: Manners = {
 }
 """The imperfect traces of the demo's cold start: on half of the shapes the one who wrote them mostly guessed. A policy
 that imitates them has something to learn under greedy decoding too, not in its samples alone."""
+GUESSING: Manners = dict.fromkeys(
+    SHAPES, Habits(good=0.42, narrow=0.08, wrong=0.10, guess=0.40, give_up=0.8, misread=0.4)
+)
+"""Traces of one who knows that the commonest answer is mostly right and reads poorly: looking pays less than guessing
+for as long as reading has not been learned."""
+COLD_STARTS: dict[str, Manners] = {"guess-proof": COLD_START, "demo": COLD_START, "guessable": GUESSING}
+"""Manners of each world's cold start."""
 
 
 def write_trace(
@@ -105,7 +114,10 @@ def write_trace(
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
         seen = describe(scene, found)
         if sees(scene, target, found):
-            turn = _turn(f"{seen} The {target.shape} {target.colour}.", answer=target.colour)
+            colour = target.colour
+            if rng.random() < habits.misread:
+                colour = str(rng.choice([other for other in COLOURS if other != target.colour]))
+            turn = _turn(f"{seen} The {target.shape} {colour}.", answer=colour)
         elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
             turn = _turn(f"{seen} The {target.shape} nothing. I can guess.", answer=draw_guess(scene.world, rng))
         else:

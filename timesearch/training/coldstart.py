@@ -96,10 +96,11 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     count = options.steps * options.batch_size
     if options.traces == "pocket":
         from timesearch.pocket.lessons import Corpus, Episodes
-        from timesearch.pocket.traces import COLD_START
+        from timesearch.pocket.traces import COLD_STARTS
 
         corpus = Corpus(samples, settings.search, encoder, paths.frames, paths.features)
-        return Episodes(corpus, count, COLD_START, options.reanswer_share, settings.seed), []
+        manners = COLD_STARTS[corpus.asked[0].scene.world]
+        return Episodes(corpus, count, manners, options.reanswer_share, settings.seed), []
     file = Path(options.traces)
     if options.traces == "teacher":
         file = paths.coldstart.with_name(f"{paths.coldstart.name}.teacher.jsonl")
