@@ -11,7 +11,7 @@ import pytest
 from footage import make_video
 
 from timesearch import FrameCache
-from timesearch.batch import run_batch
+from timesearch.batch import Made, run_batch
 from timesearch.errors import ItemError
 from timesearch.settings import Frames
 from timesearch.video.frames import cache_frames
@@ -28,7 +28,7 @@ def cluster() -> Iterator[None]:
 
 
 def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
-    def work(item: str) -> int | None:
+    def work(item: str) -> Made | None:
         mark = tmp_path / item
         if item == "dies once" and not mark.exists():
             mark.touch()
@@ -37,7 +37,7 @@ def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if item == "broken":
             raise ItemError("it is broken", reason="not_a_video")
-        return None if item == "done before" else 5
+        return None if item == "done before" else Made(5, "damaged" if item == "dies once" else "")
 
     items = ["a", "dies once", "broken", "done before", "always dies", "b"]
     failures = tmp_path / "failures.jsonl"
@@ -49,6 +49,7 @@ def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
         "broken": "not_a_video",
     }
     assert result.units == 15
+    assert result.again == {"damaged": 1}
     assert len(failures.read_text().splitlines()) == 2
 
 

@@ -94,12 +94,16 @@ def test_what_is_up_to_date_is_left_and_the_rest_redone(frames: FrameCache, enco
     assert cache_features(caches, tmp_path / "out", encoder, settings).skipped == ["a.mp4"]
     assert not (tmp_path / "out/failures.jsonl").exists()
     other = load_encoder(str(make_encoder(tmp_path / "tiny", seed=1)))
+    assert cache_features(caches, tmp_path / "out", other, settings).again == {"of another encoder": 1}
+    make_frame_cache(make_video(tmp_path / "b.mp4", seconds=1), tmp_path / "b.frames", SMALL)
+    elsewhere = {"a.mp4": tmp_path / "b.frames"}
+    assert cache_features(elsewhere, tmp_path / "out", other, settings).again == {"of other frames": 1}
     assert cache_features(caches, tmp_path / "out", other, settings).done == ["a.mp4"]
     target = tmp_path / "out/a.mp4.safetensors"
     whole = target.read_bytes()
     for damaged in (whole[:-9], whole[:200] + b"?" + whole[201:], whole[:-200] + b"?" + whole[-199:], b""):
         target.write_bytes(damaged)
-        assert cache_features(caches, tmp_path / "out", other, settings).done == ["a.mp4"]
+        assert cache_features(caches, tmp_path / "out", other, settings).again == {"damaged": 1}
         assert target.read_bytes() == whole
 
 

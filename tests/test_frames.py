@@ -318,8 +318,9 @@ def test_a_changed_video_or_parameter_redoes_that_item_alone(tmp_path: Path) -> 
     assert sorted(cache_frames(videos, out, SMALL).done) == ["a.mp4", "b.mp4"]
     assert sorted(cache_frames(videos, out, SMALL).skipped) == ["a.mp4", "b.mp4"]
     make_video(videos["b.mp4"], seconds=2)
-    assert cache_frames(videos, out, SMALL).done == ["b.mp4"]
+    result = cache_frames(videos, out, SMALL)
+    assert (result.done, result.again) == (["b.mp4"], {"of another video": 1})
     videos["a.mp4"].touch()
     assert not cache_frames(videos, out, SMALL).done
-    assert len(cache_frames(videos, out, SMALL.model_copy(update={"fps": 4.0})).done) == 2
+    assert cache_frames(videos, out, SMALL.model_copy(update={"fps": 4.0})).again == {"of other parameters": 2}
     assert not list(out.glob(".*"))

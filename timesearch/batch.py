@@ -6,9 +6,11 @@ the interpreter's lock) or as plain tasks on a Ray cluster.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -21,12 +23,20 @@ from timesearch.files import write_jsonl
 from timesearch.progress import progress_bar
 from timesearch.redaction import redact
 
-Work = Callable[[str], "float | None"]
-"""Does one item; returns how many frames (or files) it made, or None where the item was up to date."""
-
-
 _RAY_RETRIES = 3
 """Further tries of an item whose worker process or machine died."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made of one item: `units` frames (or MB), in place of a file that was there but was `stale`."""
+
+    units: float
+    stale: str = ""
+
+
+Work = Callable[[str], "Made | None"]
+"""Does one item; returns None where the item was up to date."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,13 @@ class Failure:
 
 @dataclass
 class BatchResult:
-    """What became of a batch."""
+    """What became of a batch; `again` counts by reason those of `done` whose earlier file could not stay."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     units: float = 0.0
+    again: Counter[str] = field(default_factory=Counter)
 
     def exit_code(self, keep_going: bool = False) -> int:
         """1 if an item failed, unless the caller wants to go on with the others."""
@@ -85,7 +96,8 @@ def run_batch(
                 result.skipped.append(item)
             else:
                 result.done.append(item)
-                result.units += outcome
+                result.units += outcome.units
+                result.again.update([outcome.stale] if outcome.stale else [])
             rate = result.units / max(time.monotonic() - started, 1e-9)
             bar.advance(note=f"{rate:.0f} {unit}/s" + (f", {len(result.failures)} failed" if result.failures else ""))
     write_failures(failures, result.failures)
@@ -114,19 +126,27 @@ class _Attempt:
 
     work: Work
 
-    def __call__(self, item: str) -> float | Failure | None:
+    def __call__(self, item: str) -> Made | Failure | None:
         try:
             return self.work(item)
         except ItemError as error:
             return Failure(item, error.reason, str(error))
         except CacheMismatchError as error:
             return Failure(item, "cache_mismatch", str(error))
+        except OSError as error:
+            if error.errno not in _OF_ONE_FILE:
+                raise
+            return Failure(item, _OF_ONE_FILE[error.errno], f"{item}: {error.strerror} ({error.filename})")
 
 
-def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterator[tuple[str, float | Failure | None]]:
+_OF_ONE_FILE = {errno.ENAMETOOLONG: "name_too_long", errno.EIO: "unreadable"}
+"""Errors of the system that say nothing of the other files."""
+
+
+def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterator[tuple[str, Made | Failure | None]]:
     pool = ThreadPoolExecutor(workers)
     try:
-        pending: dict[Future[float | Failure | None], str] = {pool.submit(attempt, item): item for item in items}
+        pending: dict[Future[Made | Failure | None], str] = {pool.submit(attempt, item): item for item in items}
         while pending:
             finished, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -137,7 +157,7 @@ def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterat
 
 def _on_ray(
     attempt: _Attempt, items: Sequence[str], workers: int, address: str
-) -> Iterator[tuple[str, float | Failure | None]]:
+) -> Iterator[tuple[str, Made | Failure | None]]:
     # Ray would start each worker by the driver's own `uv run` command line, which never becomes a worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
@@ -150,7 +170,7 @@ def _on_ray(
         ray.init(address=address, log_to_driver=False, **here)
 
     @ray.remote(num_cpus=1, max_retries=_RAY_RETRIES)
-    def attempt_remotely(item: str) -> float | Failure | None:
+    def attempt_remotely(item: str) -> Made | Failure | None:
         return attempt(item)
 
     died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)

@@ -22,7 +22,7 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name[:80]}.{uuid.uuid4().hex[:8]}.partial")
+    partial = target.with_name(f".{target.name[:50]}.{uuid.uuid4().hex[:8]}.partial")  # within 255 bytes of UTF-8
     try:
         yield partial
         with partial.open("rb+") as handle:

@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _stop("stopped; the same command goes on from here", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EADDRINUSE, errno.EACCES, errno.EROFS):
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EADDRINUSE, errno.EACCES, errno.EROFS)
+        if error.errno not in known:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _stop(f"{error.strerror}{where}: nothing half-written was left; make room or choose another place", 2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,14 +18,28 @@ if TYPE_CHECKING:
 KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some items failed.")]
 
 
+def _items(text: str) -> Any:
+    """An argument for files of which the unreadable ones are set aside, and do not stop the command."""
+    return typer.Argument(help=text, readable=False)
+
+
 def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
-    """Say what was made and what failed, and leave with the contract's exit code."""
-    say(f"{made}: {len(result.done)} made, {len(result.skipped)} up to date, {len(result.failures)} failed, in {out}")
+    """Say what was made (and why again), and what failed, and leave with the contract's exit code."""
+    again = ", ".join(f"{count} {stale}" for stale, count in sorted(result.again.items()))
+    say(
+        f"{made}: {len(result.done)} made{again and f' (in place of {again})'}, {len(result.skipped)} up to date, "
+        f"{len(result.failures)} failed, in {out}"
+    )
     for failure in result.failures[:20]:
-        typer.echo(f"  {failure.reason}: {failure.message}", err=True)
+        typer.echo(f"  {failure.reason}: {_visible(failure.message)}", err=True)
     if result.failures:
         typer.echo(f"  all failures: {out / 'failures.jsonl'}", err=True)
     raise typer.Exit(result.exit_code(keep_going))
+
+
+def _visible(text: str) -> str:
+    """Text on one line: what a file's name may hold of line breaks and control characters is shown as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _recorded(settings: Settings, stage: str, work: Callable[[], BatchResult]) -> BatchResult:
@@ -50,7 +65,7 @@ def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing =
 
 @app.command()
 def frames(
-    videos: Annotated[list[Path] | None, typer.Argument(help="Video files or folders; none: all samples'.")] = None,
+    videos: Annotated[list[Path] | None, _items("Video files or folders; none: all samples'.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the frame caches.")] = None,
     fps: Annotated[float | None, typer.Option("--fps", min=0.001, help="Frames a second.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Videos at the same time.")] = None,
@@ -75,7 +90,7 @@ def frames(
 
 @app.command()
 def features(
-    frames: Annotated[list[Path] | None, typer.Argument(help="Frame caches or folders; none: all samples'.")] = None,
+    frames: Annotated[list[Path] | None, _items("Frame caches or folders; none: all samples'.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the feature caches.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="open_clip name, local folder, or URL of an embeddings server.")
@@ -122,14 +137,23 @@ def _named(paths: list[Path], suffixes: Collection[str], strip: str = "") -> dic
     named: dict[str, Path] = {}
     for path in paths:
         pairs = [(path.name, path)]
-        if path.is_dir():
-            below = [
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.name[0] != "."
-            ]
-            pairs = [(file.relative_to(path).as_posix(), file) for file in below]
+        if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises where it may not look
+            pairs = [(file.relative_to(path).as_posix(), file) for file in _below(path, suffixes)]
         for full_name, file in pairs:
             name = full_name.removesuffix(strip)
             if name in named and named[name].absolute() != file.absolute():
                 raise RequestError(f"{named[name]} and {file} would both become {name!r}: do them into two folders")
             named[name] = file
     return named
+
+
+def _below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files of a kind below a folder, and the folders that may not be looked into, so that they are listed too."""
+    closed: list[OSError] = []
+    named = [
+        Path(place, name)
+        for place, folders, files in os.walk(folder, onerror=closed.append)
+        for name in (*folders, *files)
+        if Path(name).suffix.lower() in suffixes and name[0] != "."
+    ]
+    return sorted({*named, *(Path(error.filename) for error in closed)})

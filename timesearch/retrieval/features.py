@@ -18,7 +18,7 @@ from timesearch.files import atomic_path, inside
 from timesearch.video.frames import FrameCache, cache_path, sample_videos
 
 if TYPE_CHECKING:
-    from timesearch.batch import BatchResult
+    from timesearch.batch import BatchResult, Made
     from timesearch.retrieval.encoder import Encoder
     from timesearch.settings import Features, Settings
 
@@ -45,7 +45,7 @@ class FeatureCache:
         """Read a feature cache.
 
         Raises:
-            ItemError: `missing_cache` or `damaged_cache`.
+            ItemError: `missing_cache`, `unreadable` or `damaged_cache`.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -57,6 +57,8 @@ class FeatureCache:
                 header = file.metadata() or {}
                 features, timestamps = file.get_tensor("features"), file.get_tensor("timestamps")
             fields = {name: header[name] for name in _HEADER}
+        except PermissionError as error:
+            raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable") from error
         except (SafetensorError, KeyError) as error:
             raise _damaged(path, str(error)) from error
         if features.dtype != np.float16 or features.ndim != 2 or timestamps.shape != features.shape[:1]:
@@ -115,7 +117,9 @@ def _damaged(path: Path, why: str) -> ItemError:
 
 
 def _digest(features: np.ndarray, timestamps: np.ndarray) -> str:
-    return hashlib.sha256(features.tobytes() + timestamps.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(features).data)
+    digest.update(np.ascontiguousarray(timestamps).data)
+    return digest.hexdigest()
 
 
 def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder, batch_size: int) -> int:
@@ -164,16 +168,22 @@ def _prepare(cache: FrameCache, encoder: Encoder, batch: range) -> object:
     return encoder.prepare([cache.decode(index) for index in batch])
 
 
-def up_to_date(target: Path, frames: Path, encoder: Encoder) -> bool:
-    """Whether `target` is whole and holds the features of these frames by this encoder."""
+def why_stale(target: Path, frames: FrameCache, encoder: Encoder) -> str | None:
+    """What is wrong with a feature cache, in a word or two: nothing (None) if it is whole and holds the features of
+    these frames by this encoder; an empty text where there is none.
+    """
+    if not target.exists():
+        return ""
     try:
         features = FeatureCache.open(target)
-        features.require_encoder(encoder)
-        features.require_frames(FrameCache.open(frames))
         remembered(target, "feature cache", lambda path: FeatureCache.open(path).verify())
-    except (ItemError, CacheMismatchError):
-        return False
-    return True
+    except ItemError:
+        return "damaged"
+    try:
+        features.require_encoder(encoder)
+    except CacheMismatchError:
+        return "of another encoder"
+    return None if features.frames == frames.digest else "of other frames"
 
 
 def cache_features(
@@ -194,11 +204,14 @@ def cache_features(
         return run_batch(title, list(frames), work, failures=out / "failures.jsonl", workers=settings.workers)
 
 
-def _cache_one(name: str, *, frames: dict[str, Path], out: Path, encoder: Encoder, batch_size: int) -> int | None:
+def _cache_one(name: str, *, frames: dict[str, Path], out: Path, encoder: Encoder, batch_size: int) -> Made | None:
+    from timesearch.batch import Made
+
     target = inside(out, f"{name}.safetensors")
-    if up_to_date(target, frames[name], encoder):
+    stale = why_stale(target, FrameCache.open(frames[name]), encoder)
+    if stale is None:
         return None
-    return make_feature_cache(frames[name], target, encoder, batch_size)
+    return Made(make_feature_cache(frames[name], target, encoder, batch_size), stale)
 
 
 def default_encoder(settings: Settings) -> Encoder:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from timesearch.batch import BatchResult, exclusive, run_batch
+from timesearch.batch import BatchResult, Made, exclusive, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.files import file_digest, inside, json_digest
@@ -49,21 +49,26 @@ def download_videos(samples: Iterable[Sample], out: Path, settings: Download) ->
         )
 
 
-def _fetch_one(video: str, *, wanted: dict[str, Sample], out: Path, settings: Download) -> float | None:
+def _fetch_one(video: str, *, wanted: dict[str, Sample], out: Path, settings: Download) -> Made | None:
     sample, target = wanted[video], inside(out, video)
-    if target.is_file() and (sample.sha256 is None or remembered(target) == sample.sha256.lower()):
+    there = target.is_file()
+    if there and (sample.sha256 is None or remembered(target) == sample.sha256.lower()):
         return None
     if not sample.source:
-        raise ItemError(f"{video} is not in {out} and its sample names no source", reason="no_source")
+        what = f"{target} is not the file that its sample names by SHA-256" if there else f"{video} is not in {out}"
+        raise ItemError(f"{what}, and the sample names no source", reason="no_source")
     fetch(sample.source, target, sample.sha256, settings.retries)
-    return target.stat().st_size / 1e6
+    return Made(target.stat().st_size / 1e6, "of another SHA-256" if there else "")
 
 
 def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4) -> None:
     """Copy `source` to `target`, going on where an earlier try broke off.
 
+    The part that a break leaves lies beside `target` as ``.NAME.DIGEST.MARK.download`` until the next try; one that
+    turns out to be damaged is removed.
+
     Raises:
-        ItemError: `not_found`, `forbidden`, `checksum_mismatch`, or `download_failed` after all tries.
+        ItemError: `not_found`, `forbidden`, `size_mismatch`, `checksum_mismatch`, or `download_failed` after all tries.
     """
     import aiohttp
     from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -115,26 +120,37 @@ def _fetch_once(source: str, target: Path, sha256: str | None) -> None:
     remote, size, version = _open(source)
     mark = json_digest([source, size, version])[:16]
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name[:80]}.{mark}.download")
+    name = f".{target.name[:40]}.{json_digest(target.name)[:8]}"
+    unfinished = target.with_name(f"{name}.{mark}.download")
+    resumed = unfinished.exists()
     with remote:
         _append(remote, unfinished)
-    fetched = unfinished.stat().st_size
+    try:
+        _check(unfinished, source, size, sha256)
+    except ItemError:
+        unfinished.unlink()
+        if not resumed:
+            raise
+        _fetch_once(source, target, sha256)  # the fault may lie in the part from before: from the start, then
+        return
+    unfinished.replace(target)
+    for stale in target.parent.glob(f"{glob.escape(name)}.*.download"):
+        stale.unlink()  # of another version of the source
+
+
+def _check(file: Path, source: str, size: int | None, sha256: str | None) -> None:
+    fetched = file.stat().st_size
     if size is not None and fetched < size:
         raise _ShortRead(f"the source ended after {fetched} of {size} bytes")
     if size is not None and fetched > size:
-        unfinished.unlink()
         raise ItemError(f"{source} has {fetched} bytes, not {size}", reason="size_mismatch")
     if sha256:
-        found = file_digest(unfinished)
+        found = file_digest(file)
         if found != sha256.lower():
-            unfinished.unlink()
             raise ItemError(
                 f"{source} has SHA-256 {found}, the sample says {sha256}: check the sample or the source",
                 reason="checksum_mismatch",
             )
-    unfinished.replace(target)
-    for stale in target.parent.glob(f".{glob.escape(target.name[:80])}.*.download"):
-        stale.unlink()  # of another version of the source
 
 
 def _open(source: str) -> tuple[IO[bytes], int | None, str]:

@@ -26,13 +26,13 @@ import numpy as np
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.files import atomic_path, inside, json_digest
-from timesearch.video.probe import Fingerprint, check_readable, probe, smart_size
+from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from timesearch.batch import BatchResult
+    from timesearch.batch import BatchResult, Made
     from timesearch.settings import Frames, Settings
 
 VERSION = 2
@@ -96,22 +96,28 @@ class FrameCache:
         """Open a cache by reading its index.
 
         Raises:
-            ItemError: `missing_cache` or `damaged_cache`.
+            ItemError: `missing_cache`, `unreadable`, `damaged_cache` or, of another `VERSION`, `outdated_cache`.
         """
         path = Path(path)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
             raise ItemError(f"{path} is missing: run the stage 'frames' first", reason="missing_cache") from error
+        except PermissionError as error:
+            raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable") from error
         try:
             with os.fdopen(os.dup(descriptor), "rb") as handle, zipfile.ZipFile(handle) as archive:
                 meta = json.loads(archive.read("meta.json"))
-                entries = [archive.getinfo(frame_name(number)) for number in range(len(meta["timestamps"]))]
                 if meta["version"] != VERSION:
-                    raise _damaged(path, f"its version is {meta['version']}, not {VERSION}")
+                    raise ItemError(
+                        f"{path} has format {meta['version']}, and format {VERSION} is needed: run the stage 'frames' "
+                        "again to remake it",
+                        reason="outdated_cache",
+                    )
+                entries = [archive.getinfo(frame_name(number)) for number in range(len(meta["timestamps"]))]
             index = np.array([(entry.header_offset, entry.file_size, entry.CRC) for entry in entries], np.int64)
             return cls(path, meta, index.reshape(-1, 3), descriptor)
-        except (zipfile.BadZipFile, KeyError, TypeError, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, IsADirectoryError, KeyError, TypeError, ValueError, EOFError) as error:
             os.close(descriptor)
             raise _damaged(path, str(error)) from error
         except BaseException:
@@ -222,10 +228,29 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, th
         Number of frames kept: of each slot of 1/fps seconds, counted from the first frame, its first frame.
 
     Raises:
-        ItemError: the video cannot be used; the reason says why.
+        ItemError: the video cannot be used; the reason says why. Whatever went wrong with a video that changed
+            meanwhile, it is `changed_while_reading`.
     """
     video = Path(video)
     info = probe(video)
+    try:
+        return _write_cache(video, info, Path(target), settings, threads)
+    except (ItemError, FileNotFoundError) as error:
+        if _changed(video, info.fingerprint):
+            raise ItemError(
+                f"{video} was changed while it was read: try again", reason="changed_while_reading"
+            ) from error
+        raise
+
+
+def _changed(video: Path, fingerprint: Fingerprint) -> bool:
+    try:
+        return Fingerprint.of(video) != fingerprint
+    except FileNotFoundError:
+        return True
+
+
+def _write_cache(video: Path, info: VideoInfo, target: Path, settings: Frames, threads: int) -> int:
     width, height = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
     with atomic_path(target) as partial:
         times: list[float] = []
@@ -237,8 +262,8 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, th
                     digest.update(jpeg)
                     times.append(seconds)
             source = {"name": video.name, "size": info.fingerprint.size, "sha256": remembered(video)}
-            if Fingerprint.of(video) != info.fingerprint:
-                raise ItemError(f"{video} was changed while it was read: try again", reason="changed_while_reading")
+            if _changed(video, info.fingerprint):
+                raise ItemError(f"{video} was changed", reason="changed_while_reading")
             meta = {
                 "version": VERSION,
                 "source": source,
@@ -253,18 +278,21 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, th
     return len(times)
 
 
-def up_to_date(cache: Path, video: Path, settings: Frames) -> bool:
-    """Whether `cache` is whole and was made of this very file with these parameters."""
+def why_stale(cache: Path, video: Path, settings: Frames) -> str | None:
+    """What is wrong with a cache, in a word or two: nothing (None) if it is whole and was made of this very file with
+    these parameters; an empty text where there is none.
+    """
     if not cache.exists():
-        return False
+        return ""
     try:
         meta = FrameCache.open(cache).meta
-        if meta["transform"] != transform_of(settings) or meta["source"]["size"] != video.stat().st_size:
-            return False
+        if meta["transform"] != transform_of(settings):
+            return "of other parameters"
         remembered(cache, "frame cache", lambda path: FrameCache.open(path).verify())
-    except ItemError:
-        return False
-    return remembered(video) == str(meta["source"]["sha256"])
+    except ItemError as error:
+        return "of another format" if error.reason == "outdated_cache" else "damaged"
+    same = meta["source"]["size"] == video.stat().st_size and meta["source"]["sha256"] == remembered(video)
+    return None if same else "of another video"
 
 
 def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames") -> BatchResult:
@@ -291,12 +319,15 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
         )
 
 
-def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames, threads: int) -> int | None:
+def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames, threads: int) -> Made | None:
+    from timesearch.batch import Made
+
     target = cache_path(out, name)
     check_readable(videos[name])
-    if up_to_date(target, videos[name], settings):
+    stale = why_stale(target, videos[name], settings)
+    if stale is None:
         return None
-    return make_frame_cache(videos[name], target, settings, threads)
+    return Made(make_frame_cache(videos[name], target, settings, threads), stale)
 
 
 def sample_videos(settings: Settings) -> list[str]:

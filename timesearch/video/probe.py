@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import stat
 from dataclasses import dataclass
 from fractions import Fraction
@@ -69,10 +68,16 @@ def check_readable(path: Path) -> Fingerprint:
     """
     try:
         status = path.stat()
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):  # a pipe would wait for a writer
+            path.open("rb").close()
     except FileNotFoundError as error:
         raise ItemError(f"{path} does not exist", reason="missing_file") from error
     except PermissionError as error:
-        raise ItemError(f"{path} may not be read: check the permissions of its folder", reason="unreadable") from error
+        raise ItemError(
+            f"{path} may not be read: check its permissions and its folder's", reason="unreadable"
+        ) from error
+    except IsADirectoryError as error:
+        raise ItemError(f"{path} is a folder", reason="not_a_file") from error
     except OSError as error:
         reason = "symlink_loop" if "symbolic" in (error.strerror or "") else "unreadable"
         raise ItemError(f"{path} cannot be opened: {error.strerror}", reason=reason) from error
@@ -80,13 +85,15 @@ def check_readable(path: Path) -> Fingerprint:
         raise ItemError(f"{path} is not a regular file", reason="not_a_file")
     if status.st_size == 0:
         raise ItemError(f"{path} is empty (0 bytes): fetch it again", reason="empty_file")
-    if not os.access(path, os.R_OK):
-        raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable")
     return Fingerprint(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def open_video(path: Path) -> InputContainer:
     """Open a container with PyAV; only media demuxers and local files are allowed.
+
+    That a file is cut off shows where its container says what should follow: MP4 and AVI here, MP4, Matroska and WebM
+    in the sampling pass. MPEG-TS and PS, FLV, Ogg, ASF and raw streams may end anywhere, and what is left of them is
+    a shorter video; that their files are whole is for the download to judge, by size and SHA-256.
 
     Raises:
         ItemError: `truncated` (an MP4 without its index, an AVI shorter than it says) or `not_a_video`.

@@ -6,6 +6,7 @@ neither pixels nor times touch the disk before they lie in the cache.
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import tempfile
@@ -61,6 +62,7 @@ def sample_jpegs(
 
     Raises:
         ItemError: `truncated`, `damaged_video`, `no_frames` or `undecodable`, after the frames that could be decoded.
+        OSError: there is no room for ffmpeg's log, by which these are told.
     """
     import av
 
@@ -144,6 +146,8 @@ class _Verdict:
                 f"{video} cannot be decoded: {self.last_error or f'ffmpeg ended with {self.code}'}",
                 reason="undecodable",
             )
+        if self.kept and not self.packets:
+            raise OSError(errno.ENOSPC, "No space left for ffmpeg's log", tempfile.gettempdir())
         if not self.kept:
             raise ItemError(f"{video}: its video stream holds no frame", reason="no_frames")
 
