@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import json
 import random
 import re
 import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -135,12 +136,64 @@ def test_a_source_that_changed_in_between_is_not_spliced(host: Host, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def cut_off_after(count: int) -> object:
+def cut_off_after(count: int, damage: bytes = b"") -> object:
     def append(remote: io.BufferedIOBase, unfinished: Path) -> None:
-        unfinished.write_bytes(remote.read(count))
+        unfinished.write_bytes(remote.read(count - len(damage)) + damage)
         raise KeyboardInterrupt
 
     return append
+
+
+@pytest.mark.parametrize("damage", [b"?", BODY + BODY], ids=["another byte", "too many bytes"])
+def test_a_damaged_part_is_thrown_away_and_the_rest_of_the_run_mends_it(
+    host: Host, tmp_path: Path, damage: bytes
+) -> None:
+    host.files["a.mp4"] = BODY
+    one = sample("a.mp4", f"{host.url}/a.mp4", digest(BODY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_append", cut_off_after(200_000, damage))
+        with pytest.raises(KeyboardInterrupt):
+            download_videos([one], tmp_path, Download())
+    (part,) = tmp_path.glob(".*.download")
+    assert part.read_bytes().endswith(damage)
+    assert download_videos([one], tmp_path, Download()).done == ["a.mp4"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.mp4": BODY}
+
+
+def test_a_source_that_is_not_what_the_sample_says_leaves_nothing(host: Host, tmp_path: Path) -> None:
+    host.files |= {"cut.ts": BODY[: 188 * 700], "good.mp4": BODY}  # an MPEG-TS that ends early is a video all the same
+    samples = [
+        sample("cut.ts", f"{host.url}/cut.ts", digest(BODY)),
+        sample("good.mp4", f"{host.url}/good.mp4", digest(BODY)),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_append", cut_off_after(50_000))
+        with pytest.raises(KeyboardInterrupt):
+            download_videos(samples, tmp_path, Download(workers=1))
+    for _ in range(2):
+        result = download_videos(samples, tmp_path, Download(retries=0))
+        assert [(failure.item, failure.reason) for failure in result.failures] == [("cut.ts", "checksum_mismatch")]
+        assert result.exit_code() == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["failures.jsonl", "good.mp4"]
+
+
+def test_parts_of_several_videos_are_told_apart(host: Host, tmp_path: Path) -> None:
+    """One name begins as the other does: what is left of one is no business of the other."""
+    long = "a.mp4" + "視" * 70
+    host.files = {"1": BODY, "2": BODY[::-1]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_append", cut_off_after(200_000))
+        with pytest.raises(KeyboardInterrupt):
+            fetch(f"{host.url}/2", tmp_path / f"{long}.mp4")
+    (part,) = tmp_path.iterdir()
+    for name in ("a.mp4", f"{long}.mkv"):
+        fetch(f"{host.url}/1", tmp_path / name)
+    assert part.exists()
+    host.sent = 0
+    fetch(f"{host.url}/2", tmp_path / f"{long}.mp4")
+    assert host.sent < 150_000
+    assert (tmp_path / f"{long}.mp4").read_bytes() == BODY[::-1]
+    assert not part.exists()
 
 
 def test_each_failure_has_its_reason(host: Host, tmp_path: Path) -> None:
@@ -152,23 +205,31 @@ def test_each_failure_has_its_reason(host: Host, tmp_path: Path) -> None:
         sample("secret.mp4", f"{host.url}/secret.mp4"),
         sample("gone.mp4", str(tmp_path / "gone.mp4")),
         sample("nowhere.mp4", None),
+        sample("other-there.mp4", None, digest(BODY)),
         sample("odd.mp4", "gopher-nonesuch://x/y"),
         sample("../climbs.mp4", f"{host.url}/good.mp4"),
         sample("member.mp4", f"tar://member.mp4::{host.url}/good.mp4"),
     ]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/other-there.mp4").write_bytes(b"another video")
     result = download_videos(samples, tmp_path / "out", Download(retries=0))
     assert result.done == ["good.mp4"]
+    assert result.exit_code() == 1
+    listed = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+    assert listed == [asdict(failure) for failure in sorted(result.failures, key=lambda failure: failure.item)]
     assert {failure.item: failure.reason for failure in result.failures} == {
         "other.mp4": "checksum_mismatch",
         "none.mp4": "not_found",
         "secret.mp4": "forbidden",
         "gone.mp4": "not_found",
         "nowhere.mp4": "no_source",
+        "other-there.mp4": "no_source",
         "odd.mp4": "download_failed",
         "../climbs.mp4": "unsafe_path",
         "member.mp4": "not_an_archive",
     }
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["failures.jsonl", "good.mp4"]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["failures.jsonl", "good.mp4", "other-there.mp4"]
 
 
 def test_a_server_that_stays_down_is_named(tmp_path: Path) -> None:
@@ -186,7 +247,8 @@ def test_what_is_there_is_not_fetched_again(host: Host, tmp_path: Path) -> None:
     assert download_videos(samples, tmp_path, Download()).skipped == ["a.mp4"]
     assert sum(host.requests.values()) == before
     (tmp_path / "a.mp4").write_bytes(BODY[:-1] + b"?")
-    assert download_videos(samples, tmp_path, Download()).done == ["a.mp4"]
+    result = download_videos(samples, tmp_path, Download())
+    assert (result.done, result.again) == (["a.mp4"], {"of another SHA-256": 1})
     assert (tmp_path / "a.mp4").read_bytes() == BODY
 
 
