@@ -97,6 +97,7 @@ def make_settings(**train: Any) -> Settings:
 def _write_caches(root: Path, video: str, scene: Any) -> None:
     from safetensors.numpy import save_file
 
+    from timesearch.retrieval.features import _digest
     from timesearch.video.frames import VERSION, FrameCache, frame_name
 
     times = np.arange(0.0, scene.duration, 1.0)
@@ -115,7 +116,8 @@ def _write_caches(root: Path, video: str, scene: Any) -> None:
         (len(times), len(SHAPES) + 1)
     )
     features = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    header = {"model": "oracle", "pretrained": "", "preprocessing": "", "features_sha256": ""}
+    header = {"model": "oracle", "pretrained": "", "preprocessing": ""}
+    header["features_sha256"] = _digest(features, times)
     header["frames"] = FrameCache.open(frames).digest
     target = inside(root / "cache" / "features", f"{video}.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)

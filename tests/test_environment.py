@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from players import build_library
+from players import Puppet, answer_turn, build_library, script, search_turn
 from scripted import OracleEncoder, make_settings
 
+from timesearch import FrameCache
 from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.inference.infer import Job, play
 from timesearch.messages import text_of
 from timesearch.pocket.world import make_scene, question
+from timesearch.samples import Prediction, read_samples
 from timesearch.search.environment import SearchEnvironment, fit_size, preview_plan
 from timesearch.settings import Search
+from timesearch.training.grpo_csv import Clock, TimedEnvironment
 
 WORLD = "guess-proof"
 VIDEO = f"{WORLD}/0.mp4"
@@ -168,17 +175,68 @@ def test_control_tokens_in_a_question_are_words(caches: Path) -> None:
     assert "<|" not in blocks[-1]["text"]
 
 
-def test_missing_and_foreign_caches_are_refused(caches: Path) -> None:
+def test_missing_caches_and_paths_that_climb_are_refused(caches: Path) -> None:
     environment = open_environment(caches)
     for video, reason in (("no.mp4", "missing_cache"), ("../secret.mp4", "unsafe_path")):
         with pytest.raises(ItemError) as caught:
             environment.reset(video=video, question="?")
         assert caught.value.reason == reason
+
+
+def environment_of_inference(*arguments: object) -> SearchEnvironment:
+    return SearchEnvironment(*arguments)  # type: ignore[arg-type]
+
+
+def environment_of_training(*arguments: object) -> SearchEnvironment:
+    return TimedEnvironment(Clock(), *arguments)
+
+
+@pytest.mark.parametrize("make", [environment_of_inference, environment_of_training])
+def test_caches_that_do_not_belong_together_are_refused(
+    caches: Path, tmp_path: Path, make: Callable[..., SearchEnvironment]
+) -> None:
     stranger = OracleEncoder()
     stranger.name = "another"
-    environment = SearchEnvironment(make_settings().search, stranger, caches / "frames", caches / "features")
-    with pytest.raises(CacheMismatchError, match="another"):
+    environment = make(make_settings().search, stranger, caches / "frames", caches / "features")
+    with pytest.raises(CacheMismatchError, match=r"holds features of oracle .*, but the encoder is another"):
         environment.reset(video=VIDEO, question="?")
+
+    shutil.copytree(caches, tmp_path / "cache")
+    frames, features = tmp_path / "cache/frames", tmp_path / "cache/features"
+    environment = make(make_settings().search, OracleEncoder(), frames, features)
+    environment.reset(video=VIDEO, question="?")
+    own, other = (FrameCache.open(frames / f"{WORLD}/{number}.mp4.frames").digest[:12] for number in (0, 1))
+    table = features / f"{VIDEO}.safetensors"
+    whole = table.read_bytes()
+    table.write_bytes((features / f"{WORLD}/1.mp4.safetensors").read_bytes())
+    with pytest.raises(CacheMismatchError, match=f"features of the frame cache {other}, but .* is {own}"):
+        environment.reset(video=VIDEO, question="?")
+
+    table.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
+    with pytest.raises(ItemError, match="do not fit their digest") as caught:
+        environment.reset(video=VIDEO, question="?")
+    assert caught.value.reason == "damaged_cache"
+    environment.reset(video=f"{WORLD}/1.mp4", question="?")
+
+
+def test_an_episode_whose_caches_do_not_belong_together_is_set_aside(tmp_path: Path) -> None:
+    settings = build_library(tmp_path, videos=2)
+    features = settings.paths.features / WORLD
+    shutil.copy(features / "1.mp4.safetensors", features / "0.mp4.safetensors")
+    jobs = [Job(method, one) for method in ("uniform", "grpo_csv") for one in read_samples(settings.paths.test_samples)]
+    ended: list[tuple[str, str, str | None]] = []
+
+    def record(job: Job, row: Prediction) -> None:
+        ended.append((job.method, job.sample.video, row.error and row.error.type))
+
+    puppet = Puppet(script(search_turn(), answer_turn()))
+    asyncio.run(play(jobs, puppet, OracleEncoder(), settings, record))  # type: ignore[arg-type]
+    assert sorted(ended, key=str) == [
+        ("grpo_csv", f"{WORLD}/0.mp4", "cache_mismatch"),
+        ("grpo_csv", f"{WORLD}/1.mp4", None),
+        ("uniform", f"{WORLD}/0.mp4", "cache_mismatch"),
+        ("uniform", f"{WORLD}/1.mp4", None),
+    ]
 
 
 @given(

@@ -219,6 +219,7 @@ class _Video:
         self.features = FeatureCache.open(features)
         self._encoded = encoded
         self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
+        self.features.verify()
         self.features.require_frames(self.frames)
 
     def show(self, indices: list[int], size: tuple[int, int] | None = None) -> list[Block]:
