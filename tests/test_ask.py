@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from footage import make_video
 from PIL import Image
 from players import MeanColour, Puppet, answer_turn, script, search_turn
 
@@ -63,6 +64,17 @@ def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
     assert rows[0]["predicted_answer"] == "red"
     assert rows[0]["video"] == video
     assert all(time <= 20 for time in rows[0]["searched_seconds"])
+
+
+def test_damaged_caches_are_made_again(tmp_path: Path, run) -> None:
+    video = str(make_video(tmp_path / "video.mp4", seconds=5))
+    assert run(video, "What?")[0] == 0
+    (frames,), (features,) = (tmp_path / "cache").rglob("frames/*"), (tmp_path / "cache").rglob("*.safetensors")
+    for cache in (frames, features):
+        whole = cache.read_bytes()
+        cache.write_bytes(whole[:-300])
+        assert run(video, "What?")[0] == 0
+        assert cache.read_bytes() == whole
 
 
 def test_what_is_no_video_is_refused_in_one_sentence(tmp_path: Path, run) -> None:

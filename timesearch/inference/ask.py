@@ -18,7 +18,7 @@ from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.settings import Settings
-from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of
+from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -91,6 +91,7 @@ class Asker:
             ItemError: the file is no video that can be used.
         """
         from timesearch.retrieval.features import make_feature_cache
+        from timesearch.retrieval.features import why_stale as why_features_stale
 
         try:
             stat = video.stat()
@@ -100,10 +101,10 @@ class Asker:
         name = f"{json_digest(made_of)[:24]}"
         with self._locks.setdefault(name, threading.Lock()):
             frames, features = cache_path(self.frames, name), self._features / f"{name}.safetensors"
-            if not frames.is_file():
+            if why_stale(frames, video, self._settings.frames) is not None:
                 say(f"reading {video.name}")
                 make_frame_cache(video, frames, self._settings.frames)
-            if not features.is_file():
+            if why_features_stale(features, FrameCache.open(frames), self._encoder) is not None:
                 say(f"looking at {len(FrameCache.open(frames))} frames")
                 make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size)
         return name
