@@ -3,7 +3,7 @@
     uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 20] [--workers 2]
 
 In the *guess-proof* world every answer is equally likely, so that only search pays. In the *guessable* world the
-commonest answer is right nine times in ten, so that guessing pays, and with plain GRPO searching is unlearned. From one
+commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned. From one
 cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with equal
 steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below 1000 were
 for such choices.

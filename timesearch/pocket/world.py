@@ -30,7 +30,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Answers, with their RGB values; the first is the commonest."""
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "arrow")
-WORLDS: dict[str, float] = {"guess-proof": 1 / 6, "demo": 0.5, "guessable": 0.9}
+WORLDS: dict[str, float] = {"guess-proof": 1 / 6, "demo": 0.5, "guessable": 0.97}
 """Name of a world -> probability that a needle has the commonest colour."""
 SPLITS = ("train", "test", "heldout", "pretrain")
 """Seeds of different splits never give the same video, because the split's name enters the digest."""
