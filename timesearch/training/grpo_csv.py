@@ -14,8 +14,7 @@ they are hidden by the attention mask), and in that an image lost on its way sto
 
 Private names of TRL that are used, each held by a test: `_generate`, `_generate_single_turn`,
 `_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_get_tool_suffix_ids`, `_get_train_sampler`,
-`_prepare_inputs`, `_sync_tool_dicts`,
-`_image_pad_token_id`, `_tokenizer`.
+`_prepare_inputs`, `_sync_tool_dicts`, `_tokenize_prompts`, `_batch_environments`, `_image_pad_token_id`, `_tokenizer`.
 """
 
 from __future__ import annotations
@@ -188,6 +187,7 @@ class GRPOCSVTrainer(GRPOTrainer):
         self.episodes: list[Episode] = []
         self._rows: list[dict[str, Any]] = []
         self._prompts: list[list[int]] = []
+        self._batch_environments: list[str | None] = []
         super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
         multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
@@ -279,6 +279,27 @@ class GRPOCSVTrainer(GRPOTrainer):
                 )
             )
         return rollouts
+
+    def _tokenize_prompts(self, prompts: list[list[Message]]) -> tuple[Any, ...]:
+        """TRL's, once a question: all episodes of a group begin with the same prompt."""
+        first: dict[str, Any] = {}
+        names = list(self._batch_environments)
+        for row, prompt, name in zip(self._rows, prompts, names, strict=True):
+            if row["id"] not in first:
+                self._batch_environments = [name]
+                first[row["id"]] = super()._tokenize_prompts([prompt])
+        self._batch_environments = names
+        tokenized = [first[row["id"]] for row in self._rows]
+        ids = [list(of_one[0]) for of_one, _, _ in tokenized]
+        images = [list(of_one[0] or []) if of_one else None for _, of_one, _ in tokenized]
+        fields = {
+            name: torch.cat(values)
+            if isinstance(values[0], torch.Tensor)
+            else [row for value in values for row in value]
+            for name in tokenized[0][2]
+            if (values := [of_one[name] for _, _, of_one in tokenized])
+        }
+        return ids, images if any(images) else None, fields
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: list[Any] | None, *arguments: Any, **keywords: Any
