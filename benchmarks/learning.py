@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=1000, help="first held-out video")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the held-out episodes")
     parser.add_argument("--workers", type=int, default=2, help="worlds and seeds at the same time, a core each")
-    parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
+    parser.add_argument("--docs", type=Path, help="Markdown file that gets the table, and learning.png beside it")
     parser.add_argument("--only", nargs=2, metavar=("WORLD", "SEED"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     bench = Bench(
@@ -322,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_curves(bench, bench.out / "curves.png")
     if given.docs:
         write_into(given.docs, text)
+        draw_curves(bench, given.docs.with_name("learning.png"))
     print(text)
 
 
