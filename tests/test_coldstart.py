@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import policy_server
 import pytest
 import torch
 
@@ -25,7 +28,7 @@ from timesearch.rewards import score_episode
 from timesearch.samples import read_samples
 from timesearch.search.checkpoint import load_model
 from timesearch.search.episode import without_pixels
-from timesearch.settings import ColdStart, Frames, Models, Paths, Search, Settings, Tracking
+from timesearch.settings import ColdStart, Frames, Judge, Models, Paths, Search, Settings, Tracking
 from timesearch.training.coldstart import Recorded, read_traces, run
 from timesearch.training.supervised import IGNORED, UNKNOWN, Collator, Example, Plan, fine_tune, images_of
 from timesearch.video.download import run as download
@@ -226,6 +229,39 @@ def test_recorded_episodes_serve_as_traces(project: Settings, corpus: Corpus, tm
     kinds = {Recorded(traces, corpus.environment, "s", 10, 1.0, 0)[n].messages[-1]["content"] for n in range(8)}
     assert kinds == {f"<answer>{sample.answer}</answer>", f"<answer>{UNKNOWN}</answer>"}
     assert Collator(processor)([again])["labels"].max() > 0
+
+
+def test_a_teacher_behind_a_server_is_asked_once_and_its_wrong_traces_are_left_out(
+    project: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The teacher searches and always answers "red"."""
+    asked: list[str] = []
+    answer = policy_server.Handler.do_POST
+    monkeypatch.setattr(policy_server.Handler, "do_POST", lambda self: (asked.append(self.path), answer(self)))
+    samples = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in project.paths.train_samples.read_text().splitlines()]
+    write_jsonl(samples, [{**row, "answer": "red" if number else "blue"} for number, row in enumerate(rows)])
+    with policy_server.Server(("127.0.0.1", 0), policy_server.Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        paths = project.paths.model_copy(update={"train_samples": samples, "coldstart": tmp_path / "coldstart"})
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        teacher = {"traces": "teacher", "teacher_url": url, "teacher_model": "tiny", "steps": 1}
+        settings = project.model_copy(
+            update={
+                "paths": paths,
+                "coldstart": project.coldstart.model_copy(update=teacher),
+                "judge": Judge(kind="rule"),
+            }
+        )
+        folder = run(settings)
+        first = len(asked)
+        assert first == 3 * len(rows)  # a search, an answer, a re-answer
+        shutil.rmtree(folder)
+        run(settings)
+        assert len(asked) == first
+        server.shutdown()
+    left_out = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
+    assert [(row["item"], row["reason"]) for row in left_out] == [(rows[0]["id"], "wrong_answer")]
 
 
 def test_without_a_right_trace_the_stage_says_so(project: Settings, tmp_path: Path):

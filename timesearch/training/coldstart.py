@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import write_jsonl
 from timesearch.messages import Block, Message, final_answer, tool_frames
-from timesearch.progress import progress_bar
+from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, format_reward
 from timesearch.samples import Sample, read_rows
 from timesearch.search.checkpoint import load_model, load_processor
@@ -249,7 +249,6 @@ def ask_teacher(settings: Settings, samples: Sequence[Sample], encoder: Encoder,
         RequestError: no teacher is named, or the server does not serve it.
     """
     from timesearch.inference.infer import Job, play
-    from timesearch.judge.client import make_judge
     from timesearch.samples import Prediction
     from timesearch.search.engine_openai import OpenAIPolicy
 
@@ -258,9 +257,6 @@ def ask_teacher(settings: Settings, samples: Sequence[Sample], encoder: Encoder,
         raise RequestError("coldstart.traces is 'teacher': set coldstart.teacher_url and coldstart.teacher_model")
     known = {row["id"] for _, row in read_rows(file) if not row.get("error")} if file.is_file() else set()
     jobs = [Job("teacher", sample) for sample in samples if sample.id not in known]
-    if not jobs:
-        return
-    judge = make_judge(settings.judge)
     teacher = OpenAIPolicy(
         [options.teacher_url],
         options.teacher_model,
@@ -272,16 +268,29 @@ def ask_teacher(settings: Settings, samples: Sequence[Sample], encoder: Encoder,
     file.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("teacher", len(jobs)) as bar, file.open("a", encoding="utf-8") as out:
 
-        def record(job: Job, prediction: Prediction) -> None:
-            said = final_answer(prediction.prediction)
-            if prediction.error is None and said:
-
-                def judged(reference: str, candidate: str) -> float:
-                    return judge.score(job.sample.question, reference, candidate)
-
-                prediction.rewards["accuracy"] = accuracy(said, job.sample.answer, job.sample.type, judged)
+        def record(_: Job, prediction: Prediction) -> None:
             out.write(prediction.model_dump_json() + "\n")
             out.flush()
             bar.advance()
 
         asyncio.run(play(jobs, teacher, encoder, settings, record))
+    _judge_answers(settings, samples, file)
+
+
+def _judge_answers(settings: Settings, samples: Sequence[Sample], file: Path) -> None:
+    """Record the judge's verdict on each open-ended answer in `file` that has none yet."""
+    from timesearch.judge.client import make_judge
+    from timesearch.judge.server import judge_server
+
+    by_id = {sample.id: sample for sample in samples if sample.type == "open_ended"}
+    rows = [row for _, row in read_rows(file)]
+    answered = [(row, final_answer(row["prediction"])) for row in rows if row["id"] in by_id and not row.get("error")]
+    open_ended = [(row, said) for row, said in answered if said and "accuracy" not in (row.get("rewards") or {})]
+    if not open_ended:
+        return
+    triples = [(by_id[row["id"]].question, by_id[row["id"]].answer, said) for row, said in open_ended]
+    with judge_server(settings.judge, say=console.print):
+        verdicts = asyncio.run(make_judge(settings.judge).score_many(triples))
+    for (row, _), verdict in zip(open_ended, verdicts, strict=True):
+        row["rewards"] = {**(row.get("rewards") or {}), "accuracy": verdict}
+    write_jsonl(file, rows)
