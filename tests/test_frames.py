@@ -25,7 +25,7 @@ from skimage.metrics import structural_similarity
 from timesearch import FrameCache
 from timesearch.settings import Frames
 from timesearch.video.exact import read_frames
-from timesearch.video.frames import cache_frames, make_frame_cache
+from timesearch.video.frames import DecodedFrames, cache_frames, make_frame_cache
 from timesearch.video.probe import probe, shown_size, smart_size
 from timesearch.video.sampling import ffmpeg_command
 
@@ -140,6 +140,8 @@ def test_the_same_video_gives_the_same_bytes(tmp_path: Path) -> None:
         ("ten.mp4", ("-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-x265-params", "log-level=none"), ""),
         ("old.avi", ("-c:v", "mpeg4"), ""),
         ("web.webm", ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", 8), ""),
+        ("no-duration.mkv", ("-live", 1), ""),
+        ("odd.mkv", ("-c:v", "libx264", "-pix_fmt", "yuv444p"), "scale=193:107"),
     ],
 )
 def test_odd_clocks_and_codecs(tmp_path: Path, name: str, options: tuple[object, ...], graph: str) -> None:
@@ -269,6 +271,16 @@ def test_what_a_caller_draws_on_a_frame_stays_his(clip: FrameCache) -> None:
     before = clip[3].tobytes()
     clip[3].paste((0, 0, 0), (0, 0, 50, 50))
     assert clip[3].tobytes() == before
+
+
+def test_the_store_of_decoded_frames_is_bounded() -> None:
+    images = [Image.new("RGB", (100, 50), (number, 0, 0)) for number in range(5)]
+    store = DecodedFrames(budget=3 * 4 * 100 * 50)
+    for number, image in enumerate(images):
+        store.put(("cache", number), image)
+        store.get(("cache", 0))  # used all along, and so kept
+    held = [number for number in range(5) if store.get(("cache", number)) is not None]
+    assert held == [0, 3, 4]
 
 
 def test_threads_processes_and_pickles_share_a_cache(clip: FrameCache) -> None:
