@@ -1,20 +1,25 @@
 import json
 import logging
 import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scratch_project import wait_for
+from scratch_project import free_port, wait_for
 
 from timesearch import tracking
 from timesearch.redaction import redact, redact_value
-from timesearch.samples import Prediction
+from timesearch.samples import EpisodeError, Prediction
 from timesearch.settings import Settings, Tracking
 from timesearch.tracking import PARENT_RUN, parent_run, stage_run
 
@@ -148,6 +153,109 @@ def test_a_server_that_stays_away_is_said_without_its_password_and_the_work_is_d
     assert "planted" not in caplog.text
 
 
+@pytest.fixture
+def serve_mlflow(tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
+    """Start MLflow's tracking server at a port, on one store; what still runs is killed at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+
+    def start(port: int) -> subprocess.Popen[bytes]:
+        with (tmp_path / "server.log").open("ab") as log:
+            server = subprocess.Popen(
+                [*command, "--port", str(port)], stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+            )
+        started.append(server)
+        wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), 300, "the MLflow server")
+        return server
+
+    yield start
+    for server in started:
+        kill(server)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the server and its workers."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_a_server_that_goes_away_amid_a_run_gets_all_when_it_is_back(
+    settings: Settings,
+    serve_mlflow: Callable[[int], subprocess.Popen[bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "_RETRY_AFTER", 0.2)
+    (tmp_path / "plot.csv").write_text("a,b\n")
+    port = free_port()
+    remote = settings.model_copy(update={"tracking": Tracking(uri=f"http://127.0.0.1:{port}")})
+    server = serve_mlflow(port)
+    with caplog.at_level(logging.WARNING, "timesearch.tracking"), stage_run(remote, "train") as run:
+        run.log_metrics({"reward": 0.0}, step=0)
+        client = MlflowClient(remote.tracking.uri)
+        wait_for(lambda: client.get_metric_history(str(run.id), "reward"), 60, "the first metric")
+        kill(server)
+        run.log_episode(EPISODE, None)
+        for step in range(1, 50):
+            run.log_metrics({"reward": float(step)}, step=step)
+        run.log_artifact(tmp_path / "plot.csv", "plots")
+        wait_for(lambda: "work goes on" in caplog.text, 60, "a warning")
+        serve_mlflow(port)
+    assert "MLflow is back" in caplog.text
+    history = client.get_metric_history(str(run.id), "reward")
+    assert [(metric.step, metric.value) for metric in history] == [(step, float(step)) for step in range(50)]
+    assert [item.path for item in client.list_artifacts(str(run.id), "plots")] == ["plots/plot.csv"]
+    done = client.get_run(str(run.id))
+    assert done.info.status == "FINISHED"
+    (trace,) = client.search_traces(locations=[done.info.experiment_id])
+    assert len(trace.data.spans) == 4
+
+
+def test_files_and_traces_are_recorded_without_secrets(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_secret")
+    source = "https://user:planted@h/v.mp4?token=planted"
+    folder = tmp_path / "results"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "rows.jsonl").write_text(json.dumps({"source": source, "note": "é"}) + "\n")
+    (folder / "inner" / "clean.txt").write_text("nothing to hide")
+    (folder / "inner" / "image.jpg").write_bytes(b"\xff\xd8\xff")
+    episode = EPISODE.model_copy(deep=True)
+    episode.error = EpisodeError(type="engine", message=f"{source} with hf_planted_secret")
+    episode.prediction[-1]["content"] += " hf_planted_secret"
+    with stage_run(settings, "infer") as run:
+        run.log_artifact(folder, "results")
+        run.log_artifact(folder / "rows.jsonl")
+        run.log_episode(episode)
+    client = MlflowClient(settings.tracking.uri)
+    assert {item.path for item in client.list_artifacts(str(run.id))} == {"results", "rows.jsonl"}
+    got = Path(client.download_artifacts(str(run.id), "results", str(tmp_path)))
+    assert (got / "inner" / "clean.txt").read_text() == "nothing to hide"
+    assert (got / "inner" / "image.jpg").read_bytes() == b"\xff\xd8\xff"
+    row = json.loads((got / "rows.jsonl").read_text())
+    assert row == {"source": "https://***@h/v.mp4?token=***", "note": "é"}
+    (trace,) = client.search_traces(locations=[client.get_run(str(run.id)).info.experiment_id])
+    text = json.dumps(trace.to_dict())
+    assert "https://***@h/v.mp4?token=***" in text
+    assert "planted" not in text
+
+
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
@@ -187,3 +295,20 @@ def test_redaction_bears_an_environment_that_changes_meanwhile() -> None:
     finally:
         done.set()
         thread.join()
+
+
+def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
+    record = (
+        "import sys; from timesearch.settings import Settings; from timesearch.tracking import stage_run\n"
+        "settings = Settings.model_validate({'tracking': {'uri': sys.argv[1]}})\n"
+        "with stage_run(settings, sys.argv[2]) as run: run.log_metrics({'value': 1.0})"
+    )
+    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    both = [
+        subprocess.Popen([sys.executable, "-c", record, uri, name], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for name in ("first", "second")
+    ]
+    said = "".join(process.communicate(timeout=240)[1] for process in both)
+    assert "did not come back" not in said
+    with sqlite3.connect(tmp_path / "store" / "mlflow.db") as store:
+        assert sorted(store.execute("select name, status from runs")) == [("first", "FINISHED"), ("second", "FINISHED")]

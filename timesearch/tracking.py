@@ -6,6 +6,7 @@ and the computing goes on.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
@@ -90,10 +92,12 @@ class Run:
         self._do(lambda client: [client.set_tag(str(self._id), *tag) for tag in clean.items()])
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Record a file, or all files of a folder, under `folder` of the run's artifacts."""
+        """Record a file, or all files of a folder, under `folder` of the run's artifacts; texts lose their secrets."""
         path = Path(path)
-        record = "log_artifacts" if path.is_dir() else "log_artifact"
-        self._do(lambda client: getattr(client, record)(self._id, str(path), folder))
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        for file in files:
+            inner = file.relative_to(path).parent if path.is_dir() else Path()
+            self._do(partial(self._log_file, file=file, folder=(Path(folder or "") / inner).as_posix()))
 
     def log_text(self, text: str, name: str) -> None:
         """Record a text file under the artifact path `name`."""
@@ -108,7 +112,7 @@ class Run:
             frames: root of the frame caches that the shown frames are read from; None records their times only.
             name: what the trace is called in the list of traces.
         """
-        self._do(lambda client: self._trace(prediction, Path(frames) if frames else None, name))
+        self._do(lambda client: self._trace(client, prediction, Path(frames) if frames else None, name))
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED, once what is pending is written."""
@@ -158,16 +162,17 @@ class Run:
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         mlflow.set_tracking_uri(self._uri)
-        client = mlflow.MlflowClient()
         name = self._tracking.experiment
-        found = client.get_experiment_by_name(name)
-        try:
-            self._experiment = found.experiment_id if found else client.create_experiment(name)
-        except mlflow.MlflowException:  # another run made it in between
+        with _alone(self._uri):
+            client = mlflow.MlflowClient()
             found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-            self._experiment = found.experiment_id
+            try:
+                self._experiment = found.experiment_id if found else client.create_experiment(name)
+            except mlflow.MlflowException:  # another run made it in between
+                found = client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+                self._experiment = found.experiment_id
         return client
 
     def _open(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
@@ -191,9 +196,22 @@ class Run:
         for start in range(0, len(entries), 1000):
             client.log_batch(str(self._id), metrics=entries[start : start + 1000])
 
-    def _trace(self, prediction: Prediction, frames: Path | None, name: str) -> None:
+    def _log_file(self, client: MlflowClient, file: Path, folder: str) -> None:
+        """Copy a file as it is, unless it is a text with a secret in it."""
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = ""
+        if (clean := redact(text)) == text:
+            client.log_artifact(str(self._id), str(file), None if folder == "." else folder)
+        else:
+            client.log_text(str(self._id), clean, (Path(folder) / file.name).as_posix())
+
+    def _trace(self, client: MlflowClient, prediction: Prediction, frames: Path | None, name: str) -> None:
         import mlflow
 
+        client.get_run(str(self._id))  # fails while MLflow is away, where what follows would be lost without an error
+        prediction = Prediction.model_validate(redact_value(prediction.model_dump(mode="json")))
         experiment = self._experiment
         show = _Thumbnails(prediction.video, frames)
         chat = [_readable(message, show) for message in prediction.prediction]
@@ -266,6 +284,20 @@ def _finishing(run: Run) -> Iterator[None]:
         run.finish("FAILED")
         raise
     run.finish()
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep other runs of this machine away while a SQLite store is opened: two that create its tables break it."""
+    file = uri.removeprefix("sqlite:///")
+    if file == uri:
+        yield
+        return
+    lock = Path(f"{file}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _params_text(settings: Settings) -> str:
