@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,10 +28,10 @@ from timesearch.errors import RequestError
 from timesearch.inference.infer import Job, play, run
 from timesearch.messages import Message
 from timesearch.samples import Prediction, Sample, read_samples
-from timesearch.search.engine_openai import OpenAIPolicy, _read, serialise
+from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, _read, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
-from timesearch.search.policy import EngineError, tool_schemas
+from timesearch.search.policy import EngineError, tool_schemas, with_video_preview
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 
@@ -44,8 +45,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
     settings = build_library(tmp_path_factory.mktemp("inference"), videos=4, questions=2)
     tokenizer = make_tokenizer()
+    processor = make_processor(tokenizer)
+    # vLLM takes the statistics of images for videos too; in released Qwen3-VL they are the same.
+    processor.video_processor.image_mean = processor.image_processor.image_mean
+    processor.video_processor.image_std = processor.image_processor.image_std
     for folder in (settings.paths.coldstart, settings.paths.train):
-        save_policy(make_policy(tokenizer), make_processor(tokenizer), folder)
+        save_policy(make_policy(tokenizer), processor, folder)
     settings.search.max_new_tokens = 12
     settings.tracking.traced_episodes = 0
     return settings
@@ -255,6 +260,56 @@ def test_an_adapter_is_put_onto_its_base(settings: Settings, in_process: Transfo
     assert all(finding.ok for finding in examine(tmp_path / "adapter", settings.search))
 
 
+def as_video(messages: Sequence[Message]) -> list[Message]:
+    return [with_video_preview(message, position) for position, message in enumerate(messages)]
+
+
+def test_a_preview_can_be_one_video_block(settings: Settings, in_process: TransformersPolicy) -> None:
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    times = [block["seconds"] for block in messages[1]["content"] if block["type"] == "image"]
+    assert len(times) == 4
+    shown = as_video(messages)
+    assert [block["type"] for block in shown[1]["content"]] == ["video", "text"]
+    assert shown[2:] == messages[2:]
+    request = Request(shown, tools, 8)
+    inputs = in_process.encode([request])
+    read = in_process._processor.tokenizer.decode(inputs["input_ids"][0])
+    # Qwen3-VL reads two frames as one, at the mean of their times; the frames keep their size of 2 x 2 tokens.
+    pairs = [(times[0] + times[1]) / 2, (times[2] + times[3]) / 2]
+    assert [read.count(f"<{seconds:.1f} seconds>") for seconds in pairs] == [1, 1]
+    assert read.count("<|video_pad|>") == 2 * 4
+    assert read.count("<|image_pad|>") == 4 * sum(b["type"] == "image" for b in messages[3]["content"])
+    mixed = [request, Request(messages, tools, 8)]
+    assert in_process.generate(mixed) == [in_process.generate([one])[0] for one in mixed]
+
+    async def through_the_session() -> Any:
+        policy = TransformersPolicy(in_process._model, in_process._processor, "tiny", video_preview=True)
+        async with policy.session("", tools, 8) as session:
+            reply = await session.reply(messages)
+        await policy.close()
+        return reply
+
+    assert asyncio.run(through_the_session()) == in_process.generate([request])[0]
+
+
+def test_qwen25_gets_the_distance_of_a_videos_frames(settings: Settings, in_process: TransformersPolicy) -> None:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    times = [block["seconds"] for block in messages[1]["content"] if block["type"] == "image"]
+    own = in_process._processor
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16),
+        own.tokenizer,
+        Qwen2VLVideoProcessor(patch_size=16),
+        chat_template=own.chat_template,
+    )
+    policy = TransformersPolicy(in_process._model, processor, "qwen2.5")
+    inputs = policy.encode([Request(as_video(messages), tools, 8)])
+    assert inputs["video_grid_thw"].tolist() == [[2, 4, 4]]
+    assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * (times[1] - times[0])])
+
+
 def test_what_of_a_checkpoint_does_not_fit_is_said(settings: Settings, tmp_path: Path) -> None:
     from timesearch.search.checkpoint import examine
 
@@ -391,6 +446,60 @@ def test_conversations_go_to_the_least_busy_server_that_knows_the_video() -> Non
     assert set(chosen[4:]) == {"http://a/v1", "http://b/v1"}
 
 
+class Counting(OpenAIPolicy):
+    """Counts the answers of each port, and by conversation the ports that answered it."""
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        super().__init__([f"http://127.0.0.1:{port}/v1" for port in ports], "tiny", retry_for=60)
+        self.answers: Counter[int] = Counter()
+
+    async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
+        response = await super()._send(method, url, path, body)
+        if body is not None:
+            self.answers[response.request.url.port] += 1
+        return response
+
+
+def test_the_quicker_of_two_servers_gets_more(
+    settings: Settings, serve: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    slow, quick = free_port(), free_port()
+    serve(slow, "0.5")
+    serve(quick, "0.02")
+    policy = Counting([slow, quick])
+    samples = read_samples(settings.paths.test_samples) * 4
+    jobs = [Job("grpo_csv", sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
+    settings.infer.concurrency = 8
+    ended: list[Prediction] = []
+    asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda _, prediction: ended.append(prediction)))
+    assert [row.outcome for row in ended] == ["answered"] * 32
+    assert sum(policy.answers.values()) == 32 * 3
+    assert policy.answers[slow] > 0
+    assert policy.answers[quick] > 2 * policy.answers[slow]
+
+
+def test_conversations_of_a_server_that_dies_go_on_at_the_other(
+    settings: Settings, serve: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    doomed, other = free_port(), free_port()
+    engine = serve(doomed, "0.2")
+    serve(other, "0.02")
+    policy = Counting([doomed, other])
+    samples = read_samples(settings.paths.test_samples) * 2
+    jobs = [Job("grpo_csv", sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
+    settings.infer.concurrency = 8
+    ended: list[tuple[str, str]] = []
+
+    def record(job: Job, prediction: Prediction) -> None:
+        if engine.poll() is None:
+            engine.kill()
+        ended.append((job.sample.id, prediction.outcome))
+
+    asyncio.run(play(jobs, policy, OracleEncoder(), settings, record))
+    assert sorted(ended) == sorted((job.sample.id, "answered") for job in jobs)
+    assert policy.answers[other] > policy.answers[doomed]
+
+
 def test_what_a_server_parsed_is_put_back_into_the_text() -> None:
     call = {"function": {"name": "seek_video_frames", "arguments": '{"query": "star"}'}}
     message = {"content": None, "reasoning_content": "Look.", "tool_calls": [call]}
@@ -421,7 +530,14 @@ def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(project.paths.train)),
         *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "32"),
-        *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64}', "--enable-prompt-tokens-details"),
+        *(
+            "--max-num-seqs",
+            "8",
+            "--limit-mm-per-prompt",
+            '{"image": 64, "video": 1}',
+            "--enable-prompt-tokens-details",
+        ),
+        *VIDEO_OPTIONS,
     ]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     log = (tmp_path_factory.mktemp("vllm") / "log").open("wb")
@@ -464,6 +580,36 @@ def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     tokens = httpx.post(f"{vllm.removesuffix('/v1')}/tokenize", content=body, headers=headers, timeout=60)
     read = tokens.json()["tokens"]
     assert without_repeats(read, pad) == without_repeats(ids, pad)
+
+
+def test_both_engines_read_the_same_video(settings: Settings, in_process: TransformersPolicy, vllm: str) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    decoded, tools = conversation(settings, sample)
+    encoded, _ = conversation(settings, sample, encoded=True)
+    request = Request(as_video(decoded), tools, 12)
+    ids = in_process.encode([request])["input_ids"][0].tolist()
+    (expected,) = in_process.generate([request])
+    read: list[int] = []
+
+    class Listening(OpenAIPolicy):
+        async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
+            if body is not None:
+                body = body[:-1] + b', "return_token_ids": true}'
+            response = await super()._send(method, url, path, body)
+            read.extend(response.json().get("prompt_token_ids") or [])
+            return response
+
+    async def ask() -> Any:
+        policy = Listening([vllm], "tiny", video_preview=True)
+        try:
+            async with policy.session(sample.video, tools, 12) as session:
+                return await session.reply(encoded)
+        finally:
+            await policy.close()
+
+    reply = asyncio.run(ask())
+    assert read == ids
+    assert reply.text == expected.text
 
 
 def without_repeats(ids: Sequence[int], pad: int) -> list[int]:

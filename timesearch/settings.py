@@ -181,6 +181,9 @@ class Infer(Section):
     start_timeout: float = Field(1800.0, gt=0, description="seconds")
     log: Path = Field(Path("runs/policy.log"), description="where the output of a started server goes")
     temperature: float = Field(0.0, ge=0)
+    preview: Literal["images", "video"] = Field(
+        "images", description="'video' for models trained on one (Qwen3-VL; Qwen2.5-VL by engine transformers)"
+    )
     concurrency: int = Field(32, ge=1, description="episodes in flight")
     timeout: float = Field(600.0, gt=0, description="seconds a call")
     retry_for: float = Field(600.0, ge=0, description="seconds that an absent server is waited for")

@@ -52,12 +52,22 @@ def open_policy(settings: Settings, model: str | None, url: str | None) -> Polic
         from timesearch.search.engine_openai import OpenAIPolicy
 
         return OpenAIPolicy(
-            [url], model or infer.model or "", infer.temperature, infer.timeout, retry_for=15.0, seed=settings.seed
+            [url],
+            model or infer.model or "",
+            infer.temperature,
+            infer.timeout,
+            retry_for=15.0,
+            seed=settings.seed,
+            video_preview=infer.preview == "video",
         )
     from timesearch.search.engine_transformers import TransformersPolicy
 
     return TransformersPolicy.load(
-        choose_checkpoint(settings, model), infer.concurrency, infer.temperature, settings.seed
+        choose_checkpoint(settings, model),
+        infer.concurrency,
+        infer.temperature,
+        settings.seed,
+        infer.preview == "video",
     )
 
 

@@ -150,6 +150,7 @@ def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
             "frames": caches,
             "encoder": settings.models.model_dump(include={"encoder", "pretrained", "encoder_steps"}),
             "sampling": [infer.temperature, settings.seed],
+            "preview": infer.preview,
             "uniform_frames": infer.uniform_frames if method.startswith(("uniform", "one_shot")) else None,
         }
     )
@@ -216,17 +217,27 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _policy(settings: Settings, checkpoint: Path) -> Iterator[Policy]:
     """The engine for a checkpoint: in process, at the settings' URLs, or in a server started for it."""
-    from timesearch.search.engine_openai import OpenAIPolicy
+    from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy
 
     infer = settings.infer
     if infer.engine == "transformers":
         from timesearch.search.engine_transformers import TransformersPolicy
 
-        yield TransformersPolicy.load(checkpoint, infer.concurrency, infer.temperature, settings.seed)
+        yield TransformersPolicy.load(
+            checkpoint, infer.concurrency, infer.temperature, settings.seed, infer.preview == "video"
+        )
         return
 
     def client(urls: Sequence[str], model: str) -> OpenAIPolicy:
-        return OpenAIPolicy(urls, model, infer.temperature, infer.timeout, infer.retry_for, seed=settings.seed)
+        return OpenAIPolicy(
+            urls,
+            model,
+            infer.temperature,
+            infer.timeout,
+            infer.retry_for,
+            seed=settings.seed,
+            video_preview=infer.preview == "video",
+        )
 
     if infer.urls:
         yield client(infer.urls, infer.model or str(checkpoint))
@@ -237,7 +248,8 @@ def _policy(settings: Settings, checkpoint: Path) -> Iterator[Policy]:
         "policy",
         f"http://127.0.0.1:{infer.port}/v1",
         str(checkpoint),
-        infer.command or VLLM,
+        infer.command or (*VLLM, *(VIDEO_OPTIONS if infer.preview == "video" else ())),
+        setting="infer.port",
         log=infer.log,
         timeout=infer.start_timeout,
         say=console.print,

@@ -18,15 +18,24 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import RequestError
-from timesearch.messages import Message
+from timesearch.messages import Block, Message
 from timesearch.redaction import redact
-from timesearch.search.policy import ContextOverflowError, EngineError, Reply, describe_tools
+from timesearch.search.policy import (
+    ContextOverflowError,
+    EngineError,
+    Reply,
+    describe_tools,
+    video_metadata,
+    with_video_preview,
+)
 
 if TYPE_CHECKING:
     import httpx
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TOO_LONG = ("maximum context length", "maximum model length", "max_model_len", "context window", "context_length")
+VIDEO_OPTIONS = ("--trust-request-mm-kwargs",)
+"""Options of a vLLM that is shown previews as videos: it must let a request say when the frames were seen."""
 _AFFINITY = 4
 """A server that knows a video is preferred while it has at most this many more conversations than the idlest one."""
 
@@ -42,6 +51,8 @@ class OpenAIPolicy:
         retry_for: seconds for which a call is tried again while servers refuse, fail (5xx, 429) or time out.
         context: length of the context in tokens; asked from the server (`connect`) where None.
         seed: of sampling.
+        video_preview: send the preview as one video block, in the form of vLLM, which must run with `VIDEO_OPTIONS`;
+            it gives Qwen3-VL the times of the frames, but Qwen2.5-VL none.
     """
 
     encoded = True
@@ -55,8 +66,10 @@ class OpenAIPolicy:
         retry_for: float = 600.0,
         context: int | None = None,
         seed: int = 0,
+        video_preview: bool = False,
     ) -> None:
         self.name = model
+        self._video_preview = video_preview
         self._urls = [url.rstrip("/") for url in urls]
         self._temperature, self._timeout, self._retry_for, self._seed = temperature, timeout, retry_for, seed
         self._context = context
@@ -173,6 +186,7 @@ class _OpenAISession:
         }
         self._tools = f"\n\n{describe_tools(tools)}" if tools else ""
         self._head = json.dumps(settings).encode()[:-1] + b', "messages": ['
+        self._tail = b"]}"
         self._sent: list[tuple[Message, bytes]] = []
 
     async def reply(self, messages: Sequence[Message]) -> Reply:
@@ -180,31 +194,43 @@ class _OpenAISession:
             if position < len(self._sent) and self._sent[position][0] is message:
                 continue
             del self._sent[position:]
-            described = self._tools if message["role"] == "system" else ""
-            self._sent.append((message, serialise(message, described)))
+            self._sent.append((message, self._serialise(message, position)))
         del self._sent[len(messages) :]
-        body = self._head + b", ".join(part for _, part in self._sent) + b"]}"
+        body = self._head + b", ".join(part for _, part in self._sent) + self._tail
         response = await self._policy._send("POST", self._url, "/chat/completions", body)
         return _read(response)
+
+    def _serialise(self, message: Message, position: int) -> bytes:
+        if message["role"] == "system":
+            return serialise(message, self._tools)
+        shown = with_video_preview(message, position) if self._policy._video_preview else message
+        if shown is not message:
+            options = {
+                "media_io_kwargs": {"video": {"num_frames": -1, **video_metadata(shown["content"][0]["frames"])}},
+                "mm_processor_kwargs": {"videos_kwargs": {"do_resize": False}},
+            }
+            self._tail = b"], " + json.dumps(options).encode()[1:]
+        return serialise(shown)
 
 
 def serialise(message: Message, suffix: str = "") -> bytes:
     """A message as the protocol has it, its text followed by `suffix`; images become data URLs of their JPEG bytes."""
     content = message["content"]
     if not isinstance(content, str):
-        content = [
-            block
-            if block["type"] == "text"
-            else {
-                "type": "image_url",
-                "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(block["jpeg"]).decode("ascii")},
-            }
-            for block in content
-        ]
+        content = [_block(block) for block in content]
     value = {"role": message["role"], "content": content + suffix if isinstance(content, str) else content}
     if message["role"] == "tool":
         value["tool_call_id"] = "call"
     return json.dumps(value).encode()
+
+
+def _block(block: Block) -> Block:
+    if block["type"] == "text":
+        return block
+    frames = block["frames"] if block["type"] == "video" else [block]
+    kind = "video" if block["type"] == "video" else "image"
+    data = ",".join(base64.b64encode(frame["jpeg"]).decode("ascii") for frame in frames)
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/jpeg;base64,{data}"}}
 
 
 def _read(response: httpx.Response) -> Reply:

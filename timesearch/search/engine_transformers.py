@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timesearch.messages import Message
+import numpy as np
+
+from timesearch.errors import RequestError
+from timesearch.messages import Block, Message
 from timesearch.search.checkpoint import load_processor, vision_token_ids
-from timesearch.search.policy import ContextOverflowError, EngineError, Reply
+from timesearch.search.policy import (
+    ContextOverflowError,
+    EngineError,
+    Reply,
+    video_metadata,
+    with_video_preview,
+)
 
 _PAUSE = 0.03
 """Seconds without a new request after which a batch starts although it is not full."""
@@ -37,12 +46,20 @@ class TransformersPolicy:
         batch_size: conversations in one `generate` call at most.
         temperature: 0 decodes greedily.
         seed: of sampling.
+        video_preview: give the preview as one video block; the model's processor must know videos.
     """
 
     encoded = False
 
     def __init__(
-        self, model: Any, processor: Any, name: str, batch_size: int = 32, temperature: float = 0.0, seed: int = 0
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        batch_size: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+        video_preview: bool = False,
     ) -> None:
         self.name = name
         self._model = model.eval()
@@ -50,6 +67,7 @@ class TransformersPolicy:
         self._batch_size = batch_size
         self._temperature = temperature
         self._seed = seed
+        self._video_preview = video_preview
         self._sampled = False
         self._pending: list[tuple[Request, asyncio.Future[Reply]]] = []
         self._sessions = 0
@@ -58,12 +76,25 @@ class TransformersPolicy:
 
     @classmethod
     def load(
-        cls, checkpoint: Path | str, batch_size: int = 32, temperature: float = 0.0, seed: int = 0
+        cls,
+        checkpoint: Path | str,
+        batch_size: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+        video_preview: bool = False,
     ) -> TransformersPolicy:
-        """Load a checkpoint folder (or hub name); a folder that holds a LoRA adapter is put onto its base model."""
+        """Load a checkpoint folder (or hub name); a folder that holds a LoRA adapter is put onto its base model.
+
+        Raises:
+            RequestError: it is no checkpoint of a vision-language model, or does not know videos and is to see one.
+        """
         from timesearch.search.checkpoint import load_model
 
-        return cls(load_model(checkpoint), load_processor(checkpoint), str(checkpoint), batch_size, temperature, seed)
+        processor = load_processor(checkpoint)
+        if video_preview and getattr(processor, "video_processor", None) is None:
+            raise RequestError(f"{checkpoint} does not know videos: set infer.preview to images")
+        model = load_model(checkpoint)
+        return cls(model, processor, str(checkpoint), batch_size, temperature, seed, video_preview)
 
     @property
     def context(self) -> int | None:
@@ -127,13 +158,22 @@ class TransformersPolicy:
 
     def encode(self, requests: Sequence[Request]) -> Any:
         """Model inputs of a batch, padded on the left."""
-        images = [[block["image"] for block in _images(request.messages)] for request in requests]
+        images = [[block["image"] for block in _blocks(request.messages, "image")] for request in requests]
+        videos = [block["frames"] for request in requests for block in _blocks(request.messages, "video")]
+        shown: dict[str, Any] = {"images": images if any(images) else None}
+        if videos:
+            shown["videos"] = [np.stack([np.asarray(frame["image"]) for frame in frames]) for frames in videos]
+            shown["videos_kwargs"] = {
+                "video_metadata": [video_metadata(frames) for frames in videos],
+                "do_sample_frames": False,
+                "do_resize": False,
+            }
         return self._processor(
             text=[self.render(request) for request in requests],
-            images=images if any(images) else None,
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **shown,
         )
 
     def generate(self, requests: Sequence[Request]) -> list[Reply | BaseException]:
@@ -211,14 +251,17 @@ class _TransformersSession:
     max_new_tokens: int
 
     async def reply(self, messages: Sequence[Message]) -> Reply:
-        return await self.policy._ask(Request(list(messages), self.tools, self.max_new_tokens))
+        shown = list(messages)
+        if self.policy._video_preview:
+            shown = [with_video_preview(message, position) for position, message in enumerate(messages)]
+        return await self.policy._ask(Request(shown, self.tools, self.max_new_tokens))
 
 
-def _images(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _blocks(messages: Sequence[Message], kind: str) -> list[Block]:
     return [
         block
         for message in messages
         if not isinstance(message["content"], str)
         for block in message["content"]
-        if block["type"] == "image"
+        if block["type"] == kind
     ]

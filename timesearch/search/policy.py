@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from timesearch.errors import ItemError
-from timesearch.messages import Message
+from timesearch.messages import Block, Message
 
 if TYPE_CHECKING:
     from timesearch.search.environment import SearchEnvironment
@@ -81,6 +81,27 @@ class Policy(Protocol):
     async def close(self) -> None:
         """Let go of connections and threads."""
         ...
+
+
+def with_video_preview(message: Message, position: int) -> Message:
+    """A message of an episode where the preview is to be one video block, ``{"type": "video", "frames": [images]}``.
+
+    The preview is the user message after the system message; frames that a tool or a re-answer shows stay images. The
+    frames are the same in both forms; Qwen's vision encoders read two frames of a video as one, at half the tokens.
+    """
+    if position != 1 or message["role"] != "user":
+        return message
+    frames = [block for block in message["content"] if block["type"] == "image"]
+    return {**message, "content": [{"type": "video", "frames": frames}, message["content"][-1]]}
+
+
+def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
+    """When the frames of a video block were seen, as processors and vLLM take it: a video of ten frames a second, the
+    resolution in which times are written, of which the frames are samples at even distances."""
+    indices = [round(10 * frame["seconds"]) for frame in frames]
+    share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
+    total = max(indices[-1] + 1, round(share * len(indices)))
+    return {"fps": 10.0, "frames_indices": indices, "total_num_frames": total}
 
 
 def tool_schemas(environment: SearchEnvironment) -> list[dict[str, Any]]:
