@@ -1,6 +1,6 @@
 """A small server of the OpenAI protocol that says 1 where the candidate is the reference, for tests of the judge.
 
-python judge_stub.py PORT MODEL [--refuse-first N] [--children] [--die-after N] [--silent] [--say TEXT --exit CODE]
+python judge_stub.py PORT MODEL [--refuse-first N] [--children] [--load SECONDS] [--say TEXT --exit CODE]
 """
 
 import argparse
@@ -18,6 +18,7 @@ parser.add_argument("model")
 parser.add_argument("--refuse-first", type=int, default=0, help="answer so many questions with 503")
 parser.add_argument("--status", type=int, default=503)
 parser.add_argument("--children", action="store_true", help="hold a child process, as an engine does")
+parser.add_argument("--load", type=float, default=0.0, help="seconds until it listens, as a model takes to load")
 parser.add_argument("--say", default="")
 parser.add_argument("--exit", type=int)
 parser.add_argument("--plain", action="store_true", help="be a web server that is no model server")
@@ -75,6 +76,7 @@ if options.exit is not None:
     sys.exit(options.exit)
 if options.children:
     print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+time.sleep(options.load)
 server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
 print("ready", flush=True)
 server.serve_forever()

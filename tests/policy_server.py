@@ -1,12 +1,14 @@
 """A policy server small enough for tests: the OpenAI protocol over HTTP, with scripted turns.
 
-``python tests/policy_server.py PORT PAUSE`` answers each chat completion after PAUSE seconds: a search, then an answer.
-With PAUSE ``refuse`` it answers 400 for frames beyond the first message, as a server with too short a context does.
+``python tests/policy_server.py PORT PAUSE [MODEL]`` answers each chat completion after PAUSE seconds: a search, then an
+answer. With PAUSE ``refuse`` it answers 400 for frames beyond the first message, as a server with too short a context
+does. A MODEL other than the default, ``tiny``, gets a child process, as an engine has.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,11 +22,13 @@ ANSWER = "<think>Seen.</think>\n<answer>red</answer>"
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     pause = "0"
+    model = "tiny"
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "tiny", "max_model_len": 4096}]})
+        self._send(200, {"data": [{"id": self.model, "max_model_len": 4096}]})
 
     def do_POST(self) -> None:
+        print("asked", flush=True)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         messages = asked["messages"]
         roles = [message["role"] for message in messages]
@@ -57,4 +61,7 @@ class Server(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     Handler.pause = sys.argv[2]
+    if len(sys.argv) > 3:
+        Handler.model = sys.argv[3]
+        print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
     Server(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

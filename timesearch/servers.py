@@ -1,14 +1,18 @@
 """Model servers that speak the OpenAI protocol, held for as long as they are needed: the judge and the policy.
 
 A server that already answers at the address is used and left running. Otherwise one is started, waited for with the
-time left shown, started again if it dies, and always stopped with its whole process group.
+time left shown, started again if it dies, and always stopped with its whole process group. Of several processes that
+need a server at one address, one starts it: the others would find its memory taken.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +45,7 @@ def model_server(
     model: str,
     command: Sequence[str],
     *,
+    setting: str,
     log: Path | str,
     start: bool = True,
     timeout: float = 1800.0,
@@ -53,6 +58,7 @@ def model_server(
         url: base URL with ``/v1``, for example ``http://127.0.0.1:8765/v1``.
         model: name that ``/v1/models`` must list.
         command: starts the server; ``{model}``, ``{host}`` and ``{port}`` in its parts are filled in.
+        setting: parameter that gives the address, such as ``judge.url``.
         log: file that the server's output goes to.
         start: False expects a running server.
         timeout: seconds until the server must answer.
@@ -67,26 +73,27 @@ def model_server(
     """
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    section, shown = setting.partition(".")[0], redact(url)
     served = _models(url)
     if served is not None:
-        _check_model(role, url, model, served)
+        _check_model(setting, url, model, served)
     elif not start:
-        raise ServerError(f"no {role} answers at {url}: start it, or set {role}.start to true")
+        raise ServerError(f"no {role} answers at {shown}: start it, or set {section}.start to true")
     elif _port_taken(host, port):
         raise RequestError(
             f"port {port} on {host} is taken by a program that is not a model server: "
-            f"stop it, or give {role}.url another port"
+            f"stop it, or set another port in {setting}"
         )
     values = {"{model}": model, "{host}": host, "{port}": str(port)}
-    server = _Server(role, url, [_fill(part, values) for part in command], Path(log), say)
+    lock = Path(tempfile.gettempdir()) / f"timesearch-{os.getuid()}-{host}-{port}.lock"
+    server = _Server(role, url, [_fill(part, values) for part in command], Path(log), lock, say)
     try:
         if served is None:
-            server.start()
-            served = server.wait(timeout)
-            _check_model(role, url, model, served)
-            say(f"{role}: {model} is ready at {url}")
+            served = server.wait(timeout, f"{section}.start_timeout")
+            _check_model(setting, url, model, served)
+            say(f"{role}: {model} is ready at {shown}")
         else:
-            say(f"{role}: using the server of {model} that is already at {url}")
+            say(f"{role}: using the server of {model} that is already at {shown}")
         if start:
             server.keep_up()
         yield url
@@ -97,33 +104,51 @@ def model_server(
 class _Server:
     """A server at an address: who runs it, its log, and the thread that sees to it that one goes on answering."""
 
-    def __init__(self, role: str, url: str, command: list[str], log: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, role: str, url: str, command: list[str], log: Path, lock: Path, say: Callable[[str], None]
+    ) -> None:
         self._role, self._url, self._command, self._log, self._say = role, url, command, log, say
+        self._lock = lock
+        self._log_start = 0
         self._stopping = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._keeper: threading.Thread | None = None
 
-    def start(self) -> None:
-        self._say(f"{self._role}: starting {redact(' '.join(self._command))}, log in {self._log}")
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as output:
-            self._process = start_guarded(self._command, stdout=output)
+    def start(self) -> bool:
+        """Start a server; False where another process has started one for this address, which still loads."""
+        with self._lock.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            self._say(f"{self._role}: starting {redact(' '.join(self._command))}, log in {self._log}")
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("ab") as output:
+                self._log_start = output.tell()
+                self._process = start_guarded(self._command, stdout=output, pass_fds=(lock.fileno(),))
+        return True
 
-    def wait(self, timeout: float) -> list[str]:
-        """Wait until the started server answers; returns the names of its models."""
-        assert self._process is not None
+    def wait(self, timeout: float, setting: str) -> list[str]:
+        """Start a server, or wait for the one that another process starts; returns the names of its models.
+
+        Args:
+            timeout: seconds until it must answer.
+            setting: parameter that gives the timeout.
+        """
         began = time.monotonic()
         next_word = began + _SAY_EVERY
         while (served := _models(self._url)) is None:
             now = time.monotonic()
-            if self._process.poll() is not None:
+            if self._process is None:
+                self.start()
+            elif self._process.poll() is not None:
                 raise ServerError(
                     f"the {self._role} stopped with exit status {self._process.returncode} before it answered"
                     f"{self._hint()}\nthe end of {self._log}:\n{self.tail()}"
                 )
             if now - began > timeout:
                 raise ServerError(
-                    f"the {self._role} did not answer within {timeout:g} s: give {self._role}.start_timeout more"
+                    f"the {self._role} did not answer within {timeout:g} s: give {setting} more"
                     f"\nthe end of {self._log}:\n{self.tail()}"
                 )
             if now > next_word:
@@ -138,16 +163,17 @@ class _Server:
         self._keeper.start()
 
     def _keep_up(self) -> None:
-        missed = 0
-        for _ in range(_RESTARTS):
+        missed = restarts = 0
+        while restarts < _RESTARTS:
             while missed < _MISSES:
                 if self._stopping.wait(_LOOK_EVERY):
                     return
                 running = self._process is not None and self._process.poll() is None
                 missed = 0 if running or _models(self._url) is not None else missed + 1
             missed = 0
-            self._say(f"{self._role}: nothing answers at {self._url} any more, starting it again")
-            self.start()
+            if self.start():
+                self._say(f"{self._role}: nothing answered at {redact(self._url)} any more, so it was started again")
+                restarts += 1
             if self._stopping.is_set():
                 return
 
@@ -172,7 +198,9 @@ class _Server:
         return ""
 
     def _text(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        """What the server started last has written."""
+        text = self._log.read_bytes() if self._log.is_file() else b""
+        return text[self._log_start :].decode("utf-8", errors="replace")
 
 
 def _fill(part: str, values: dict[str, str]) -> str:
@@ -196,11 +224,11 @@ def _models(url: str) -> list[str] | None:
     return None
 
 
-def _check_model(role: str, url: str, model: str, served: list[str]) -> None:
+def _check_model(setting: str, url: str, model: str, served: list[str]) -> None:
     if model not in served:
         raise RequestError(
-            f"the server at {url} serves {', '.join(served) or 'nothing'}, not {model}: "
-            f"stop it, or set {role}.model or {role}.url"
+            f"the server at {redact(url)} serves {', '.join(served) or 'nothing'}, not {model}: "
+            f"stop it, or set another address in {setting}"
         )
 
 

@@ -31,6 +31,7 @@ def judge_server(settings: Judge, say: Callable[[str], None] = logger.info) -> I
         settings.url,
         settings.model,
         settings.command or VLLM,
+        setting="judge.url",
         log=settings.log,
         start=settings.start,
         timeout=settings.start_timeout,
