@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say
+from timesearch.redaction import redact
 
 if TYPE_CHECKING:
     from timesearch.batch import BatchResult
@@ -31,7 +32,7 @@ def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
         f"{len(result.failures)} failed, in {out}"
     )
     for failure in result.failures[:20]:
-        typer.echo(f"  {failure.reason}: {_visible(failure.message)}", err=True)
+        typer.echo(f"  {failure.reason}: {_visible(redact(failure.message))}", err=True)
     if result.failures:
         typer.echo(f"  all failures: {out / 'failures.jsonl'}", err=True)
     raise typer.Exit(result.exit_code(keep_going))
