@@ -77,6 +77,17 @@ def test_damaged_caches_are_made_again(tmp_path: Path, run) -> None:
         assert cache.read_bytes() == whole
 
 
+def test_a_guess_is_an_answer_without_a_contact_sheet(shared: Path, tmp_path: Path, run) -> None:
+    _, policy = commands._open_asker()
+    policy.speak = script(answer_turn("red"))
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = run(str(shared / "videos" / "car-detection.mp4"), "What colour is the car?", "--save", str(sheet))
+    assert code == 0
+    assert "this is a guess from the preview" in out
+    assert "saved     nothing" in out
+    assert not sheet.exists()
+
+
 def test_what_is_no_video_is_refused_in_one_sentence(tmp_path: Path, run) -> None:
     text = tmp_path / "notes.mp4"
     text.write_text("These are notes, not a video.\n" * 50)

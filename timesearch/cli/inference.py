@@ -111,9 +111,11 @@ def ask(
                     typer.echo(
                         json.dumps({**prediction.model_dump(mode="json"), "video": str(video)}, ensure_ascii=False)
                     )
-                if save is not None:
+                if save is not None and prediction.searched_seconds:
                     contact_sheet(FrameCache.open(cache_path(asker.frames, name)), prediction.searched_seconds, save)
                     watch.line("saved", str(save))
+                elif save is not None:
+                    watch.line("saved", "nothing, for no frame was found")
         finally:
             await policy.close()
 
@@ -166,9 +168,10 @@ class _Live:
 
     def conclude(self, prediction: Prediction) -> None:
         """The answer, and the times that support it."""
-        self.line("answer", prediction.predicted_answer or "none", "bold")
+        why = {"turns": "none: the turns were used up", "context": "none: the context was full", None: "none"}
+        self.line("answer", prediction.predicted_answer or why[prediction.limit], "bold")
         if not prediction.searched_seconds:
-            self.line("seen at", "no frame was searched: this is a guess from the preview", "dim")
+            self.line("seen at", "no frame was found: this is a guess from the preview", "dim")
             return
         again = prediction.reanswer
         verdict = "the same answer" if again and again == prediction.predicted_answer else f"{again or 'no answer'}"
