@@ -200,37 +200,45 @@ def dense_dpp(features: np.ndarray, query: np.ndarray, k: int) -> list[int]:
     return sorted(picked)
 
 
+def drifting(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Rows that drift, as one long shot does: the hardest for a selection, since all frames are much alike."""
+    import numpy as np
+
+    rows = np.cumsum(generator.standard_normal((count, DIMENSION)) * 0.05, axis=0)
+    return rows + generator.standard_normal(DIMENSION)
+
+
+def cut(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Rows of shots of 10 s each, alike within a shot."""
+    import numpy as np
+
+    shots = np.repeat(generator.standard_normal((count // 20 + 1, DIMENSION)), 20, axis=0)[:count]
+    return shots + 0.3 * generator.standard_normal((count, DIMENSION))
+
+
 def selection(counts: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds of each selection on one core, the median, on features that drift as a video's do."""
+    """Milliseconds of each selection on one core, the median, on half-precision features of two kinds of video."""
     import numpy as np
 
     from timesearch import select_frames
 
     generator, rows = np.random.default_rng(0), []
-    for count in counts:
-        features = np.cumsum(generator.standard_normal((count, DIMENSION)) * 0.05, axis=0)
-        features += generator.standard_normal(DIMENSION)
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-        query = (features[count // 3] + 0.02 * generator.standard_normal(DIMENSION)).astype(np.float32)
-        query /= np.linalg.norm(query)
-        half = features.astype(np.float16)
-        times: dict[str, float] = {}
-        for name, function in (("this", select_frames), ("dense", dense_dpp)):
-            taken = []
-            for _ in range(9 if name == "this" else 3):
-                started = time.perf_counter()
-                picked = function(half, query, SEARCHED)
-                taken.append(time.perf_counter() - started)
-            times[name] = statistics.median(taken) * 1e3
-            times[f"{name}_picks"] = picked
-        rows.append(
-            {
-                "frames": count,
-                "this_ms": times["this"],
-                "dense_ms": times["dense"],
-                "same_picks": times["this_picks"] == times["dense_picks"],
-            }
-        )
+    for kind in (cut, drifting):
+        for count in counts:
+            features = kind(count, generator)
+            features /= np.linalg.norm(features, axis=1, keepdims=True)
+            query = (features[count // 3] + 0.02 * generator.standard_normal(DIMENSION)).astype(np.float32)
+            query /= np.linalg.norm(query)
+            half = features.astype(np.float16)
+            times: dict[str, float] = {}
+            for name, function in (("this", select_frames), ("dense", dense_dpp)):
+                taken = []
+                for _ in range(9 if name == "this" else 3):
+                    started = time.perf_counter()
+                    function(half, query, SEARCHED)
+                    taken.append(time.perf_counter() - started)
+                times[name] = statistics.median(taken) * 1e3
+            rows.append({"video": kind.__name__, "frames": count, "this_ms": times["this"], "dense_ms": times["dense"]})
     return rows
 
 
@@ -306,9 +314,11 @@ def draw(path: Path, made: list[dict[str, Any]], selected: list[dict[str, Any]])
         minutes = [row["minutes"] for row in rows]
         axes[0].plot(minutes, [row["seconds"] for row in rows], "o-", label=method)
         axes[1].plot(minutes, [row["peak MB"] for row in rows], "o-", label=method)
-    counts = [row["frames"] for row in selected]
-    axes[2].plot(counts, [row["this_ms"] for row in selected], "o-", label="this selection")
-    axes[2].plot(counts, [row["dense_ms"] for row in selected], "o-", label="whole kernel")
+    for video in dict.fromkeys(row["video"] for row in selected):
+        rows = [row for row in selected if row["video"] == video]
+        for name, label in (("this_ms", "this selection"), ("dense_ms", "whole kernel")):
+            counts = [row["frames"] for row in rows]
+            axes[2].plot(counts, [row[name] for row in rows], "o-", label=f"{label}, {video}")
     labels = (("minutes of video", "seconds"), ("minutes of video", "peak memory, MB"), ("frames", "DPP of 8, ms"))
     for axis, (below, beside) in zip(axes, labels, strict=True):
         axis.set(xlabel=below, ylabel=beside, xscale="log", yscale="log")
