@@ -126,6 +126,9 @@ def test_the_page_in_a_real_browser(site: str, tmp_path: Path) -> None:
         page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
         assert page.title() == "timesearch"
         page.screenshot(path=str(tmp_path / "page.png"))
+        page.set_viewport_size({"width": 360, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.screenshot(path=str(tmp_path / "narrow.png"))
         page.locator("#video").select_option(label="notes.mp4")
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.locator("#status")).to_contain_text("is not a video file", timeout=60_000)

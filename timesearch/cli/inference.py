@@ -194,7 +194,8 @@ def describe_call(call: ToolCall) -> str:
     query, start, end = (call.arguments.get(name) for name in ("query", "start_time", "end_time"))
     if start is None and end is None:
         return f"{query}"
-    return f"{query}, {start or 0} s to {'the end' if end is None else f'{end} s'}"
+    open_end = end is None or (isinstance(end, int | float) and end < 0)
+    return f"{query}, {start or 0} s to {'the end' if open_end else f'{end} s'}"
 
 
 @app.command()

@@ -68,9 +68,9 @@ function mark(frame, kind) {
 
 function describe({ arguments: given, error }) {
   if (error) return `search not understood: ${error}`;
-  const start = given.start_time ?? null, end = given.end_time ?? null;
-  const whole = start === null && end === null;
-  return `search “${given.query}”${whole ? "" : ` from ${start ?? 0} s to ${end ?? "the end"}${end === null ? "" : " s"}`}`;
+  const { start_time: start = null, end_time: end = null } = given;
+  const until = end === null || Number(end) < 0 ? "the end" : `${end} s`;
+  return `search “${given.query}”${start === null && end === null ? "" : ` from ${start ?? 0} s to ${until}`}`;
 }
 
 function markWindow({ arguments: given }) {
@@ -101,7 +101,7 @@ const on = {
   },
   frames({ frames, said }) {
     const step = get("steps").lastElementChild;
-    if (!frames.length) return add(step, "p", "call", said);
+    if (!frames.length) return add(step, "p", "wrong", said);
     const row = add(step, "div", "frames");
     frames.forEach((frame) => {
       mark(frame, "found");
@@ -118,6 +118,7 @@ const on = {
   answer({ predicted_answer: answer, reanswer, searched_seconds: times }) {
     tell("");
     get("answer").textContent = answer ?? "No answer.";
+    get("answer").scrollIntoView({ block: "nearest" });
     if (!times.length) get("support").textContent = "No frame was searched: this is a guess from the preview.";
     else {
       const verdict = reanswer !== null && reanswer === answer ? "the same answer" : (reanswer ?? "no answer");
