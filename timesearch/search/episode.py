@@ -2,8 +2,11 @@
 
 The same loop serves every engine and every command. It keeps the rules of training: all calls of a turn are carried
 out, the last call that `max_turns` allows is followed by the request to answer, and assistant turns stay verbatim. It
-is kinder than training in two ways: a call that cannot be read is answered by what to correct, and a turn that neither
-searches nor answers is asked once for the answer.
+is kinder than training in two ways: a damaged call is repaired, or answered by what to correct, and a turn that neither
+searches nor answers is asked once for the answer. In training TRL decides both: its `parse_response` takes a turn whose
+call is no JSON for plain text, and its tool loop ends an episode at the first turn without a call, from inside methods
+that offer no place to step in. A policy in training so gets no reward for a damaged call, which is what it should learn
+from; wrong arguments in a readable call are answered by the environment, here and there alike.
 """
 
 from __future__ import annotations
