@@ -517,6 +517,39 @@ def test_a_message_is_sent_byte_for_byte_again(settings: Settings) -> None:
     assert b"data:image/jpeg;base64,/9j/" in serialise(first[1])
 
 
+def test_transformers_serve_reads_and_writes_the_same(
+    settings: Settings, in_process: TransformersPolicy, tmp_path: Path
+) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    decoded, tools = conversation(settings, sample)
+    encoded, _ = conversation(settings, sample, encoded=True)
+    (expected,) = in_process.generate([Request(decoded, tools, 12)])
+    (tmp_path / "hub").mkdir()
+    port, checkpoint = free_port(), str(settings.paths.train)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "transformers.cli.transformers", "serve", checkpoint, "--port", str(port)],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+    async def ask() -> Any:
+        policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], checkpoint, retry_for=5)
+        try:
+            await policy.connect()
+            async with policy.session(sample.video, tools, 12) as session:
+                return await session.reply(encoded)
+        finally:
+            await policy.close()
+
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process, 300)
+        reply = asyncio.run(ask())
+    finally:
+        process.kill()
+        process.wait()
+    assert reply.prompt_tokens == expected.prompt_tokens
+    assert reply.text.strip() == expected.text.strip()
+
+
 # With a real vLLM
 
 

@@ -94,12 +94,13 @@ class OpenAIPolicy:
             entries = {entry["id"]: entry for entry in response.json()["data"]}
             if not self.name and len(entries) == 1:
                 self.name = next(iter(entries))
-            if self.name not in entries:
+            # `transformers serve` lists what lies in the hub's cache, and loads whatever it is asked for.
+            if self.name not in entries and (entries or not self.name):
                 served = ", ".join(entries) or "nothing"
                 raise RequestError(
                     f"the server at {redact(url)} serves {served}: name one of these (infer.model, --model)"
                 )
-            self._context = self._context or entries[self.name].get("max_model_len")
+            self._context = self._context or entries.get(self.name, {}).get("max_model_len")
 
     @asynccontextmanager
     async def session(
