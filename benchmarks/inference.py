@@ -488,7 +488,8 @@ def plot(rows: Sequence[Row], alone: Alone, target: Path) -> None:
     colours = ["#888888"] + ["#0b62c4"] * (len(rows) - 1)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.bar_label(left.bar(names, [row.per_minute for row in rows], color=colours), fmt="%.0f")
-    left.margins(y=0.1), middle.margins(y=0.1)  # room for the numbers
+    for bars in (left, middle):
+        bars.margins(y=0.1)  # room for the numbers
     left.set_title("episodes a minute")
     middle.bar_label(middle.bar(names, [row.ratio for row in rows], color=colours), fmt="%.2f")
     middle.axhline(1.15, color="#c2571a", linestyle="--", linewidth=1)
