@@ -14,3 +14,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared folder with golden vectors and real videos here")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_server_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts the store that a process writes to into the environment, where the next test would find it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
