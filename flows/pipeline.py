@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from prefect.settings import PREFECT_API_URL
 
 from tasks.artifacts import show_plan, show_results
 from tasks.judge import judge
-from tasks.reproduce import STAGES, stale_stages
+from tasks.outage import AWAY, is_back
+from tasks.reproduce import STAGES, reproduce, stale_stages
 from tasks.stages import TASKS
 from tasks.workspace import workspace
 from timesearch.errors import TimeSearchError
@@ -41,7 +42,7 @@ def run_name() -> str:
     """What a flow run is called: its flow, and what it changes."""
     changes = (flow_run.parameters.get("overrides") or {}).items()
     parts = [flow_run.flow_name, flow_run.parameters.get("revision"), *(f"{name}={value}" for name, value in changes)]
-    return " ".join(filter(None, parts))
+    return redact(" ".join(filter(None, parts)))
 
 
 @flow(name="pipeline", flow_run_name=run_name)
@@ -75,7 +76,7 @@ def run_stages(
     with ExitStack() as held:
         tree = held.enter_context(workspace(CHECKOUT, overrides or {}, revision, get_run_logger().info))
         settings = _anchored(load_settings(tree / "params.yaml"), tree)
-        stale = stale_stages(tree, stages)
+        stale = stale_stages(tree, stages, get_run_logger().info)
         show_plan(stale, stages)
         fresh = stages[: stages.index(stale[0])] if stale else stages
         env = {"MLFLOW_TRACKING_URI": tracking_uri(settings)}
@@ -84,11 +85,28 @@ def run_stages(
             env[PARENT_RUN] = record.id or ""
             if _JUDGED.difference(fresh).intersection(stages):
                 held.enter_context(judge(settings.judge))
-        ran = [stage for stage in stages if TASKS[stage](tree, stage in fresh, env)]
+        ran = [stage for stage in stages if _bring(stage, tree, stage in fresh, env)]
         if stale:
             record.set_tags(lock_tags(tree))
             record.log_artifact(tree / "dvc.lock")
         return {"ran": ran, "table": show_results(tree, settings.paths.results)}
+
+
+def _bring(stage: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> bool:
+    """Bring a stage up to date by its task; returns whether it ran.
+
+    Where Prefect stays away the work is done without it, and without the limits that runs share (one training at once).
+    """
+    logger = get_run_logger()
+    for _ in range(2):
+        try:
+            return bool(TASKS[stage](tree, fresh, env))
+        except AWAY as error:
+            logger.warning("Prefect does not answer (%s): %s waits for it", redact(str(error)), stage)
+        if not is_back():
+            break
+    logger.warning("Prefect stays away: %s goes on without it", stage)
+    return not fresh and reproduce(stage, tree, line=logger.info, env=env)
 
 
 def _anchored(settings: Settings, tree: Path) -> Settings:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,34 +22,53 @@ _UNREACHABLE = (httpx.HTTPError, PrefectException, OSError)
 
 
 class Progress:
-    """A progress artifact of a task, made with its first figure and moved at most every few seconds."""
+    """A progress artifact of a task, moved at most every few seconds.
+
+    A thread of its own talks to Prefect: whoever shows progress reads a stage's output, and the stage would soon wait
+    for its reader if that waited for Prefect.
+    """
 
     def __init__(self, stage: str, every: float = 5.0) -> None:
         self._stage, self._every = stage, every
-        self._artifact: UUID | None = None
-        self._next = 0.0
+        self._percent: float | None = None
+        self._ended = threading.Event()
+        self._reporter = threading.Thread(target=copy_context().run, args=(self._report,), name="progress", daemon=True)
 
     def __enter__(self) -> Progress:
+        self._reporter.start()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None and self._artifact:
-            self._next = 0.0
-            self.show(100.0)
+        if kind is None and self._percent is not None:
+            self._percent = 100.0
+        self._ended.set()
+        self._reporter.join(self._every)
 
     def show(self, percent: float) -> None:
         """Show `percent` (0 to 100) done."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self._every
-        with suppress(*_UNREACHABLE):
-            if self._artifact is None:
-                self._artifact = _identity(
-                    create_progress_artifact(percent, key=f"{self._stage}-progress", description=f"{self._stage}, %")
-                )
-            else:
-                update_progress_artifact(self._artifact, percent)
+        self._percent = percent
+
+    def _report(self) -> None:
+        artifact: UUID | None = None
+        shown = None
+        ended = False
+        while not ended:
+            ended = self._ended.wait(self._every)
+            percent = self._percent
+            if percent is None or percent == shown:
+                continue
+            try:
+                if artifact is None:
+                    artifact = _identity(
+                        create_progress_artifact(
+                            percent, key=f"{self._stage}-progress", description=f"{self._stage}, %"
+                        )
+                    )
+                else:
+                    update_progress_artifact(artifact, percent)
+                shown = percent
+            except _UNREACHABLE as error:
+                logger.warning("Prefect did not take the progress of %s: %s; work goes on", self._stage, error)
 
 
 def show_markdown(key: str, text: str, description: str) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Queue
 from threading import Event
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
+from tasks.outage import AWAY
 from timesearch.judge.server import judge_server
 from timesearch.settings import Judge
 
 
-@task(name="judge", task_run_name="judge server", tags=["judge"])
+@task(name="judge", task_run_name="judge server", tags=["judge"], cache_policy=NO_CACHE)
 def _serve(settings: Judge, started: Queue[BaseException | None], done: Event) -> None:
     """Hold the judge's server until the flow is done with it."""
     try:
@@ -30,6 +32,8 @@ def _serve(settings: Judge, started: Queue[BaseException | None], done: Event) -
 def judge(settings: Judge) -> Iterator[None]:
     """Run the block with the judge up; nothing is started where answers are judged by rule.
 
+    Where Prefect is away and its task does not start, the stages that need the judge start it themselves.
+
     Raises:
         RequestError: something else is at the judge's address.
         ServerError: the judge does not come up.
@@ -40,11 +44,19 @@ def judge(settings: Judge) -> Iterator[None]:
     started: Queue[BaseException | None] = Queue()
     done = Event()
     future = _serve.submit(settings, started, done)
+    future.add_done_callback(lambda _: started.put(_NotStartedError()))
     try:
         error = started.get()
-        if error is not None:
+        if isinstance(error, _NotStartedError):
+            get_run_logger().warning("the judge's task did not start: the stages start the judge themselves")
+        elif error is not None:
             raise error
         yield
     finally:
         done.set()
-        future.wait()
+        with suppress(*AWAY):
+            future.wait()
+
+
+class _NotStartedError(Exception):
+    """The task ended before it came to the judge."""

@@ -43,14 +43,20 @@ class StageFailedError(TimeSearchError):
         return self.status == _TEMPORARY or ((self.status < 0 or self.status > 128) and self.status != _INTERRUPTED)
 
 
-def stale_stages(tree: Path, stages: Sequence[str] = STAGES) -> list[str]:
+def stale_stages(
+    tree: Path, stages: Sequence[str] = STAGES, line: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Those of `stages` whose own inputs or outputs changed, in order; stages after them may turn stale as these run.
+
+    While a stage runs in the tree DVC refuses to look at what it writes: its end is waited for, and `line` is told.
 
     Raises:
         TimeSearchError: DVC cannot read the project.
     """
     command = [*dvc(), "status", "--json", *stages]
-    done = subprocess.run(command, cwd=tree, env=_environment(tree, {}), capture_output=True, text=True, check=False)
+    env = _environment(tree, {})
+    with _turn(tree, line):
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise TimeSearchError(f"dvc status failed in {tree}: {redact(done.stderr.strip() or done.stdout.strip())}")
     changed = json.loads(done.stdout)

@@ -57,7 +57,7 @@ def workspace(
     except BaseException:
         _remove(checkout, tree)
         raise
-    say(f"working in {tree} on {revision or 'HEAD'} with {json.dumps(dict(overrides), sort_keys=True)}")
+    say(redact(f"working in {tree} on {revision or 'HEAD'} with {json.dumps(dict(overrides), sort_keys=True)}"))
     try:
         yield tree
     except BaseException:

@@ -48,7 +48,7 @@ def make_project(folder: Path) -> Path:
     project.mkdir(parents=True)
     for name in ("flows", "tasks", "timesearch"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", "prefect.yaml", ".gitignore", ".dvcignore"):
+    for name in ("params.yaml", "prefect.yaml", "prefect.toml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, project / name)
     pipeline = (ROOT / "dvc.yaml").read_text().replace("cmd: timesearch ", "cmd: python tests/stage_stub.py ")
     (project / "dvc.yaml").write_text(pipeline)

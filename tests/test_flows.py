@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import random
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import yaml
 from scratch_project import environment, free_port, make_project, ran, run, wait_for
 
 STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
@@ -36,14 +39,13 @@ class Prefect:
             "HF_TOKEN": PLANTED,
         }
         self.log = project.parent / "prefect.log"
-        self.server = self._start("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
-        wait_for(self._healthy, 600, "the Prefect server")
+        self.start_server()
         self.worker: subprocess.Popen[bytes] | None = None
 
-    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+    def _start(self, *command: str, **env: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                command, cwd=self.project, env=environment(self.project, **self.env), stdout=log, stderr=log
+                command, cwd=self.project, env=environment(self.project, **self.env, **env), stdout=log, stderr=log
             )
 
     def _healthy(self) -> bool:
@@ -52,8 +54,22 @@ class Prefect:
         except httpx.HTTPError:
             return False
 
-    def start_worker(self) -> None:
-        self.worker = self._start("prefect", "worker", "start", "--pool", "timesearch")
+    def start_server(self) -> None:
+        self.server = self._start("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port))
+        wait_for(self._healthy, 600, "the Prefect server")
+
+    def kill_server(self) -> None:
+        self.server.kill()
+        self.server.wait()
+
+    def start_worker(self, **env: str) -> None:
+        self.worker = self._start("prefect", "worker", "start", "--pool", "timesearch", **env)
+
+    def kill_worker(self) -> None:
+        """SIGKILL to the worker alone."""
+        assert self.worker is not None
+        self.worker.kill()
+        self.worker.wait()
 
     def kill_all_of_worker(self) -> None:
         """SIGKILL to the worker and the flow runs that it started, as when their machine's session is killed."""
@@ -81,12 +97,44 @@ class Prefect:
         return process
 
     def api(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=body, timeout=60)
-        answer.raise_for_status()
-        return answer.json()
+        """Ask the API; 503 says that SQLite was busy, and to try again."""
+        while True:
+            answer = httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=body, timeout=60)
+            if answer.status_code != 503:
+                answer.raise_for_status()
+                return answer.json()
+            time.sleep(1)
+
+    def start_run(self, deployment: str, **body: Any) -> str:
+        """Start a run as scripts and agents do; its id."""
+        found = httpx.get(f"http://127.0.0.1:{self.port}/api/deployments/name/{deployment}", timeout=60)
+        return str(self.api(f"deployments/{found.json()['id']}/create_flow_run", **body)["id"])
+
+    def state(self, flow_run: str) -> str:
+        """The type of a flow run's state; empty while the server does not answer."""
+        with suppress(httpx.TransportError):
+            answer = httpx.get(f"http://127.0.0.1:{self.port}/api/flow_runs/{flow_run}", timeout=60)
+            if answer.is_success:
+                return str(answer.json()["state_type"])
+        return ""
+
+    def left_over(self) -> list[psutil.Process]:
+        """Processes that work in the project, besides the Prefect server and the worker."""
+        ours = {process.pid for process in (self.server, self.worker) if process is not None}
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.pid not in ours and Path(process.cwd()).is_relative_to(self.project):
+                    found.append(process)
+        return found
+
+    def last_runs(self, count: int) -> list[dict[str, Any]]:
+        """The runs that were started last, the last first; those that a schedule has planned do not count."""
+        started = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}
+        return list(self.api("flow_runs/filter", sort="START_TIME_DESC", limit=count, flow_runs=started))
 
     def last_run(self) -> dict[str, Any]:
-        return dict(self.api("flow_runs/filter", sort="START_TIME_DESC", limit=1)[0])
+        return self.last_runs(1)[0]
 
     def states(self, flow_run: str) -> dict[str, str]:
         runs = self.api("task_runs/filter", task_runs={"flow_run_id": {"any_": [flow_run]}})
@@ -150,7 +198,7 @@ def test_overridden_runs_live_side_by_side_and_leave_the_checkout(prefect: Prefe
         for rate in rates
     ]  # fmt: skip
     assert [process.wait(900) for process in started] == [0, 0], prefect.log.read_text()[-8000:]
-    found = prefect.api("flow_runs/filter", sort="START_TIME_DESC", limit=2)
+    found = prefect.last_runs(2)
     assert {flow_run["state_type"] for flow_run in found} == {"COMPLETED"}
     assert {flow_run["name"] for flow_run in found} == {f"pipeline train.learning_rate={rate}" for rate in rates}
     tables = [a["data"] for a in prefect.api("artifacts/filter") if a["key"] == "results"]
@@ -190,39 +238,93 @@ def test_no_planted_secret_is_anywhere(prefect: Prefect) -> None:
         assert path.is_dir() or PLANTED.encode() not in path.read_bytes()
 
 
-def test_a_killed_worker_costs_no_finished_stage(prefect: Prefect) -> None:
+def make_stale(project: Path, seed: int) -> None:
+    """Change the data and the seed, so that every stage has to run."""
+    (project / "data" / "train.jsonl").write_text(f'{{"id": "{seed}", "video": "a.mp4", "question": "?"}}\n')
+    run(project, "dvc", "add", "-q", "data")
+    params = project / "params.yaml"
+    params.write_text(re.sub(r"(?m)^seed: \d+$", f"seed: {seed}", params.read_text()))
+
+
+def changed(project: Path) -> set[str]:
+    """Stages that DVC finds changed."""
+    return set(json.loads(run(project, "dvc", "status", "--json").stdout))
+
+
+def test_a_server_that_restarts_amid_a_run_costs_nothing(prefect: Prefect) -> None:
     project = prefect.project
-    draw = random.Random(0)
-    (project / "seconds.txt").write_text("1.5")
-    for attempt in range(2):
-        params = project / "params.yaml"
-        params.write_text(params.read_text().replace(f"\nseed: {attempt}\n", f"\nseed: {attempt + 1}\n"))
-        count = len(ran(project))
-        watching = prefect.deployment_run("pipeline/pocket", wait=False)
-        wait_for(lambda count=count: len(ran(project)) > count, 300, "the first stage to start")
-        time.sleep(draw.uniform(0, 12))
-        prefect.kill_all_of_worker()
-        watching.kill()
-        watching.wait()
-        wait_for(lambda: not left_over(project), 40, "the killed run's processes to end")
-        finished = set(ran(project)[count:][:-1])
-        again = len(ran(project))
+    make_stale(project, 1)
+    (project / "seconds.txt").write_text("3")
+    before, said = len(ran(project)), prefect.log.read_text().count("train: 5/5")
+    flow_run = prefect.start_run("pipeline/pocket", parameters={"stages": ["models", "coldstart", "train"]})
+    wait_for(lambda: "coldstart" in ran(project)[before:], 300, "the cold start")
+    prefect.kill_server()
+    made = project / "runs" / "coldstart" / "m"
+    wait_for(lambda: made.read_text().endswith(" 1"), 300, "the cold start to be done without a server")
+    prefect.start_server()
+    wait_for(lambda: prefect.state(flow_run) == "COMPLETED", 300, "the run to complete")
+    assert ran(project)[before:] == ["models", "coldstart", "train"]
+    assert prefect.states(flow_run)["train"] == "Completed"
+    assert prefect.log.read_text().count("train: 5/5") > said
+
+
+def test_a_server_that_stays_away_stops_no_work(prefect: Prefect) -> None:
+    project = prefect.project
+    make_stale(project, 2)
+    (project / "seconds.txt").write_text("1")
+    before = len(ran(project))
+    prefect.kill_worker()
+    prefect.start_worker(PREFECT_CLIENT_MAX_RETRIES="1")
+    prefect.start_run("pipeline/pocket", parameters={"stages": ["models", "coldstart", "train"]})
+    wait_for(lambda: "models" in ran(project)[before:], 300, "the first stage")
+    prefect.kill_server()
+    wait_for(lambda: not prefect.left_over(), 300, "the run to end")
+    assert ran(project)[before:] == ["models", "coldstart", "train"]
+    assert not {"models", "coldstart", "train"} & changed(project)
+    assert "Prefect stays away: train goes on without it" in prefect.log.read_text()
+    prefect.kill_worker()
+    prefect.start_server()
+    prefect.start_worker()
+
+
+def test_a_worker_killed_at_five_moments_costs_no_finished_stage(prefect: Prefect) -> None:
+    """Four times the flow run and all that is Prefect's dies with the worker; the fifth time the worker alone."""
+    project = prefect.project
+    make_stale(project, 3)
+    (project / "seconds.txt").write_text("1")
+    judged = {
+        "kind": "server",
+        "url": f"http://127.0.0.1:{free_port()}/v1",
+        "model": "stub",
+        "command": [sys.executable, str(Path(__file__).with_name("judge_stub.py")), "{port}", "{model}", "--children"],
+    }
+    params = project / "params.yaml"
+    values = yaml.safe_load(params.read_text())
+    params.write_text(yaml.safe_dump({**values, "judge": {**values["judge"], **judged}}))
+    draw = random.Random(21)
+    finished: set[str] = set()
+    first = seen = len(ran(project))
+    for kill in range(5):
+        flow_run = prefect.start_run("pipeline/pocket")
+        wait_for(lambda flow_run=flow_run: prefect.state(flow_run) == "RUNNING", 300, "the run to start")
+        stages = draw.randint(0, 2)
+        wait_for(lambda seen=seen, stages=stages: len(ran(project)) >= seen + stages, 300, "a stage to start")
+        time.sleep(draw.uniform(0, 2.5))
+        if kill < 4:
+            prefect.kill_all_of_worker()
+            wait_for(lambda: not prefect.left_over(), 60, "the killed run's processes to end")
+            begun = ran(project)[seen:]
+            seen += len(begun)
+            assert not finished & set(begun)
+            finished.update(begun[:-1])
+            assert not finished & changed(project)
+        else:
+            prefect.kill_worker()
         prefect.start_worker()
-        prefect.deployment_run("pipeline/pocket")
-        assert prefect.last_run()["state_type"] == "COMPLETED"
-        assert not finished & set(ran(project)[again:])
-        assert "up to date" in run(project, "dvc", "status").stdout
-
-
-def left_over(project: Path) -> list[psutil.Process]:
-    """Processes of stages that still run in the project."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if ("stage_stub.py" in line or "dvc repro" in line) and process.pid != os.getpid():
-            try:
-                if process.cwd().startswith(str(project)):
-                    found.append(process)
-            except psutil.Error:
-                continue
-    return found
+    flow_run = prefect.start_run("pipeline/pocket")
+    wait_for(lambda: prefect.state(flow_run) == "COMPLETED", 300, "the last run to complete")
+    assert not finished & set(ran(project)[seen:])
+    assert set(ran(project)[first:]) == set(STAGES)
+    assert len(ran(project)[first:]) <= len(STAGES) + 5
+    assert not changed(project)
+    wait_for(lambda: not prefect.left_over(), 60, "the runs' processes to end")
