@@ -141,6 +141,7 @@ def test_a_server_that_stays_away_is_said_without_its_password_and_the_work_is_d
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "_RETRY_AFTER", 0.2)
+    monkeypatch.setattr(tracking, "_LAST_CHANCE", 0.5)
     away = settings.model_copy(update={"tracking": Tracking(uri="http://user:planted@127.0.0.1:9")})
     with caplog.at_level(logging.WARNING, "timesearch.tracking"), stage_run(away, "train") as run:
         run.log_metrics({"reward": 1.0}, step=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import subprocess
 import threading
@@ -36,6 +37,8 @@ PARENT_RUN = "TIMESEARCH_PARENT_RUN"
 
 _RETRY_AFTER = 10.0
 """Seconds between tries to reach an MLflow that does not answer."""
+_LAST_CHANCE = 60.0
+"""Seconds that an ended run waits for an MLflow that does not answer."""
 _PATIENCE = 120.0
 """Seconds that the start of a run waits for its id, and its end for the last records, while MLflow does not fail."""
 _SHARED_SECTIONS = {
@@ -64,6 +67,7 @@ class Run:
         self._pending: Queue[Callable[[MlflowClient], object] | None] = Queue()
         self._settled = threading.Event()
         self._closing = threading.Event()
+        self._deadline = math.inf
         self._away = self._lost = False
         self._do(lambda client: self._open(client, tags))
         self._writer = threading.Thread(target=self._write, name="mlflow", daemon=True)
@@ -118,6 +122,7 @@ class Run:
         """End the run as FINISHED, FAILED or KILLED, once what is pending is written."""
         self._do(lambda client: client.set_terminated(str(self._id), status))
         self._pending.put(None)
+        self._deadline = time.monotonic() + _LAST_CHANCE
         self._closing.set()
         self._writer.join(_PATIENCE)
         if self._writer.is_alive() or self._lost:
@@ -127,14 +132,14 @@ class Run:
         self._pending.put(operation)
 
     def _write(self) -> None:
-        """Write what is pending, in order; what fails is tried again, a last time when the run has ended."""
+        """Write what is pending, in order; what fails is tried again, for a while also when the run has ended."""
         while (operation := self._pending.get()) is not None:
-            last = self._closing.is_set()
             while not self._try(operation):
-                if last:
+                if time.monotonic() > self._deadline:
                     self._lost = True
                     return
-                last = self._closing.wait(_RETRY_AFTER)
+                if self._closing.wait(_RETRY_AFTER):
+                    time.sleep(min(_RETRY_AFTER, 1.0))
 
     def _try(self, operation: Callable[[MlflowClient], object]) -> bool:
         try:
