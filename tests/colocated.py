@@ -18,7 +18,6 @@ with socket.socket() as probe:
     os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-os.environ |= {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 
 import torch
 import vllm.model_executor.layers.utils as layers
@@ -59,6 +58,7 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     build_project(root, videos=4)
     os.chdir(root)
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path.cwd()}/mlflow.db"
     use_oracle()
     grpo_csv.score_episode = by_length  # type: ignore[assignment]
     seen: list[dict[str, float]] = []

@@ -85,6 +85,7 @@ def test_parse_turn_reads_thought_call_and_answer() -> None:
     assert (call.thought, call.answer) == ("look", None)
     assert (call.calls[0].name, call.calls[0].arguments) == ("f", {"query": "x"})
     assert parse_turn("<think>seen</think><answer> B </answer>").answer == "B"
+    assert parse_turn("<answer>.</think> <answer>blue</answer>").answer == "blue", "a tag left open is no answer"
 
 
 def test_a_turn_that_calls_does_not_answer() -> None:

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from timesearch.messages import tagged_answers
 from timesearch.samples import LETTERS, Prediction
 
 Row = dict[str, Any]
@@ -65,8 +66,7 @@ def _episode(row: Row) -> Row:
         found["searched_seconds"] = found.pop("keyframe_timestamps")
     if isinstance(found.get("prediction"), str):
         text = found.pop("prediction")
-        tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-        found["predicted_answer"] = (tagged[-1] if tagged else text).strip()
+        found["predicted_answer"] = [text.strip(), *tagged_answers(text)][-1]
     if isinstance(found.get("error"), str):
         found["error"] = {"type": "error", "message": found["error"]}
     return found

@@ -19,7 +19,7 @@ Message = dict[str, Any]
 Block = dict[str, Any]
 
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _CONTROL = re.compile(r"<\|(\w*)\|>")
 _SECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*s\s*")
@@ -44,6 +44,11 @@ def text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(block.get("text", "") for block in content if block.get("type") == "text")
+
+
+def tagged_answers(text: str) -> list[str]:
+    """What stands between ``<answer>`` and ``</answer>``, innermost where they nest, in order."""
+    return [answer.strip() for answer in _ANSWER.findall(text)]
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,11 @@ def parse_turn(text: str) -> Turn:
     thought = _THINK.search(text)
     spoken = text[thought.end() :] if thought else text
     calls = [_parse_call(body) for body in _TOOL_CALL.findall(spoken)]
-    answers = [] if calls else _ANSWER.findall(spoken)
+    answers = [] if calls else tagged_answers(spoken)
     return Turn(
         thought=thought.group(1).strip() if thought else None,
         calls=calls,
-        answer=answers[-1].strip() if answers else None,
+        answer=answers[-1] if answers else None,
     )
 
 

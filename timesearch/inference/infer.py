@@ -38,6 +38,7 @@ from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 from timesearch.tracking import stage_run
+from timesearch.video.frames import VERSION as FRAMES_FORMAT
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -147,7 +148,7 @@ def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
             "model": infer.model or weights,
             "search": settings.search.model_dump(),
             "prompts": Prompts.load(settings.search.prompts).texts,
-            "frames": caches,
+            "frames": caches | {"format": FRAMES_FORMAT},
             "encoder": settings.models.model_dump(include={"encoder", "pretrained", "encoder_steps"}),
             "sampling": [infer.temperature, settings.seed],
             "preview": infer.preview,

@@ -17,7 +17,7 @@ from timesearch.errors import RequestError
 
 Method = Literal["dpp", "topk", "uniform", "aks", "gated_logdet"]
 _BLOCK = 128
-"""Rows that are widened to float32 at a time: 256 x 1152 x 4 bytes stay in a core's cache."""
+"""Rows that are widened to float32 at a time: 128 x 1152 x 4 bytes stay in a core's cache."""
 _SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8fffe000
 _HALF_INFINITY = 65_536.0
 _FIRST = 512
