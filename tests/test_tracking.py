@@ -89,6 +89,7 @@ def test_runs_nest_and_a_resumed_stage_goes_on_in_its_run(
     assert "search.max_turns" in stage.data.params
     assert [(m.step, m.value) for m in client.get_metric_history(str(run.id), "reward")] == [(1, 0.5), (2, 0.7)]
     assert [item.path for item in client.list_artifacts(str(run.id), "plots")] == ["plots/plot.csv"]
+    assert Path(stage.info.artifact_uri).is_relative_to(tmp_path), "artifacts lie beside the store, not where we are"
 
     traces = client.search_traces(locations=[stage.info.experiment_id])
     assert [trace.info.trace_metadata["mlflow.sourceRun"] for trace in traces] == [run.id]

@@ -172,7 +172,9 @@ class Run:
             client = mlflow.MlflowClient()
             found = client.get_experiment_by_name(name)
             try:
-                self._experiment = found.experiment_id if found else client.create_experiment(name)
+                self._experiment = (
+                    found.experiment_id if found else client.create_experiment(name, _artifacts_of(self._uri, name))
+                )
             except mlflow.MlflowException:  # another run made it in between
                 found = client.get_experiment_by_name(name)
                 if found is None:
@@ -294,15 +296,26 @@ def _finishing(run: Run) -> Iterator[None]:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Keep other runs of this machine away while a SQLite store is opened: two that create its tables break it."""
-    file = uri.removeprefix("sqlite:///")
-    if file == uri:
+    store = _sqlite_file(uri)
+    if store is None:
         yield
         return
-    lock = Path(f"{file}.lock")
+    lock = store.with_name(f"{store.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    file = uri.removeprefix("sqlite:///")
+    return Path(file) if file != uri else None
+
+
+def _artifacts_of(uri: str, experiment: str) -> str | None:
+    """Folder of an experiment's artifacts: beside a SQLite store, from wherever it is opened; else the store's own."""
+    store = _sqlite_file(uri)
+    return str(store.resolve().parent / "mlruns" / experiment) if store else None
 
 
 def _params_text(settings: Settings) -> str:
