@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +63,8 @@ def train(
     from timesearch.training.launch import run
 
     folder = run(settings, node_rank, main_address)
-    say(f"trained: {folder} (curves in {folder / 'metrics.jsonl'}); next: timesearch infer")
+    if "RANK" not in os.environ:  # the process that started the ranks says it
+        say(f"trained: {folder} (curves in {folder / 'metrics.jsonl'}); next: timesearch infer")
 
 
 @app.command()
