@@ -29,3 +29,18 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
     if not (known and (folder / "checkpoints").is_dir()):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(mark, identity)
+
+
+def latest_checkpoint(checkpoints: Path, processes: int = 1) -> str | None:
+    """The newest checkpoint that is whole: the trainer's state is written last, random states by every process.
+
+    Args:
+        checkpoints: folder that holds `checkpoint-<step>` folders, or is not there.
+        processes: training processes, over all nodes.
+    """
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    for checkpoint in reversed(found):
+        if all((checkpoint / name).is_file() for name in ("trainer_state.json", *random_states)):
+            return str(checkpoint)
+    return None

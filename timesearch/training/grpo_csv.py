@@ -52,7 +52,7 @@ from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples, prompt_tokens
-from timesearch.training.folder import prepare_run_folder
+from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 
 RESAMPLES = 2
@@ -482,7 +482,7 @@ def run(settings: Settings) -> Path:
         prepare_run_folder(folder, settings, "train", policy)
         write_failures(folder / "failures.jsonl", failures)
     config.distributed_state.wait_for_everyone()
-    checkpoint = _latest_checkpoint(folder, config.world_size)
+    checkpoint = latest_checkpoint(folder / "checkpoints", config.world_size)
 
     clock = Clock()
     encoder = load_encoder(str(settings.paths.models / "encoder"))
@@ -593,16 +593,6 @@ def _lora(train: Train) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=train.lora_rank, lora_alpha=2 * train.lora_rank, target_modules="all-linear")
-
-
-def _latest_checkpoint(folder: Path, processes: int) -> str | None:
-    """The newest checkpoint that is whole: the trainer's state is written last, random states by every process."""
-    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    for checkpoint in reversed(found):
-        if all((checkpoint / name).is_file() for name in ("trainer_state.json", *random_states)):
-            return str(checkpoint)
-    return None
 
 
 def _save(trainer: GRPOCSVTrainer, folder: Path) -> None:
