@@ -1,6 +1,6 @@
 """A small server of the OpenAI protocol that says 1 where the candidate is the reference, for tests of the judge.
 
-python judge_stub.py PORT MODEL [--refuse-first N] [--children] [--load SECONDS] [--say TEXT --exit CODE]
+python judge_stub.py PORT MODEL [--refuse-first N] [--children] [--load SECONDS] [--key KEY] [--say TEXT --exit CODE]
 """
 
 import argparse
@@ -21,6 +21,7 @@ parser.add_argument("--children", action="store_true", help="hold a child proces
 parser.add_argument("--load", type=float, default=0.0, help="seconds until it listens, as a model takes to load")
 parser.add_argument("--say", default="")
 parser.add_argument("--exit", type=int)
+parser.add_argument("--key", help="refuse requests without it")
 parser.add_argument("--plain", action="store_true", help="be a web server that is no model server")
 options = parser.parse_args()
 state = {"asked": 0, "in_flight": 0, "most": 0}
@@ -40,7 +41,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def refused(self):
+        """Whether a request lacks the key, and so has its answer."""
+        if options.key is None or self.headers["Authorization"] == f"Bearer {options.key}":
+            return False
+        self.reply({"error": "unauthorized"}, 401)
+        return True
+
     def do_GET(self):
+        if self.refused():
+            return
         if options.plain:
             self.reply({"error": "not found"}, 404)
         elif self.path == "/v1/models":
@@ -52,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.refused():
+            return
         with lock:
             state["asked"] += 1
             state["in_flight"] += 1

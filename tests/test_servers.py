@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +22,10 @@ from test_judge import children_of, gone
 
 from timesearch.errors import RequestError
 from timesearch.inference.infer import run
+from timesearch.judge import JudgeClient
 from timesearch.judge.server import judge_server
 from timesearch.samples import Prediction
-from timesearch.servers import ServerError
+from timesearch.servers import ServerError, _is_here
 from timesearch.settings import Judge, Settings
 
 TESTS = Path(__file__).parent
@@ -189,6 +191,62 @@ def test_two_that_need_a_server_at_one_address_start_it_once(tmp_path: Path) -> 
         wait_for(lambda: _healthy(judge), 30, "its answer")
         assert len(started()) == 2
     assert gone(started())
+
+
+def test_a_key_is_sent_with_every_request_and_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port, key, said = free_port(), "sk-planted-key-0123456789", []
+    judge = Judge(
+        kind="server", url=f"http://127.0.0.1:{port}/v1", model="stub", cache=tmp_path / "judge.sqlite", retry_for=5
+    )
+    with running(sys.executable, TESTS / "judge_stub.py", port, "stub", "--key", key):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-planted-wrong-key")
+        with pytest.raises(RequestError, match=r"refuses \(401\): set OPENAI_API_KEY") as caught, judge_server(judge):
+            pass
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with judge_server(judge, say=said.append):
+            assert JudgeClient(judge).score("q", "a", "a") == 1.0
+    assert said == [f"judge: using the server of stub that is already at {judge.url}"]
+    assert "planted" not in str(caught.value) + "".join(capfd.readouterr())
+
+
+def test_another_machines_server_is_waited_for_and_never_started_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No address of another machine can be served from here, so this machine's own is taken for one."""
+    monkeypatch.setattr("timesearch.servers._is_here", lambda host: False)
+    port, said = free_port(), []
+    stub = [sys.executable, str(TESTS / "judge_stub.py"), str(port), "stub"]
+    judge = Judge(kind="server", url=f"http://127.0.0.1:{port}/v1", model="stub", command=stub, log=tmp_path / "log")
+    absent = judge.model_copy(update={"start_timeout": 0.5})
+    with (
+        pytest.raises(ServerError, match=r"no judge answered at .* within 0\.5 s: start it there"),
+        judge_server(absent),
+    ):
+        pass
+    other = threading.Timer(1.0, lambda: held.enter_context(running(*stub)))
+    with ExitStack() as held:
+        other.start()
+        with judge_server(judge, say=said.append):
+            assert threading.enumerate() == [thread for thread in threading.enumerate() if "keeper" not in thread.name]
+        other.join()
+    assert "which is another machine: waiting for it" in said[0]
+    assert not judge.log.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        (socket.gethostname(), True),
+        ("192.0.2.1", False),
+        ("no.invalid", False),
+    ],
+)
+def test_which_addresses_are_this_machines(host: str, here: bool) -> None:
+    assert _is_here(host) == here
 
 
 def _healthy(judge: Judge) -> bool:

@@ -1,8 +1,9 @@
 """Model servers that speak the OpenAI protocol, held for as long as they are needed: the judge and the policy.
 
-A server that already answers at the address is used and left running. Otherwise one is started, waited for with the
-time left shown, started again if it dies, and always stopped with its whole process group. Of several processes that
-need a server at one address, one starts it: the others would find its memory taken.
+A server that already answers at the address is used and left running. Otherwise, if the address is this machine's, one
+is started, waited for with the time left shown, started again if it dies, and always stopped with its whole process
+group. Of several processes that need a server at one address, one starts it: the others would find its memory taken. A
+server on another machine is only waited for. Requests carry the key in `OPENAI_API_KEY`, if there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +28,12 @@ from timesearch.redaction import redact
 
 logger = logging.getLogger(__name__)
 
+VLLM = (
+    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
+    *("--host", "{host}", "--port", "{port}"),
+)
+"""Starts a server where the settings name no command."""
+
 _RESTARTS = 3
 _TAIL_LINES = 20
 _SAY_EVERY = 15.0
@@ -36,6 +44,12 @@ _MEMORY_MARKS = ("out of memory", "outofmemory", "cannot allocate memory", "no a
 
 class ServerError(TemporaryError):
     """A model server did not come up."""
+
+
+def authorisation() -> dict[str, str]:
+    """The header with the key of a server that wants one."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @contextmanager
@@ -60,7 +74,7 @@ def model_server(
         command: starts the server; ``{model}``, ``{host}`` and ``{port}`` in its parts are filled in.
         setting: parameter that gives the address, such as ``judge.url``.
         log: file that the server's output goes to.
-        start: False expects a running server.
+        start: False expects a running server; True starts one if the address is this machine's.
         timeout: seconds until the server must answer.
         say: told what happens, one line at a time.
 
@@ -68,18 +82,19 @@ def model_server(
         The base URL.
 
     Raises:
-        RequestError: the port is taken by something else, or another model is served.
+        RequestError: the port is taken by something else, another model is served, or the key is refused.
         ServerError: the server does not come up; the text ends with the last lines of its log.
     """
     parts = urlsplit(url)
-    host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    host, port = parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80)
+    here = _is_here(host)
     section, shown = setting.partition(".")[0], redact(url)
     served = _models(url)
     if served is not None:
         _check_model(setting, url, model, served)
     elif not start:
         raise ServerError(f"no {role} answers at {shown}: start it, or set {section}.start to true")
-    elif _port_taken(host, port):
+    elif here and _port_taken(host, port):
         raise RequestError(
             f"port {port} on {host} is taken by a program that is not a model server: "
             f"stop it, or set another port in {setting}"
@@ -89,12 +104,15 @@ def model_server(
     server = _Server(role, url, [_fill(part, values) for part in command], Path(log), lock, say)
     try:
         if served is None:
-            served = server.wait(timeout, f"{section}.start_timeout")
+            if here:
+                served = server.wait(timeout, f"{section}.start_timeout")
+            else:
+                served = _wait_elsewhere(role, url, timeout, say)
             _check_model(setting, url, model, served)
             say(f"{role}: {model} is ready at {shown}")
         else:
             say(f"{role}: using the server of {model} that is already at {shown}")
-        if start:
+        if start and here:
             server.keep_up()
         yield url
     finally:
@@ -169,13 +187,19 @@ class _Server:
                 if self._stopping.wait(_LOOK_EVERY):
                     return
                 running = self._process is not None and self._process.poll() is None
-                missed = 0 if running or _models(self._url) is not None else missed + 1
+                missed = 0 if running or self._answers() else missed + 1
             missed = 0
             if self.start():
                 self._say(f"{self._role}: nothing answered at {redact(self._url)} any more, so it was started again")
                 restarts += 1
             if self._stopping.is_set():
                 return
+
+    def _answers(self) -> bool:
+        try:
+            return _models(self._url) is not None
+        except RequestError:
+            return True
 
     def stop(self) -> None:
         self._stopping.set()
@@ -203,6 +227,25 @@ class _Server:
         return text[self._log_start :].decode("utf-8", errors="replace")
 
 
+def _wait_elsewhere(role: str, url: str, timeout: float, say: Callable[[str], None]) -> list[str]:
+    """Wait for a server of another machine; returns the names of its models."""
+    began = time.monotonic()
+    next_word = began
+    while (served := _models(url)) is None:
+        now = time.monotonic()
+        if now - began > timeout:
+            raise ServerError(
+                f"no {role} answered at {redact(url)} within {timeout:g} s: start it there; "
+                "only at this machine's own addresses is one started"
+            )
+        if now >= next_word:
+            left = timeout - (now - began)
+            say(f"{role}: none answers at {redact(url)}, which is another machine: waiting for it, {left:.0f} s left")
+            next_word = now + _SAY_EVERY
+        time.sleep(0.5)
+    return served
+
+
 def _fill(part: str, values: dict[str, str]) -> str:
     for mark, value in values.items():
         part = part.replace(mark, value)
@@ -210,15 +253,23 @@ def _fill(part: str, values: dict[str, str]) -> str:
 
 
 def _models(url: str) -> list[str] | None:
-    """Names that ``/v1/models`` lists; None if no model server answers there in health."""
+    """Names that ``/v1/models`` lists; None if no model server answers there in health.
+
+    Raises:
+        RequestError: the server wants another key.
+    """
     import httpx
 
     base = url.rstrip("/")
     with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        health = httpx.get(f"{base.removesuffix('/v1')}/health", timeout=5)
+        health = httpx.get(f"{base.removesuffix('/v1')}/health", headers=authorisation(), timeout=5)
         if health.status_code >= 500:
             return None
-        listed = httpx.get(f"{base}/models", timeout=5)
+        listed = httpx.get(f"{base}/models", headers=authorisation(), timeout=5)
+        if listed.status_code in (401, 403):
+            raise RequestError(
+                f"the server at {redact(url)} refuses ({listed.status_code}): set OPENAI_API_KEY to a key that it takes"
+            )
         if listed.is_success:
             return [str(entry["id"]) for entry in listed.json()["data"]]
     return None
@@ -233,6 +284,16 @@ def _check_model(setting: str, url: str, model: str, served: list[str]) -> None:
 
 
 def _port_taken(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.settimeout(2)
-        return probe.connect_ex((host, port)) == 0
+    with suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host name or address is this machine's: only such an address can be bound."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+                return True
+    return False

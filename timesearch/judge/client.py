@@ -8,7 +8,6 @@ kept on disk under all that it depends on, so that a run repeated is a run with 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sqlite3
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from timesearch.errors import TemporaryError
 from timesearch.files import json_digest
 from timesearch.redaction import redact
 from timesearch.rewards import rule_judge
+from timesearch.servers import authorisation
 from timesearch.settings import Judge
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class JudgeClient:
         missing = [triple for triple in asked if triple not in verdicts]
         if missing:
             slots = asyncio.Semaphore(self._settings.concurrency)
-            async with httpx.AsyncClient(timeout=self._settings.timeout, headers=_authorisation()) as client:
+            async with httpx.AsyncClient(timeout=self._settings.timeout, headers=authorisation()) as client:
 
                 async def one(triple: Triple) -> None:
                     async with slots:
@@ -148,11 +148,6 @@ class JudgeClient:
                 "use a server with structured outputs, such as vLLM"
             )
         return float(answer)
-
-
-def _authorisation() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Verdicts:

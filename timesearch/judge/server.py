@@ -6,13 +6,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from timesearch.servers import model_server
+from timesearch.servers import VLLM, model_server
 from timesearch.settings import Judge
 
 logger = logging.getLogger(__name__)
-
-VLLM = ("vllm", "serve", "{model}", "--host", "{host}", "--port", "{port}")
-"""The command where the settings name none."""
 
 
 @contextmanager
