@@ -23,7 +23,8 @@ from timesearch.inference.infer import Job, play
 from timesearch.messages import text_of
 from timesearch.pocket.world import make_scene, question
 from timesearch.samples import Prediction, read_samples
-from timesearch.search.environment import SearchEnvironment, fit_size, preview_plan
+from timesearch.search.budget import fit_size, preview_plan
+from timesearch.search.environment import SearchEnvironment
 from timesearch.settings import Search
 from timesearch.training.grpo_csv import Clock, TimedEnvironment
 
@@ -159,6 +160,17 @@ def test_no_more_frames_are_shown_than_there_is_room_for(caches: Path) -> None:
     assert len(seconds_of(environment.seek_video_frames("star"))) == 1
     environment._room = 0
     assert environment.seek_video_frames("star") == environment._say("overflow")
+
+
+def test_searched_frames_keep_to_max_tokens(caches: Path) -> None:
+    """A frame of 64 x 64 pixels is four tokens; two of them allowed, search and re-answer show it smaller."""
+    environment = open_environment(caches, max_tokens=2, min_tokens=1)
+    blocks = environment.seek_video_frames("star", num_frames=1)
+    again = environment._reanswer_content()
+    assert again is not None
+    sizes = {block["image"].size for block in [*blocks, *again] if block["type"] == "image"}
+    assert sizes == {fit_size((64, 64), 2, 32)}
+    assert sizes != {(64, 64)}
 
 
 def test_engines_behind_http_get_the_cached_bytes(caches: Path) -> None:

@@ -23,7 +23,7 @@ from timesearch.pocket.world import (
     read_colour,
 )
 from timesearch.samples import read_samples
-from timesearch.search.environment import preview_plan
+from timesearch.search.budget import preview_plan
 from timesearch.settings import Frames, Search
 from timesearch.video.frames import FrameCache, make_frame_cache
 

@@ -21,6 +21,7 @@ from timesearch.files import inside
 from timesearch.messages import Block, format_seconds, neutralise
 from timesearch.retrieval.features import FeatureCache
 from timesearch.retrieval.selection import select_frames
+from timesearch.search.budget import preview_plan, searched_size
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Search
 from timesearch.video.frames import FrameCache
@@ -131,7 +132,7 @@ class SearchEnvironment:
         found = [int(index) + first for index in picked]
         times = self._opened.frames.timestamps
         self._searched += [SearchedFrame(self._calls, index, float(times[index])) for index in found]
-        return [*self._opened.show(found), *self._say("overflow" if spent else "next", count=len(found))]
+        return [*self._show(found), *self._say("overflow" if spent else "next", count=len(found))]
 
     def _tools(self) -> dict[str, Any]:
         """The tools by name: the public methods, found by the rule that TRL follows."""
@@ -208,7 +209,11 @@ class SearchEnvironment:
 
     def _answer_content(self, indices: list[int]) -> list[Block]:
         """Blocks that ask for the answer from the frames `indices` alone."""
-        return [*self._opened.show(indices), *self._say("reanswer", question=self._question)]
+        return [*self._show(indices), *self._say("reanswer", question=self._question)]
+
+    def _show(self, indices: list[int]) -> list[Block]:
+        """A time and an image for each of the frames `indices`, as search shows them."""
+        return self._opened.show(indices, searched_size(self._opened.frames.size, self._settings))
 
 
 class _Video:
@@ -222,13 +227,13 @@ class _Video:
         self.features.verify()
         self.features.require_frames(self.frames)
 
-    def show(self, indices: list[int], size: tuple[int, int] | None = None) -> list[Block]:
+    def show(self, indices: list[int], size: tuple[int, int]) -> list[Block]:
         """A time and an image for each frame, scaled down to `size` (width, height) where that is another."""
-        if size in (None, self.frames.size) and self._encoded:
+        if size == self.frames.size and self._encoded:
             pixels: list[dict[str, Any]] = [{"jpeg": self.frames.jpeg(index)} for index in indices]
         else:
             images = self.frames.read(indices)
-            if size not in (None, self.frames.size):
+            if size != self.frames.size:
                 images = [image.resize(size) for image in images]
             pixels = [{"jpeg": _jpeg(image)} if self._encoded else {"image": image} for image in images]
         blocks: list[Block] = []
@@ -268,39 +273,3 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number")
     return number
-
-
-def preview_plan(total: int, size: tuple[int, int], settings: Search) -> tuple[list[int], tuple[int, int]]:
-    """Frames of the preview and their size: first as many frames as the budgets allow, then as large as they allow.
-
-    Args:
-        total: frames of the video.
-        size: width and height of a cached frame in pixels.
-        settings: `total_video_tokens`, `max_frames`, `min_tokens`, `max_tokens` and `patch` are used, as in the
-            paper's configuration.
-
-    Returns:
-        Increasing indices, each the middle of an equal share of the video, and (width, height) in pixels.
-    """
-    whole = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
-    least = min(settings.min_tokens, whole)
-    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // least))
-    tokens = min(settings.max_tokens, max(least, settings.total_video_tokens // count))
-    indices = [int((position + 0.5) * total / count) for position in range(count)]
-    return indices, fit_size(size, tokens, settings.patch)
-
-
-def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
-    """The largest size of about the same shape, in whole patches and at most `tokens` of them; never enlarged."""
-    width, height = size
-    if (width // patch) * (height // patch) <= tokens:
-        return size
-    scale = math.sqrt(tokens / (width * height))
-    columns, rows = width * scale, height * scale
-    choices = []
-    for across in (math.floor(columns), math.ceil(columns)):
-        for down in (math.floor(rows), math.ceil(rows)):
-            fitted = min(max(across, 1), tokens)
-            choices.append((fitted, min(max(down, 1), tokens // fitted)))
-    across, down = max(choices, key=math.prod)
-    return across * patch, down * patch

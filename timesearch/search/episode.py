@@ -29,6 +29,7 @@ from timesearch.messages import (
     tool_frames,
 )
 from timesearch.samples import EpisodeError, Prediction, Sample, Usage
+from timesearch.search.budget import TIME_TOKENS, searched_size
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools, tool_schemas
 from timesearch.search.prompts import Prompts
@@ -38,8 +39,6 @@ CALLS_PER_TURN = 8
 """Calls of one turn that are carried out at most; the rest of them stay unanswered."""
 MESSAGE_TOKENS = 96
 """Allowance for the words around searched frames, in tokens."""
-FRAME_TOKENS = 12
-"""Allowance for the time and the markers around one frame, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,8 @@ class _Episode:
         """Frames that still fit into the context, beside the words around them and one more turn."""
         if self._policy.context is None or not reply.prompt_tokens:
             return None
-        width, height = self._environment._opened.frames.size
-        frame = (width // self._settings.patch) * (height // self._settings.patch) + FRAME_TOKENS
+        width, height = searched_size(self._environment._opened.frames.size, self._settings)
+        frame = (width // self._settings.patch) * (height // self._settings.patch) + TIME_TOKENS
         used = reply.prompt_tokens + reply.generated_tokens + MESSAGE_TOKENS + self._settings.max_new_tokens
         return max(0, (self._policy.context - used) // frame)
 

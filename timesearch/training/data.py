@@ -14,22 +14,7 @@ from timesearch.errors import ItemError, RequestError
 from timesearch.files import inside
 from timesearch.formats import to_rows
 from timesearch.samples import Sample, read_rows, validate
-from timesearch.settings import Search, Settings
-
-TIME_TOKENS = 12
-"""Text tokens around a frame, at most: its time and the markers of an image."""
-TEXT_TOKENS = 2048
-"""Text tokens of a prompt, at most: system text, tools, question and options."""
-
-
-def preview_frames(search: Search) -> int:
-    """Frames of a preview, at most."""
-    return min(search.max_frames, search.total_video_tokens // search.min_tokens)
-
-
-def prompt_tokens(search: Search) -> int:
-    """Tokens of a prompt, at most."""
-    return search.total_video_tokens + preview_frames(search) * TIME_TOKENS + TEXT_TOKENS
+from timesearch.settings import Settings
 
 
 def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -> tuple[list[Sample], list[Failure]]:

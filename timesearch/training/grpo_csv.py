@@ -46,13 +46,15 @@ from timesearch.errors import RequestError, TimeSearchError
 from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, score_episode
+from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, multiply_patches, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
-from timesearch.training.data import dataset_row, load_training_samples, prompt_tokens
+from timesearch.training.data import dataset_row, load_training_samples
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
+from timesearch.training.launch import refuse_unfit
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 
 RESAMPLES = 2
@@ -175,14 +177,25 @@ class GRPOCSVTrainer(GRPOTrainer):
         judge: scores open-ended answers.
         verify: generate re-answers; without them this is plain GRPO on format and accuracy.
         zero_advantage: what becomes of groups that teach nothing: `keep`, `replay` or `resample`.
+        mask_truncated: episodes cut by the length limit carry no loss.
         clock: shared with the environments, which time their decoding in it.
         **arguments: those of `GRPOTrainer`, without `reward_funcs`.
     """
 
-    def __init__(self, *, judge: Judge, verify: bool, zero_advantage: str, clock: Clock, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        judge: Judge,
+        verify: bool,
+        zero_advantage: str,
+        mask_truncated: bool,
+        clock: Clock,
+        **arguments: Any,
+    ) -> None:
         self._judge = judge
         self._verify = verify
         self._zero_advantage = zero_advantage
+        self._mask_truncated = mask_truncated
         self.clock = clock
         self.episodes: list[Episode] = []
         self._rows: list[dict[str, Any]] = []
@@ -191,7 +204,9 @@ class GRPOCSVTrainer(GRPOTrainer):
         super().__init__(reward_funcs=[self._reward(part) for part in PARTS[: 3 if verify else 2]], **arguments)
         multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
-        self._replay = ReplayBuffer(capacity=max(1, self.args.generation_batch_size // self.num_generations))
+        # As many groups as this process plays in a step: more than that are never put back.
+        episodes = self.args.generation_batch_size // self.accelerator.num_processes
+        self._replay = ReplayBuffer(capacity=episodes // math.gcd(episodes, self.num_generations))
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(
@@ -224,14 +239,23 @@ class GRPOCSVTrainer(GRPOTrainer):
                 batch, more = refill(batch, self._play(self._other_rows(len(inputs), attempt)), size, pad_token)
                 self.episodes = kept + self.episodes
                 replaced += more
-        mask = batch["completion_mask"] * batch["tool_mask"]
-        batch["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        batch["num_items_in_batch"] = self._loss_tokens(batch)
         self._metrics["train"]["replaced"].append(replaced * size / len(inputs))
         return batch
 
     def _play(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rows, self._prompts, self.episodes = inputs, [], []
-        return super()._generate_and_score_completions(inputs)
+        batch = super()._generate_and_score_completions(inputs)
+        if self._mask_truncated:
+            # TRL's own option hides cut episodes from attention too, and their images then count for the next ones.
+            cut = torch.tensor([episode.truncated for episode in self.episodes], device=batch["tool_mask"].device)
+            batch["tool_mask"] = batch["tool_mask"] * ~cut[:, None]
+            batch["num_items_in_batch"] = self._loss_tokens(batch)
+        return batch
+
+    def _loss_tokens(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Tokens that carry loss, over all processes."""
+        return self.accelerator.gather((batch["completion_mask"] * batch["tool_mask"]).sum()).sum()
 
     def _other_rows(self, count: int, attempt: int) -> list[dict[str, Any]]:
         """This process's share of a fresh draw of questions, the same in every process."""
@@ -400,7 +424,10 @@ class GRPOCSVTrainer(GRPOTrainer):
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         fields = {name: value for name, value in tokenized.items() if name not in ("input_ids", "attention_mask")}
-        images = [[block["image"] for block in content or [] if block["type"] == "image"] for content in contents]
+        # None, and not an empty list, stands for "no image" in TRL's calls of vLLM.
+        images = [
+            [block["image"] for block in content or [] if block["type"] == "image"] or None for content in contents
+        ]
         written, _ = super()._generate_single_turn(
             tokenized["input_ids"], images if any(images) else None, fields, num_generations=1
         )
@@ -462,17 +489,23 @@ def run(settings: Settings) -> Path:
     `failures.jsonl`. While a run lasts, `checkpoints/` is there too, and the same call goes on from it.
 
     Raises:
-        RequestError: no usable sample or no policy, or a batch that cannot be divided as the settings ask.
+        RequestError: too few usable samples, no policy, or settings that `grpo_config` refuses.
     """
     from timesearch.judge.client import make_judge
     from timesearch.judge.server import judge_server
-    from timesearch.retrieval.encoder import load_encoder
+    from timesearch.retrieval.features import default_encoder
     from timesearch.tracking import stage_run
     from timesearch.training.watch import Watch, write_table
 
     disable_progress_bar()
     folder = settings.paths.train
     samples, failures = load_training_samples(settings)
+    if len(samples) < settings.train.prompts_per_step:
+        raise RequestError(
+            f"a step takes {settings.train.prompts_per_step} questions (train.prompts_per_step), and "
+            f"{settings.paths.train_samples} has {len(samples)} fit for training ({len(failures)} left out): "
+            "lower it, or add samples"
+        )
     policy = settings.paths.coldstart if settings.paths.coldstart.is_dir() else settings.paths.models / "policy"
     if not (policy / "config.json").is_file():
         raise RequestError(f"{policy} holds no policy: run the stages 'models' and 'coldstart' first")
@@ -485,7 +518,7 @@ def run(settings: Settings) -> Path:
     checkpoint = latest_checkpoint(folder / "checkpoints", config.world_size)
 
     clock = Clock()
-    encoder = load_encoder(str(settings.paths.models / "encoder"))
+    encoder = default_encoder(settings)
     environment = partial(
         TimedEnvironment, clock, settings.search, encoder, settings.paths.frames, settings.paths.features
     )
@@ -501,6 +534,7 @@ def run(settings: Settings) -> Path:
             judge=make_judge(settings.judge),
             verify=settings.train.completeness_weight > 0,
             zero_advantage=settings.train.zero_advantage,
+            mask_truncated=settings.train.mask_truncated,
             clock=clock,
             model=str(policy),
             args=config,
@@ -524,11 +558,13 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
     """TRL's configuration of a run.
 
     Raises:
-        RequestError: the episodes of a step do not divide into processes and micro-batches.
+        RequestError: settings that do not go together, or the episodes of a step do not divide into processes and
+            micro-batches.
     """
     train, search = settings.train, settings.search
     cuda = torch.cuda.is_available()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_unfit(train, processes)
     passes, rest = divmod(train.prompts_per_step * train.num_generations, processes * train.micro_batch)
     if rest:
         raise RequestError(
@@ -556,7 +592,6 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         reward_weights=[train.format_weight, train.accuracy_weight, train.completeness_weight][
             : 3 if train.completeness_weight > 0 else 2
         ],
-        mask_truncated_completions=train.mask_truncated,
         max_completion_length=train.max_completion_length,
         max_tool_calling_iterations=search.max_turns - 1,
         # The policy must not write tokens that stand for images. vLLM takes this as a bias on the logits.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from timesearch.errors import RequestError
+from timesearch.search.budget import TIME_TOKENS, preview_frames, prompt_tokens
 from timesearch.settings import Settings
-from timesearch.training.data import TIME_TOKENS, preview_frames, prompt_tokens
 from timesearch.training.launch import launch_command
 
 GIB = 2**30

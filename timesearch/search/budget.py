@@ -1,0 +1,78 @@
+"""What an episode takes: the frames of the preview, the sizes in which frames are shown, and tokens at most."""
+
+from __future__ import annotations
+
+import math
+
+from timesearch.settings import Search
+
+TIME_TOKENS = 12
+"""Text tokens around a frame, at most: its time and the markers of an image."""
+TEXT_TOKENS = 2048
+"""Text tokens of a prompt, at most: system text, tools, question and options."""
+
+
+def preview_plan(total: int, size: tuple[int, int], settings: Search) -> tuple[list[int], tuple[int, int]]:
+    """Frames of the preview and their size: first as many frames as the budgets allow, then as large as they allow.
+
+    Args:
+        total: frames of the video.
+        size: width and height of a cached frame in pixels.
+        settings: `total_video_tokens`, `max_frames`, `min_tokens`, `max_tokens` and `patch` are used, as in the
+            paper's configuration.
+
+    Returns:
+        Increasing indices, each the middle of an equal share of the video, and (width, height) in pixels.
+    """
+    whole = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
+    least = min(settings.min_tokens, whole)
+    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // least))
+    tokens = min(settings.max_tokens, max(least, settings.total_video_tokens // count))
+    indices = [int((position + 0.5) * total / count) for position in range(count)]
+    return indices, fit_size(size, tokens, settings.patch)
+
+
+def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
+    """The largest size of about the same shape, in whole patches and at most `tokens` of them; never enlarged."""
+    width, height = size
+    if (width // patch) * (height // patch) <= tokens:
+        return size
+    scale = math.sqrt(tokens / (width * height))
+    columns, rows = width * scale, height * scale
+    choices = []
+    for across in (math.floor(columns), math.ceil(columns)):
+        for down in (math.floor(rows), math.ceil(rows)):
+            fitted = min(max(across, 1), tokens)
+            choices.append((fitted, min(max(down, 1), tokens // fitted)))
+    across, down = max(choices, key=math.prod)
+    return across * patch, down * patch
+
+
+def searched_size(size: tuple[int, int], settings: Search) -> tuple[int, int]:
+    """Width and height in which a cached frame of `size` is shown when it was searched."""
+    return fit_size(size, settings.max_tokens, settings.patch)
+
+
+def preview_frames(settings: Search) -> int:
+    """Frames of a preview, at most."""
+    return min(settings.max_frames, settings.total_video_tokens)
+
+
+def searched_frames(settings: Search) -> int:
+    """Frames that an episode searches, at most: the last turn is left for the answer."""
+    return (settings.max_turns - 1) * settings.max_frames_per_turn
+
+
+def prompt_tokens(settings: Search) -> int:
+    """Tokens of a prompt, at most."""
+    return settings.total_video_tokens + preview_frames(settings) * TIME_TOKENS + TEXT_TOKENS
+
+
+def search_tokens(settings: Search) -> int:
+    """Tokens of all searched frames of an episode, at most."""
+    return searched_frames(settings) * (settings.max_tokens + TIME_TOKENS)
+
+
+def completion_tokens(settings: Search) -> int:
+    """Tokens of an episode after its prompt, at most."""
+    return search_tokens(settings) + settings.max_turns * settings.max_new_tokens
