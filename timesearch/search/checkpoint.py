@@ -126,6 +126,17 @@ def examine(checkpoint: Path | str, settings: Search) -> list[Finding]:
     ]
 
 
+def check_fit(checkpoint: Path | str, settings: Search) -> None:
+    """Refuse a checkpoint of which `examine` finds something unfit.
+
+    Raises:
+        RequestError: it is none of a vision-language model, or does not fit; with what was found.
+    """
+    wrong = [f"{finding.what} ({finding.text})" for finding in examine(checkpoint, settings) if not finding.ok]
+    if wrong:
+        raise RequestError(f"{checkpoint} does not fit these parameters: {'; '.join(wrong)}")
+
+
 def _template(processor: Any, settings: Search) -> Iterator[Finding]:
     said = "<think> a  b </think>\n<tool_call>\n{}\n</tool_call>"
     messages = [
