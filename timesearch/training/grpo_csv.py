@@ -528,7 +528,8 @@ def run(settings: Settings) -> Path:
         if main:
             bar = stack.enter_context(progress_bar("train", settings.train.steps))
             record = stack.enter_context(stage_run(settings, "train", keep=folder / "mlflow_run"))
-            stack.enter_context(judge_server(settings.judge, say=console.print))
+            if any(sample.type == "open_ended" for sample in samples):
+                stack.enter_context(judge_server(settings.judge, say=console.print))
             callbacks = [Watch(folder, record, bar, settings.paths.frames, settings.train.log_episodes_every)]
         trainer = GRPOCSVTrainer(
             judge=make_judge(settings.judge),
