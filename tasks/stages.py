@@ -14,11 +14,13 @@ from typing import Any
 from prefect import task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from tasks.artifacts import Progress
 from tasks.reproduce import StageFailedError, reproduce
+from timesearch.video.download import TRY_AGAIN
 
 MINUTE = 60
 HOUR = 60 * MINUTE
@@ -53,8 +55,9 @@ def _stage(name: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> State[
 
 @task(retries=4, timeout_seconds=1 * DAY, tags=["network"], **_again)
 def download(tree: Path, fresh: bool, env: Mapping[str, str]) -> State[bool]:
-    """Fetch the videos that the sample files name."""
-    return _stage("download", tree, fresh, env)
+    """Fetch the videos that the sample files name; the last try leaves out those whose source stays away."""
+    again = {TRY_AGAIN: "1"} if task_run.run_count <= download.retries else {}
+    return _stage("download", tree, fresh, {**env, **again})
 
 
 @task(retries=4, timeout_seconds=12 * HOUR, tags=["network"], **_again)

@@ -6,8 +6,11 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -21,7 +24,7 @@ from timesearch.errors import ItemError
 from timesearch.samples import Sample
 from timesearch.settings import Download
 from timesearch.video import download as download_module
-from timesearch.video.download import download_videos, fetch
+from timesearch.video.download import TRY_AGAIN, download_videos, fetch
 
 BODY = random.Random(0).randbytes(300_000)
 
@@ -235,8 +238,42 @@ def test_each_failure_has_its_reason(host: Host, tmp_path: Path) -> None:
 def test_a_server_that_stays_down_is_named(tmp_path: Path) -> None:
     with pytest.raises(ItemError) as caught:
         fetch("http://127.0.0.1:9/a.mp4", tmp_path / "a.mp4", retries=1)
-    assert caught.value.reason == "download_failed"
+    assert caught.value.reason == "unreachable"
     assert "tried 2 times" in str(caught.value)
+
+
+def test_a_model_hub_that_is_away_is_unreachable(tmp_path: Path) -> None:
+    """In a process of its own, as the hub's address is read when its library is imported."""
+    code = (
+        f"from timesearch.video.download import fetch; fetch('hf://datasets/a/b/c.mp4', {str(tmp_path)!r}, retries=1)"
+    )
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert "ItemError: hf://datasets/a/b/c.mp4: [Errno 111] Connection refused (tried 2 times)" in done.stderr
+
+
+@pytest.mark.parametrize(("source", "status"), [("http://127.0.0.1:9/a.mp4", 75), ("/no/a.mp4", 0)])
+def test_an_unreachable_source_asks_for_another_try_of_who_makes_one(tmp_path: Path, source: str, status: int) -> None:
+    from typer.testing import CliRunner
+
+    from timesearch.cli import data
+    from timesearch.cli.app import app
+
+    assert data.download
+    for split in ("train", "test"):
+        row = sample(f"{split}.mp4", source).model_copy(update={"id": split})
+        (tmp_path / f"{split}.jsonl").write_text(row.model_dump_json() + "\n")
+    params = tmp_path / "params.yaml"
+    paths = {"train_samples": "train.jsonl", "test_samples": "test.jsonl", "videos": "videos"}
+    values = {
+        "paths": {name: str(tmp_path / path) for name, path in paths.items()},
+        "download": {"retries": 0},
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    }
+    params.write_text(json.dumps(values))
+    command = ["download", "--keep-going", "--params", str(params)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner(env={TRY_AGAIN: "1"}).invoke(app, command).exit_code == status
 
 
 def test_what_is_there_is_not_fetched_again(host: Host, tmp_path: Path) -> None:

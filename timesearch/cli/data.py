@@ -24,8 +24,11 @@ def _items(text: str) -> Any:
     return typer.Argument(help=text, readable=False)
 
 
-def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
-    """Say what was made (and why again), and what failed, and leave with the contract's exit code."""
+def _close(result: BatchResult, made: str, out: Path, keep_going: bool, later: bool = False) -> None:
+    """Say what was made (and why again), and what failed, and leave with the contract's exit code.
+
+    `later`: the same command is worth another try, whatever `keep_going` says.
+    """
     again = ", ".join(f"{count} {stale}" for stale, count in sorted(result.again.items()))
     say(
         f"{made}: {len(result.done)} made{again and f' (in place of {again})'}, {len(result.skipped)} up to date, "
@@ -35,7 +38,7 @@ def _close(result: BatchResult, made: str, out: Path, keep_going: bool) -> None:
         typer.echo(f"  {failure.reason}: {_visible(redact(failure.message))}", err=True)
     if result.failures:
         typer.echo(f"  all failures: {out / 'failures.jsonl'}", err=True)
-    raise typer.Exit(result.exit_code(keep_going))
+    raise typer.Exit(75 if later else result.exit_code(keep_going))
 
 
 def _visible(text: str) -> str:
@@ -58,10 +61,12 @@ def _recorded(settings: Settings, stage: str, work: Callable[[], BatchResult]) -
 def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing = False) -> None:
     """Fetch the videos of all samples."""
     from timesearch.settings import load_settings
-    from timesearch.video.download import run
+    from timesearch.video.download import TRY_AGAIN, UNREACHABLE, run
 
     settings = load_settings(params)
-    _close(_recorded(settings, "download", lambda: run(settings)), "videos", settings.paths.videos, keep_going)
+    result = _recorded(settings, "download", lambda: run(settings))
+    away = any(failure.reason == UNREACHABLE for failure in result.failures)
+    _close(result, "videos", settings.paths.videos, keep_going, later=away and TRY_AGAIN in os.environ)
 
 
 @app.command()

@@ -24,6 +24,10 @@ from timesearch.files import file_digest, inside, json_digest
 from timesearch.samples import Sample, read_samples
 from timesearch.settings import Download, Settings
 
+UNREACHABLE = "unreachable"
+"""Why a video failed whose source was away or overloaded at every try."""
+TRY_AGAIN = "TIMESEARCH_TRY_AGAIN"
+"""Set in the environment by who starts the stage again where a source was unreachable: it then ends with status 75."""
 _CHUNK = 4 * 2**20
 """Bytes a read: one HTTP range request."""
 _HEADER_BLOCK = 2**12
@@ -68,9 +72,11 @@ def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4
     turns out to be damaged is removed.
 
     Raises:
-        ItemError: `not_found`, `forbidden`, `size_mismatch`, `checksum_mismatch`, or `download_failed` after all tries.
+        ItemError: `not_found`, `forbidden`, `size_mismatch`, `checksum_mismatch`, `unreachable` (no try came through, a
+            later one may), or `download_failed`.
     """
     import aiohttp
+    from huggingface_hub.errors import HTTPError
     from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
     try:
@@ -83,10 +89,10 @@ def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4
                 _fetch_once(source, target, sha256)
     except RetryError as error:
         last = _cause(error.last_attempt.exception() or error)
-        raise ItemError(f"{source}: {last} (tried {retries + 1} times)", reason="download_failed") from last
-    except (FileNotFoundError, PermissionError, aiohttp.ClientError, ValueError, ImportError) as error:
+        raise ItemError(f"{source}: {last} (tried {retries + 1} times)", reason=UNREACHABLE) from last
+    except (FileNotFoundError, PermissionError, aiohttp.ClientError, HTTPError, ValueError, ImportError) as error:
         cause = _cause(error)
-        status = getattr(cause, "status", None)
+        status = _status(cause)
         if status in (401, 403) or isinstance(cause, PermissionError):
             raise ItemError(f"{source} may not be read: check your credentials", reason="forbidden") from error
         if status == 404 or isinstance(cause, FileNotFoundError):
@@ -105,11 +111,18 @@ def _cause(error: BaseException) -> BaseException:
 def _may_pass(error: BaseException) -> bool:
     """Whether another try may help: breaks and overload, not absence, refusal or a full disk."""
     import aiohttp
+    from huggingface_hub.errors import HTTPError
 
     error = _cause(error)
-    if isinstance(error, aiohttp.ClientResponseError):
-        return error.status in (408, 425, 429) or error.status >= 500
-    return isinstance(error, (aiohttp.ClientError, TimeoutError, ConnectionError, _ShortRead))
+    status = _status(error)
+    if status is not None:
+        return status in (408, 425, 429) or status >= 500
+    return isinstance(error, (aiohttp.ClientError, HTTPError, TimeoutError, ConnectionError, _ShortRead))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that a server refused with: aiohttp's errors hold it, the model hub's hold the response."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 class _ShortRead(Exception):
