@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import RequestError
+from timesearch.files import write_json
+from timesearch.search.budget import completion_tokens, prompt_tokens
 from timesearch.settings import Search
 from timesearch.threads import use_fitting_threads
+
+if TYPE_CHECKING:
+    import torch
 
 VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
@@ -55,7 +60,33 @@ def load_processor(checkpoint: Path | str) -> Any:
         from trl.chat_template_utils import qwen3_vl_chat_template
 
         processor.chat_template = qwen3_vl_chat_template
+    vision = processor.image_processor
+    if 0 < _side(vision) ** 2 < vision.size.get("shortest_edge", 0):
+        vision.size["shortest_edge"] = _side(vision) ** 2  # as `keep_small_frames`
     return processor
+
+
+def _side(vision: Any) -> int:
+    """Pixels along the side of a vision token; 0 where an image processor does not cut into patches."""
+    return int(getattr(vision, "patch_size", 0) * getattr(vision, "merge_size", 1))
+
+
+def keep_small_frames(folder: Path) -> None:
+    """Let servers of the checkpoint in `folder` take small frames as they are, as `load_processor` does.
+
+    Published processors enlarge images below a number of pixels (Qwen3-VL: 64 tokens), which breaks the budget of the
+    preview. Files that enlarge nothing stay as they are.
+    """
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        vision = config.get("image_processor", config)
+        least = (vision.get("patch_size", 0) * vision.get("merge_size", 0)) ** 2
+        sizes = [(vision, "min_pixels"), (vision.get("size") or {}, "shortest_edge")]
+        enlarging = [(holder, name) for holder, name in sizes if least and (holder.get(name) or 0) > least]
+        for holder, name in enlarging:
+            holder[name] = least
+        if enlarging:
+            write_json(path, config)
 
 
 def multiply_patches(model: Any) -> Any:
@@ -74,10 +105,14 @@ def multiply_patches(model: Any) -> Any:
     return model
 
 
-def load_model(checkpoint: Path | str) -> Any:
-    """The model of a checkpoint on the best device: bfloat16 on a GPU, float32 on a CPU.
+def load_model(checkpoint: Path | str, dtype: torch.dtype | None = None) -> Any:
+    """The model of a checkpoint on the best device.
 
     A folder with a LoRA adapter is loaded as its base model with the adapter merged in.
+
+    Args:
+        checkpoint: a folder or a hub name.
+        dtype: of the weights; None takes bfloat16 on a GPU, float32 on a CPU.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -86,7 +121,8 @@ def load_model(checkpoint: Path | str) -> Any:
     logging.disable_progress_bar()
     on_gpu = torch.cuda.is_available()
     base = base_of(checkpoint)
-    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     if base != str(checkpoint):
         from peft import PeftModel
 
@@ -124,6 +160,17 @@ def examine(checkpoint: Path | str, settings: Search) -> list[Finding]:
         *_vision(processor, config, settings),
         *_context(config, settings),
     ]
+
+
+def require_fit(checkpoint: Path | str, settings: Search) -> None:
+    """Refuse a checkpoint that cannot play search episodes under these settings.
+
+    Raises:
+        RequestError: `examine` found what does not fit, or no checkpoint of a vision-language model.
+    """
+    wrong = [f"{finding.what}: {finding.text}" for finding in examine(checkpoint, settings) if not finding.ok]
+    if wrong:
+        raise RequestError(f"{checkpoint} does not fit the parameters of search; {'; '.join(wrong)}")
 
 
 def check_fit(checkpoint: Path | str, settings: Search) -> None:
@@ -164,10 +211,13 @@ def _vision(processor: Any, config: Any, settings: Search) -> Iterator[Finding]:
     image = getattr(config, "image_token_id", None)
     yield Finding("vision tokens", image in ids, f"{len(ids)} vision tokens are kept out of what the policy writes")
     vision = processor.image_processor
-    side = getattr(vision, "patch_size", 0) * getattr(vision, "merge_size", 1)
+    side = _side(vision)
     fits = side == settings.patch
     advice = "" if fits else f": set search.patch to {side} (it is {settings.patch}), and frames.factor likewise"
     yield Finding("patch", fits, f"a vision token covers {side} x {side} pixels{advice}")
+    if fits:
+        small = vision.get_number_of_image_patches(side, side) // vision.merge_size**2
+        yield Finding("small frames", small == 1, f"a frame of {side} x {side} pixels is shown as {small} token(s)")
 
 
 def _context(config: Any, settings: Search) -> Iterator[Finding]:
@@ -175,9 +225,8 @@ def _context(config: Any, settings: Search) -> Iterator[Finding]:
     if context is None:
         yield Finding("context", True, "the length of the context is not known")
         return
-    # Times and markers take about a dozen tokens a frame; prompts about a thousand.
-    preview = settings.total_video_tokens + 12 * min(settings.max_frames, settings.total_video_tokens)
-    searched = (settings.max_turns - 1) * settings.max_frames_per_turn * (settings.max_tokens + 12)
-    need = preview + searched + settings.max_turns * settings.max_new_tokens + 1000
-    room = "enough for" if context >= need else "not enough for"
-    yield Finding("context", context >= preview + 1000, f"{context} tokens, {room} the longest episode ({need})")
+    prompt = prompt_tokens(settings)
+    longest = prompt + completion_tokens(settings)
+    room = "enough for" if context >= longest else "not enough for"
+    advice = "" if context >= prompt else f": lower search.total_video_tokens, for the prompt alone takes {prompt}"
+    yield Finding("context", context >= prompt, f"{context} tokens, {room} the longest episode ({longest}){advice}")
