@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from timesearch.errors import RequestError, TimeSearchError
+from timesearch.errors import RequestError, TemporaryError, TimeSearchError
 from timesearch.processes import start_guarded, stop
 from timesearch.settings import Settings, Train
 
@@ -41,6 +41,7 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
 
     Raises:
         RequestError: what cannot be started as it is.
+        TemporaryError: a training process was killed, or something that it needs did not answer.
         TimeSearchError: a training process failed.
     """
     from timesearch.training.data import load_training_samples
@@ -50,18 +51,44 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
     load_training_samples(settings)
     if settings.train.launcher == "single" and settings.train.processes == 1:
         return load_trainer(settings.train.generation).run(settings)
+    train = settings.train
+    refuse_unfit(train, train.processes if train.launcher == "single" else train.nodes * train.gpus_per_node)
     with tempfile.TemporaryDirectory(prefix="timesearch-") as name:
         folder = Path(name)
         params = folder / "params.yaml"
         params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
-        if settings.train.launcher == "single":
-            _run_processes(settings.train.processes, params, folder)
+        if train.launcher == "single":
+            _run_processes(train.processes, params, folder)
         else:
-            command = launch_command(settings.train, node_rank, main_address, params)
-            code = _wait([start_guarded(command, env=_environment())])
-            if code:
-                raise TimeSearchError(f"{command[0]} ended with exit code {code}: its messages are above")
+            launcher = start_guarded(launch_command(train, node_rank, main_address, params), env=_environment())
+            if _wait([launcher]) is not None:
+                raise _failure("accelerate launch", launcher.returncode, "its messages are above")
     return settings.paths.train
+
+
+def refuse_unfit(train: Train, processes: int) -> None:
+    """Refuse settings that hang, mix up episodes or write a checkpoint that does not load.
+
+    Raises:
+        RequestError: naming the settings that do not go together.
+    """
+    several = f"over {processes} processes"
+    if train.lora_rank and train.launcher in ("zero2", "zero3", "fsdp"):
+        raise RequestError(
+            f"train.lora_rank is {train.lora_rank} and train.launcher {train.launcher}: adapters cannot be merged into "
+            "sharded weights; use launcher ddp (or single), or lora_rank 0"
+        )
+    if train.generation == "vllm_server" and processes > 1:
+        raise RequestError(
+            f"train.generation vllm_server {several}: each process plays its own number of turns, and TRL hands them "
+            "one another's completions; use vllm_colocate, or one process"
+        )
+    if train.generation == "transformers" and train.launcher in ("zero3", "fsdp") and processes > 1:
+        raise RequestError(
+            f"train.generation transformers with train.launcher {train.launcher} {several}: each process plays its own "
+            "number of turns, and the one that needs most waits for the others for ever; use vllm_colocate, or "
+            "launcher zero2 or ddp"
+        )
 
 
 def launch_command(train: Train, node_rank: int, main_address: str | None, params: Path | str) -> list[str]:
@@ -84,7 +111,8 @@ def launch_command(train: Train, node_rank: int, main_address: str | None, param
     return [*command, "-m", "timesearch", "train", "--params", str(params)]
 
 
-_ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+_ACCELERATE = (sys.executable, "-m", "timesearch.training.launch")
+"""`accelerate launch`, by way of `_accelerate`."""
 
 
 def _config(launcher: str) -> Path:
@@ -118,25 +146,63 @@ def _run_processes(count: int, params: Path, folder: Path) -> None:
             output = None if rank == 0 else stack.enter_context(log.open("wb"))
             processes.append(start_guarded(command, stdout=output, env={**shared, **own}))
             stack.callback(stop, processes[-1])
-        code = _wait(processes)
-    if code:
-        failed = next(rank for rank, process in enumerate(processes) if process.returncode == code)
+        failed = _wait(processes)
+    if failed is not None:
         said = "its messages are above" if failed == 0 else logs[failed].read_text(errors="replace")[-2000:]
-        raise TimeSearchError(f"training process {failed} of {count} ended with exit code {code}: {said}")
+        raise _failure(f"training process {failed} of {count}", processes[failed].returncode, said)
 
 
-def _wait(processes: list[subprocess.Popen[str]]) -> int:
-    """The exit code of the first process that fails, else 0 once all have ended."""
+def _wait(processes: list[subprocess.Popen[str]]) -> int | None:
+    """Wait until all have ended or one fails, and stop the others; the number of the one that failed, if one did."""
     try:
         while True:
             codes = [process.poll() for process in processes]
-            failed = [code for code in codes if code]
-            if failed or None not in codes:
-                return failed[0] if failed else 0
+            if _CRASH in codes:  # of a process that lost another, perhaps, whose own end is seen a moment later
+                time.sleep(1.0)
+                codes = [process.poll() for process in processes]
+            if any(codes):
+                return codes.index(_cause([code for code in codes if code]))
+            if None not in codes:
+                return None
             time.sleep(0.2)
     finally:
         for process in processes:
             stop(process)
+
+
+_CRASH = 1
+"""Exit code of Python after an exception."""
+
+
+def _cause(codes: Sequence[int]) -> int:
+    """The exit code, of those of processes that failed, that says most: one that loses another only crashes."""
+    return next((code for code in codes if code != _CRASH), _CRASH)
+
+
+def _failure(name: str, code: int, said: str) -> TimeSearchError:
+    """The error of a process that failed; what it waited for in vain, or who killed it, may be over later."""
+    number = -code if code < 0 else code - 128
+    if number > 0:
+        return TemporaryError(f"{name} was ended by signal {number}: {said}")
+    kind = TemporaryError if code == os.EX_TEMPFAIL else TimeSearchError
+    return kind(f"{name} ended with exit code {code}: {said}")
+
+
+def _accelerate() -> int:
+    """`accelerate launch`, with the exit code of the process that failed in place of its own, which is always 1."""
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        main()
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        code = _cause([failure.exitcode for failure in error.failures.values()])
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    else:
+        return 0
+    return code if code >= 0 else 128 - code
 
 
 @contextmanager
@@ -165,3 +231,7 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    raise SystemExit(_accelerate())
