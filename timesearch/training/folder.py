@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
 
 from timesearch.files import file_digest, write_json
+from timesearch.progress import console
+from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
+
+PACE = {
+    "coldstart": {"teacher_url", "micro_batch", "gradient_checkpointing", "save_steps"},
+    "train": {"vllm_url", "gpu_memory", "micro_batch", "gradient_checkpointing", "save_steps", "log_episodes_every"},
+}
+"""Settings of each training that change its pace and not its result: an interrupted run goes on after an edit.
+`dvc.yaml` leaves out the same ones."""
 
 
 def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Path) -> None:
-    """Keep what an interrupted run of the same settings left, and clear away what another run did.
+    """Keep what an interrupted run of the same settings left, and make room where another run was.
+
+    An unfinished run of other settings is moved aside, to `<folder>.unfinished-<number>`.
 
     Args:
         folder: of the run; `checkpoints/` in it is what a run goes on from.
-        settings: the section `stage`, the search and the seed tell one run from another.
+        settings: the section `stage` without its `PACE`, the search and the seed tell one run from another.
         stage: name of the stage.
         policy: folder of the policy that the run starts from.
     """
     identity = {
-        "settings": settings.model_dump(mode="json", include={"seed", "search", stage}),
+        "settings": settings.model_dump(mode="json", include={"seed", "search", stage}, exclude={stage: PACE[stage]}),
+        "prompts": Prompts.load(settings.search.prompts).texts,
         "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
         "samples": file_digest(settings.paths.train_samples),
     }
     mark = folder / "run.json"
-    known = mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity
-    if not (known and (folder / "checkpoints").is_dir()):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(mark, identity)
+    unfinished = (folder / "checkpoints").is_dir()
+    if unfinished and mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == identity:
+        return
+    if unfinished:
+        names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in count(1))
+        aside = next(name for name in names if not name.exists())
+        folder.rename(aside)
+        console.print(
+            f"{folder} held an unfinished run of other settings, prompts, samples or another policy (its run.json "
+            f"lists them): it is now {aside}; delete that if nothing needs it",
+            markup=False,
+            highlight=False,
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(mark, identity)
 
 
 def latest_checkpoint(checkpoints: Path, processes: int = 1) -> str | None:
