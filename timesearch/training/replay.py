@@ -34,18 +34,28 @@ def rows_of(groups: Sequence[int], size: int) -> list[int]:
 
 
 def take(batch: Batch, rows: Sequence[int]) -> Batch:
-    """A batch of some rows of `batch`; its images are split by row."""
+    """A batch of some rows of `batch`; its images are split by row.
+
+    Its tensors are copies in main memory: a view would keep the whole batch alive, and a GPU has no room to keep
+    images in.
+    """
     index = list(rows)
     return {
-        key: [value[row] for row in index] if isinstance(value, list) else value[index] if value.dim() else value
+        key: [_kept(value[row]) for row in index]
+        if isinstance(value, list)
+        else _kept(value[index] if value.dim() else value)
         for key, value in split_pixel_values_by_grid(batch).items()
     }
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def put(batch: Batch, rows: Sequence[int], other: Batch, pad_token: int) -> Batch:
     """`batch` with `rows` replaced by the rows of `other` (from `take`), both padded to a common length.
 
-    Prompts are padded on the left and completions on the right, as TRL does.
+    Prompts are padded on the left and completions on the right, as TRL does. The result is where `batch` is.
     """
     batch = split_pixel_values_by_grid(batch)
     prompt = max(part["prompt_ids"].size(1) for part in (batch, other))
@@ -55,11 +65,11 @@ def put(batch: Batch, rows: Sequence[int], other: Batch, pad_token: int) -> Batc
         if isinstance(value, list):
             value = list(value)
             for row, replacement in zip(rows, other[key], strict=True):
-                value[row] = replacement
+                value[row] = replacement.to(value[row]) if isinstance(replacement, torch.Tensor) else replacement
             batch[key] = value
         elif value.dim():
             batch[key] = value.clone()
-            batch[key][list(rows)] = other[key]
+            batch[key][list(rows)] = other[key].to(value)
     return unsplit_pixel_values_by_grid(batch)
 
 
@@ -80,7 +90,7 @@ class ReplayBuffer:
     """The newest groups that taught something.
 
     Args:
-        capacity: groups kept; they hold their images, so that a few are enough.
+        capacity: groups kept, with their images, in main memory.
     """
 
     def __init__(self, capacity: int) -> None:
