@@ -1,5 +1,7 @@
 """Trains two steps with vLLM colocated on its CPU build: ``python tests/colocated.py FOLDER`` prints what arrived.
 
+The first episode of a step is made to search, the others are what a policy of random weights writes.
+
 A program of its own, because vLLM wants its environment set before it is imported. Its CPU backend packs linear weights
 away, so that an update does not find them; the plain linear is put in place of that here.
 """
@@ -21,7 +23,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 import torch
 import vllm.model_executor.layers.utils as layers
-from scripted import build_project, make_settings, use_oracle
+from scripted import CALL, build_project, make_settings, use_oracle
 
 from timesearch.training import grpo_csv
 
@@ -35,7 +37,7 @@ def by_length(messages: list[Any], *_: Any, **__: Any) -> dict[str, float]:
 
 
 def watch_engine(seen: list[dict[str, float]]) -> None:
-    """Compare the engine's weights with the trainer's whenever episodes were generated."""
+    """Compare the engine's weights with the trainer's whenever episodes were generated; let the first one search."""
     generate = grpo_csv.GRPOCSVTrainer._generate_single_turn
 
     def watched(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -48,7 +50,11 @@ def watch_engine(seen: list[dict[str, float]]) -> None:
         arrived = theirs["language_model.model.embed_tokens.weight"][: len(embedding)]
         apart = float((arrived - embedding.to(arrived.dtype)).abs().max())
         seen.append({"step": self.state.global_step, "apart": apart, "sum": float(arrived.double().abs().sum())})
-        return written
+        ids, logps = written
+        if len(ids) > 1:  # the first turn: only one episode has a second
+            call = self._tokenizer(CALL.format(shape="ring") + "<|im_end|>", add_special_tokens=False)["input_ids"]
+            ids[0], logps[0] = call, [0.0] * len(call)
+        return ids, logps
 
     grpo_csv.GRPOCSVTrainer._generate_single_turn = watched  # type: ignore[method-assign]
 

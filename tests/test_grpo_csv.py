@@ -157,9 +157,20 @@ def in_child(target: Callable[[], Any], **environment: str) -> multiprocessing.P
 
 
 def test_a_run_scores_episodes_and_writes_what_people_and_later_stages_read(
-    play: Callable[..., Any], recorder: Recorder
+    play: Callable[..., Any], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shown: list[Any] = []
+    single_turn = grpo_csv.GRPOTrainer._generate_single_turn
+
+    def watched(self: Any, ids: Any, images: Any, *arguments: Any, **keywords: Any) -> Any:
+        shown.append(images)
+        return single_turn(self, ids, images, *arguments, **keywords)
+
+    monkeypatch.setattr(grpo_csv.GRPOTrainer, "_generate_single_turn", watched)
     trainer = play(MIXED, steps=1, micro_batch=8, log_episodes_every=1)
+    # The last turn is the re-answer: vLLM takes None for a rollout without images, and no empty list.
+    assert [images is None for images in shown[-1]] == [not episode.searched for episode in trainer.episodes]
+    assert all(images is None or images for turn in shown for images in turn)
 
     (row,) = metrics()
     assert row["step"] == 1
@@ -246,6 +257,44 @@ def test_no_usable_sample_and_an_indivisible_batch_are_refused(project: Path) ->
     (project / "data/train.jsonl").write_text('{"id": "a", "video": "a.mp4", "question": "?"}\n')
     with pytest.raises(RequestError, match="no sample fit for training"):
         grpo_csv.run(make_settings())
+
+
+def test_fewer_samples_than_a_step_takes_are_refused(project: Path) -> None:
+    with pytest.raises(RequestError, match=r"a step takes 7 questions .* has 6 fit for training"):
+        grpo_csv.run(make_settings(prompts_per_step=7))
+
+
+@pytest.mark.parametrize(
+    ("processes", "train", "says"),
+    [
+        (1, {"lora_rank": 8, "launcher": "zero2"}, "lora_rank"),
+        (8, {"lora_rank": 8, "launcher": "zero3", "generation": "vllm_colocate"}, "lora_rank"),
+        (8, {"lora_rank": 8, "launcher": "fsdp", "generation": "vllm_colocate"}, "lora_rank"),
+        (2, {"generation": "vllm_server"}, "vllm_server over 2 processes"),
+        (8, {"launcher": "zero3"}, "transformers with train.launcher zero3"),
+        (8, {"launcher": "fsdp"}, "transformers with train.launcher fsdp"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch, processes: int, train: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    settings = make_settings(micro_batch=1, **train)
+    with pytest.raises(RequestError, match=says):
+        grpo_csv.grpo_config(settings, "runs/coldstart")
+
+
+def test_queries_go_to_the_encoder_of_the_features(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: str) -> None:
+        raise InterruptedError(source)
+
+    monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", load)
+    settings = make_settings()
+    with pytest.raises(InterruptedError, match="models/encoder"):
+        grpo_csv.run(settings)
+    settings.features.url = "http://embeddings/v1"
+    with pytest.raises(InterruptedError, match="http://embeddings/v1"):
+        grpo_csv.run(settings)
 
 
 # What is learned from
@@ -377,7 +426,10 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, m
     child.join()
     assert not (project / "runs/train/model.safetensors").exists()
 
+    settings.train.log_episodes_every = 1  # its pace only: the run goes on
     grpo_csv.run(settings)
+    assert json.loads(Path("runs/train/episodes/step-00006.jsonl").read_text().splitlines()[0])
+    assert not Path("runs/train/episodes/step-00001.jsonl").exists()
     resumed, rows = weights(), metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     grpo_csv.run(settings.model_copy(update={"paths": settings.paths.model_copy(update={"train": Path("runs/whole")})}))
@@ -441,8 +493,12 @@ def test_a_cut_episode_is_counted_and_masked_if_asked(play: Callable[..., Any]) 
     trainer = play([[ANSWER, long]], steps=1, micro_batch=8, mask_truncated=True)
     (row,) = metrics()
     assert row["truncated"] == row["ill_formed"] == 0.5
-    masked = (trainer.batches[0]["completion_mask"].sum(1) == 0).tolist()
-    assert sorted(masked) == [False] * 4 + [True] * 4
+    (batch,) = trainer.batches
+    learned = (batch["completion_mask"] * batch["tool_mask"]).sum(1)
+    assert sorted((learned == 0).tolist()) == [False] * 4 + [True] * 4
+    assert batch["num_items_in_batch"] == learned.sum()
+    # It stays in sight: positions of a batch are counted by the images in it.
+    assert (batch["completion_mask"].sum(1) > 0).all()
 
 
 def test_a_fault_of_this_machine_stops_the_run(play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,6 +551,7 @@ def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
     assert all(seen["apart"] == 0.0 for seen in result["seen"])
     assert len({seen["sum"] for seen in result["seen"]}) == 2
     assert [row["step"] for row in result["rows"]] == [1, 2]
+    assert [row["search_rate"] for row in result["rows"]] == [1 / 8, 1 / 8]
     # The engine computes in bf16 and a policy of random weights is sharp, so that this is far from 0 here.
     assert all(math.isfinite(row["sampling_logp_difference"]) for row in result["rows"])
 
@@ -547,6 +604,33 @@ def test_replay_swaps_whole_rows_and_pads_both_sides() -> None:
     assert second["mm_token_type_ids"].tolist()[0] == [1] * 8 + [0] * 3
     assert second["mm_token_type_ids"].tolist()[3] == [0] + [1] * 10
     assert second["pixel_values"][:, 0].tolist() == [10] * 4 + [11] * 4 + [52] * 4 + [53] * 4
+
+
+def test_replay_keeps_its_own_rows_alone() -> None:
+    batch = toy_batch([1.0, -1.0, 0.0, 0.0], 5, 3, 10)
+    kept = take(batch, [0, 1])
+    tensors = [part for value in kept.values() for part in (value if isinstance(value, list) else [value])]
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    kept["old_per_token_logps"] = kept["old_per_token_logps"].double()
+    mixed = put(batch, [2, 3], kept, 0)
+    assert {key: value.dtype for key, value in mixed.items() if isinstance(value, torch.Tensor)} == {
+        key: value.dtype for key, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replay_keeps_in_main_memory_and_gives_back_to_the_gpu() -> None:
+    def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
+        return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    buffer = ReplayBuffer(capacity=2)
+    buffer.exchange(on_gpu(toy_batch([1.0, -1.0, 0.0, 0.0], 5, 3, 10)), size=2, pad_token=0)
+    assert buffer._groups[0]["pixel_values"][0].device.type == "cpu"
+    batch, replaced = buffer.exchange(on_gpu(toy_batch([0.0, 0.0, 2.0, -2.0], 4, 6, 50)), size=2, pad_token=0)
+    assert replaced == 1
+    assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"cuda"}
 
 
 def test_refill_takes_useful_groups_only() -> None:
