@@ -11,7 +11,7 @@ from PIL import Image
 
 from timesearch.errors import RequestError
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
-from timesearch.search.checkpoint import examine, keep_small_frames, load_model, load_processor, require_fit
+from timesearch.search.checkpoint import check_fit, examine, keep_small_frames, load_model, load_processor
 from timesearch.settings import Search
 
 SEARCH = Search(total_video_tokens=16, max_frames=4, min_tokens=4, max_tokens=4, patch=32, max_turns=4)
@@ -55,12 +55,12 @@ def test_a_servers_copy_is_put_right_once(published: Path, tmp_path: Path) -> No
 
 
 def test_what_does_not_fit_is_refused(published: Path) -> None:
-    require_fit(published, SEARCH)
+    check_fit(published, SEARCH)
     assert all(finding.ok for finding in examine(published, SEARCH))
-    with pytest.raises(RequestError, match=r"patch: .* set search.patch to 32"):
-        require_fit(published, SEARCH.model_copy(update={"patch": 28}))
-    with pytest.raises(RequestError, match=r"context: 4096 tokens, .* lower search.total_video_tokens"):
-        require_fit(published, SEARCH.model_copy(update={"total_video_tokens": 5000}))
+    with pytest.raises(RequestError, match=r"patch \(.* set search.patch to 32"):
+        check_fit(published, SEARCH.model_copy(update={"patch": 28}))
+    with pytest.raises(RequestError, match=r"context \(4096 tokens, .* lower search.total_video_tokens"):
+        check_fit(published, SEARCH.model_copy(update={"total_video_tokens": 5000}))
 
 
 def test_weights_are_loaded_in_the_type_that_is_asked_for(published: Path) -> None:

@@ -162,17 +162,6 @@ def examine(checkpoint: Path | str, settings: Search) -> list[Finding]:
     ]
 
 
-def require_fit(checkpoint: Path | str, settings: Search) -> None:
-    """Refuse a checkpoint that cannot play search episodes under these settings.
-
-    Raises:
-        RequestError: `examine` found what does not fit, or no checkpoint of a vision-language model.
-    """
-    wrong = [f"{finding.what}: {finding.text}" for finding in examine(checkpoint, settings) if not finding.ok]
-    if wrong:
-        raise RequestError(f"{checkpoint} does not fit the parameters of search; {'; '.join(wrong)}")
-
-
 def check_fit(checkpoint: Path | str, settings: Search) -> None:
     """Refuse a checkpoint of which `examine` finds something unfit.
 
