@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
 
 from tasks.artifacts import show_plan, show_results
-from tasks.judge import judge
+from tasks.judge import asks_judge, judge
 from tasks.outage import AWAY, is_back
 from tasks.reproduce import STAGES, reproduce, stale_stages
 from tasks.stages import TASKS
@@ -34,8 +34,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 Stage = Literal["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
 Value = bool | int | float | str | list[Any] | None
 Overrides = dict[str, Value]
-
-_JUDGED = frozenset({"train", "evaluate"})
 
 
 def run_name() -> str:
@@ -74,22 +72,43 @@ def run_stages(
     """
     stages = [stage for stage in STAGES if stage in stages]
     with ExitStack() as held:
-        tree = held.enter_context(workspace(CHECKOUT, overrides or {}, revision, get_run_logger().info))
+        logger = get_run_logger()
+        tree = held.enter_context(workspace(CHECKOUT, overrides or {}, revision, logger.info, logger.warning))
         settings = _anchored(load_settings(tree / "params.yaml"), tree)
-        stale = stale_stages(tree, stages, get_run_logger().info)
+        stale = stale_stages(tree, stages, logger.info)
         show_plan(stale, stages)
         fresh = stages[: stages.index(stale[0])] if stale else stages
         env = {"MLFLOW_TRACKING_URI": tracking_uri(settings)}
         if stale:
             record = held.enter_context(parent_run(settings, flow_run.name, tree))
             env[PARENT_RUN] = record.id or ""
-            if _JUDGED.difference(fresh).intersection(stages):
-                held.enter_context(judge(settings.judge))
-        ran = [stage for stage in stages if _bring(stage, tree, stage in fresh, env)]
+        ran = _bring_all(stages, fresh, tree, settings, env)
         if stale:
             record.set_tags(lock_tags(tree))
             record.log_artifact(tree / "dvc.lock")
         return {"ran": ran, "table": show_results(tree, settings.paths.results)}
+
+
+def _bring_all(
+    stages: Sequence[str], fresh: Collection[str], tree: Path, settings: Settings, env: Mapping[str, str]
+) -> list[str]:
+    """Bring stages up to date in order; returns those that ran.
+
+    The judge is up from the first of them that asks it and is stale when its turn comes, to the last one.
+    """
+    asking = [stage for stage in stages if stage not in fresh and asks_judge(stage, settings, tree)]
+    ran = []
+    judged = False
+    with ExitStack() as held:
+        for stage in stages:
+            if stage in asking and not judged and stale_stages(tree, [stage], get_run_logger().info):
+                held.enter_context(judge(settings.judge))
+                judged = True
+            if _bring(stage, tree, stage in fresh, env):
+                ran.append(stage)
+            if stage in asking[-1:]:
+                held.close()
+    return ran
 
 
 def _bring(stage: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.pipeline import CHECKOUT, run_name, run_stages
+from tasks.reproduce import turn
 from timesearch.settings import load_settings
 
 
@@ -19,12 +20,14 @@ def prepare(retry_failed: bool = True) -> dict[str, Any]:
         retry_failed: Try again what failed before (a source that was down). Otherwise only new or changed videos.
     """
     if retry_failed:
+        logger = get_run_logger()
         paths = load_settings(CHECKOUT / "params.yaml").paths
-        for folder in (paths.videos, paths.frames, paths.features):
-            listed = CHECKOUT / folder / "failures.jsonl"
-            if listed.is_file():
-                get_run_logger().info("trying again what is listed in %s", listed)
-                listed.unlink()
+        with turn(CHECKOUT, logger.info):
+            for folder in (paths.videos, paths.frames, paths.features):
+                listed = CHECKOUT / folder / "failures.jsonl"
+                if listed.is_file():
+                    logger.info("trying again what is listed in %s", listed)
+                    listed.unlink()
     return run_stages(("download", "models", "frames", "features"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from queue import Queue
 from threading import Event
 
@@ -13,7 +14,8 @@ from prefect.logging import get_run_logger
 
 from tasks.outage import AWAY
 from timesearch.judge.server import judge_server
-from timesearch.settings import Judge
+from timesearch.samples import read_samples
+from timesearch.settings import Judge, Settings
 
 
 @task(name="judge", task_run_name="judge server", tags=["judge"], cache_policy=NO_CACHE)
@@ -26,6 +28,21 @@ def _serve(settings: Judge, started: Queue[BaseException | None], done: Event) -
     except BaseException as error:
         started.put(error)
         raise
+
+
+def asks_judge(stage: str, settings: Settings, tree: Path) -> bool:
+    """Whether a stage in `tree` asks a judge's server: it scores answers, and a sample of its file is open-ended.
+
+    Raises:
+        RequestError: the sample file is missing or broken.
+    """
+    paths = settings.paths
+    files = {"train": paths.train_samples, "evaluate": paths.test_samples}
+    if settings.coldstart.traces == "teacher":
+        files["coldstart"] = paths.train_samples
+    if settings.judge.kind == "rule" or stage not in files:
+        return False
+    return any(sample.type == "open_ended" for sample in read_samples(tree / files[stage]))
 
 
 @contextmanager

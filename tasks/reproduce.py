@@ -55,7 +55,7 @@ def stale_stages(
     """
     command = [*dvc(), "status", "--json", *stages]
     env = _environment(tree, {})
-    with _turn(tree, line):
+    with turn(tree, line):
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise TimeSearchError(f"dvc status failed in {tree}: {redact(done.stderr.strip() or done.stdout.strip())}")
@@ -91,7 +91,7 @@ def reproduce(
     tail: list[str] = []
     ran = True
     status = None
-    with _turn(tree, line) as lock:
+    with turn(tree, line) as lock:
         process = start_guarded(
             [*dvc(), "repro", "--single-item", stage],
             stdout=subprocess.PIPE,
@@ -122,8 +122,11 @@ def reproduce(
 
 
 @contextmanager
-def _turn(tree: Path, line: Callable[[str], None]) -> Iterator[IO[str]]:
-    """Hold the tree's lock. The guard of the stage's processes holds it too, so that it outlives a killed flow."""
+def turn(tree: Path, line: Callable[[str], None]) -> Iterator[IO[str]]:
+    """Hold the tree's lock, under which its outputs are written; `line` is told if it is waited for.
+
+    The guard of a stage's processes holds it too, so that it outlives a killed flow.
+    """
     path = tree / ".dvc" / "tmp" / "stage.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:

@@ -1,8 +1,8 @@
 """A working tree of its own for a run with overridden parameters or of another revision.
 
-A git worktree under `.workspaces/` that shares DVC's cache with the checkout: what the checkout has made is linked in,
-what the overrides make stale is made there, and neither the checkout nor another run sees it. What git does not know
-of (uncommitted edits) is not in it.
+A git worktree under `.workspaces/` that shares DVC's cache and the judge's verdicts with the checkout: what the
+checkout has made is linked in, what the overrides make stale is made there, and neither the checkout nor another run
+sees it. Parameters, stages and data are the checkout's, committed or not; the code is the committed one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,35 @@ from timesearch.settings import Settings, load_settings
 
 FOLDER = ".workspaces"
 
-_LINKS = '"reflink,hardlink,symlink,copy"'
+_LINKS = ["reflink", "hardlink", "symlink", "copy"]
+_DATA = ("*.dvc", "pretrained/*.dvc")
+_STATE = ("params.yaml", "dvc.yaml", "dvc.lock", *_DATA)
+"""What says what a run is made of, besides its code."""
+_CODE = ("timesearch", "configs")
+"""What a stage's command runs from its tree; flows and tasks are always the checkout's."""
 _PARAMETER = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
 @contextmanager
 def workspace(
-    checkout: Path, overrides: Mapping[str, Any], revision: str | None, say: Callable[[str], None]
+    checkout: Path,
+    overrides: Mapping[str, Any],
+    revision: str | None,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> Iterator[Path]:
     """Yield the tree to work in: the checkout itself, or where there is something to override, a workspace.
 
-    A workspace is removed when the block ends well, and kept, and named, when it fails.
+    When the block ends well the workspace is removed, and its `dvc.lock` and `params.yaml`, by which DVC finds what was
+    made, stay under `.workspaces/done/`; when it fails the workspace is kept, and named.
 
     Args:
         checkout: the project's folder.
         overrides: values by dotted parameter name, such as ``{"train.learning_rate": 1e-5}``.
-        revision: anything that git can resolve; None is the checkout's HEAD.
+        revision: anything that git can resolve; None is the checkout's HEAD, with the parameters, stages and data that
+            the checkout has now.
         say: told what happens.
+        warn: told of uncommitted code, which the workspace does not have.
 
     Raises:
         RequestError: an unknown parameter, a wrong value, or an unknown revision; nothing is left behind.
@@ -58,12 +70,16 @@ def workspace(
         _remove(checkout, tree)
         raise
     say(redact(f"working in {tree} on {revision or 'HEAD'} with {json.dumps(dict(overrides), sort_keys=True)}"))
+    if revision is None and (edited := _edited_code(checkout)):
+        warn(f"the workspace works on the committed code, without the edits in {', '.join(edited)}: commit them first")
     try:
         yield tree
     except BaseException:
         say(f"kept for a look: {tree} (remove it: git worktree remove --force {tree})")
         raise
+    kept = _keep(checkout, tree)
     _remove(checkout, tree)
+    say(f"kept in {kept}: dvc.lock and params.yaml, with which `dvc checkout` brings back what this run made")
 
 
 def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,20 +103,57 @@ def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
 def _open(checkout: Path, tree: Path, revision: str | None, overrides: Mapping[str, Any]) -> None:
     tree.parent.mkdir(exist_ok=True)
     _run(checkout, "git", "worktree", "add", "--quiet", "--detach", str(tree), _resolve(checkout, revision))
-    lock = checkout / "dvc.lock"
-    if lock.exists() and (revision is None or not (tree / "dvc.lock").exists()):
-        shutil.copy(lock, tree / "dvc.lock")
-    cache = _run(checkout, *dvc(), "cache", "dir")
-    write_text(tree / ".dvc" / "config.local", f"[cache]\n    dir = {cache}\n    type = {_LINKS}\n")
+    for path in _matching(checkout, _STATE if revision is None else ("dvc.lock",)):
+        target = tree / path.relative_to(checkout)
+        if revision is None or not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    _configure(checkout, tree)
     params = tree / "params.yaml"
     if overrides:
         values = overridden(yaml.safe_load(params.read_text(encoding="utf-8")) or {}, overrides)
         write_text(params, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    load_settings(params)
-    pointers = [path for path in (*tree.glob("*.dvc"), *tree.glob("pretrained/*.dvc")) if path.is_file()]
-    if pointers:
+    _share_verdicts(checkout, tree, load_settings(params).judge.cache)
+    if pointers := _matching(tree, _DATA):
         _run(tree, *dvc(), "pull", *(str(path.relative_to(tree)) for path in pointers))
     _run(tree, *dvc(), "checkout", "--allow-missing")
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
+def _configure(checkout: Path, tree: Path) -> None:
+    """Give the workspace's DVC what is configured in the checkout alone (credentials of remotes), and its cache."""
+    from dvc.config import Config
+
+    local = Config(str(checkout / ".dvc"), validate=False).read("local")
+    with Config(str(tree / ".dvc"), validate=False).edit("local") as values:
+        values.update(local)
+        values["cache"] = {**values["cache"], "dir": _run(checkout, *dvc(), "cache", "dir"), "type": _LINKS}
+
+
+def _share_verdicts(checkout: Path, tree: Path, cache: Path) -> None:
+    """Let the stages in the workspace ask and fill the checkout's cache of verdicts, so that none is paid for twice."""
+    if cache.is_absolute():
+        return
+    for folder in (checkout, tree):
+        (folder / cache).parent.mkdir(parents=True, exist_ok=True)
+    (tree / cache).symlink_to(checkout / cache)
+
+
+def _edited_code(checkout: Path) -> list[str]:
+    """Files of code that differ from the checkout's commit, or are not in it."""
+    command = ("git", "status", "--porcelain", "--untracked-files=all", "--", *_CODE)
+    return [line.split(maxsplit=1)[1] for line in _run(checkout, *command).splitlines()]
+
+
+def _keep(checkout: Path, tree: Path) -> Path:
+    kept = checkout / FOLDER / "done" / tree.name
+    kept.mkdir(parents=True)
+    for path in _matching(tree, ("dvc.lock", "params.yaml")):
+        shutil.copy(path, kept / path.name)
+    return kept
 
 
 def _remove(checkout: Path, tree: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,18 @@ import pytest
 import yaml
 from scratch_project import ROOT, environment, make_project, ran, run
 
+import flows.pipeline
 from flows.pipeline import Stage, pipeline
+from tasks.judge import asks_judge
 from tasks.reproduce import STAGES, StageFailedError, reproduce, stale_stages
-from tasks.stages import TASKS
+from tasks.stages import TASKS, download
 from tasks.workspace import overridden, workspace
 from timesearch.errors import RequestError
+from timesearch.judge.client import Verdicts
 from timesearch.profiles import load_profile, profile_names, render
-from timesearch.settings import Settings, load_settings
+from timesearch.settings import Judge, Settings, load_settings
+from timesearch.training.folder import PACE
+from timesearch.video.download import TRY_AGAIN
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +65,13 @@ def test_every_parameter_that_a_stage_depends_on_exists_and_is_written_out() -> 
                 for part in parameter.split("."):
                     assert part in at, f"{parameter} of dvc.yaml is no parameter"
                     at = at[part]
+
+
+@pytest.mark.parametrize("stage", ["coldstart", "train"])
+def test_a_training_depends_on_all_of_its_parameters_but_those_of_its_pace(stage: str) -> None:
+    named = {name for name in pipeline_file()["stages"][stage]["params"] if name.startswith(f"{stage}.")}
+    assert PACE[stage] < set(Settings().model_dump()[stage])
+    assert named == {f"{stage}.{name}" for name in Settings().model_dump()[stage] if name not in PACE[stage]}
 
 
 def test_params_yaml_is_the_pocket_profile_written_out() -> None:
@@ -108,23 +123,119 @@ def test_failures_are_told_apart_by_what_another_try_can_change(here: Path) -> N
     assert reproduce("train", here, line=lambda line: None)
 
 
+def test_the_last_try_of_a_download_leaves_out_what_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.runtime import task_run
+
+    tried: list[bool] = []
+    monkeypatch.setattr("tasks.stages._stage", lambda name, tree, fresh, env: tried.append(TRY_AGAIN in env))
+    for count in (1, download.retries, download.retries + 1):
+        monkeypatch.setitem(task_run.FIELDS, "run_count", lambda count=count: count)
+        download.fn(tmp_path, False, {})
+    assert tried == [True, True, False]
+
+
 def test_a_workspace_has_the_outputs_and_goes_when_done(here: Path) -> None:
     params = (here / "params.yaml").read_text()
     said: list[str] = []
-    with workspace(here, {"train.learning_rate": 5e-5}, None, said.append) as tree:
+    with workspace(here, {"train.learning_rate": 5e-5}, None, said.append, pytest.fail) as tree:
         assert tree.parent == here / ".workspaces"
         assert load_settings(tree / "params.yaml").train.learning_rate == 5e-5
         assert (tree / "cache" / "frames" / "a.frames").is_file()
         assert stale_stages(tree)[0] == "train"
         (tree / "runs" / "mine").write_text("x")
     assert not tree.exists()
+    kept = here / ".workspaces" / "done" / tree.name
+    assert f"kept in {kept}" in said[-1]
+    assert load_settings(kept / "params.yaml").train.learning_rate == 5e-5
     assert (here / "params.yaml").read_text() == params
     assert not (here / "runs" / "mine").exists()
 
 
+def test_a_workspace_has_what_is_uncommitted_but_code(here: Path) -> None:
+    """A profile in use, data that were added, and settings of this machine go into it; edited code is named."""
+    params = (here / "params.yaml").read_text()
+    code, question = here / "timesearch" / "errors.py", here / "data" / "train.jsonl"
+    before = code.read_text(), question.read_text()
+    (here / "params.yaml").write_text(params.replace("learning_rate: 0.0002", "learning_rate: 0.0007"))
+    question.write_text('{"id": "2", "video": "a.mp4", "question": "new?"}\n')
+    run(here, "dvc", "add", "-q", "data")
+    code.write_text(before[0] + "# edited\n")
+    (here / "timesearch" / "new.py").write_text("")
+    run(here, "dvc", "remote", "add", "--local", "mine", "../mine")
+    warned: list[str] = []
+    try:
+        with workspace(here, {"train.steps": 3}, None, print, warned.append) as tree:
+            train = load_settings(tree / "params.yaml").train
+            assert (train.learning_rate, train.steps) == (0.0007, 3)
+            assert "new?" in (tree / "data" / "train.jsonl").read_text()
+            assert {"frames", "features"} < set(stale_stages(tree))
+            assert not (tree / "timesearch" / "new.py").exists()
+            configured = run(tree, "dvc", "config", "--local", "--list").stdout
+            remote = configured.split("remote.mine.url=")[1].split()[0]
+            assert (tree / ".dvc" / remote).resolve() == here.parent / "mine"
+            triple = ("q", "a", "b")
+            Verdicts(tree / "cache" / "judge.sqlite").put("key", 1.0)
+        assert Verdicts(here / "cache" / "judge.sqlite").get({"key": triple}) == {triple: 1.0}
+        (warning,) = warned
+        assert "without the edits in timesearch/errors.py, timesearch/new.py: commit" in warning
+    finally:
+        code.write_text(before[0])
+        (here / "timesearch" / "new.py").unlink()
+        (here / "params.yaml").write_text(params)
+        question.write_text(before[1])
+        run(here, "dvc", "add", "-q", "data")
+        (here / ".dvc" / "config.local").unlink()
+
+
+def test_the_judge_is_asked_for_open_ended_samples_only(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    row = {"id": "1", "video": "a.mp4", "question": "?", "answer": "A"}
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({**row, "type": "multiple_choice"}) + "\n")
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps({**row, "type": "open_ended"}) + "\n")
+    settings = Settings()
+    assert [stage for stage in STAGES if asks_judge(stage, settings, tmp_path)] == ["evaluate"]
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps({**row, "type": "open_ended"}) + "\n")
+    assert [stage for stage in STAGES if asks_judge(stage, settings, tmp_path)] == ["train", "evaluate"]
+    settings.coldstart.traces = "teacher"
+    assert [stage for stage in STAGES if asks_judge(stage, settings, tmp_path)] == ["coldstart", "train", "evaluate"]
+    settings.judge.kind = "rule"
+    assert not any(asks_judge(stage, settings, tmp_path) for stage in STAGES)
+
+
+def test_the_judge_is_up_from_the_first_stale_stage_that_asks_it_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    @contextmanager
+    def judge(settings: Judge) -> Iterator[None]:
+        happened.append("judge up")
+        yield
+        happened.append("judge down")
+
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text('{"id": "1", "video": "a.mp4", "question": "?"}\n')
+    monkeypatch.setattr(flows.pipeline, "judge", judge)
+    monkeypatch.setattr(flows.pipeline, "get_run_logger", logging.getLogger)
+    monkeypatch.setattr(flows.pipeline, "_bring", lambda stage, *_: bool(happened.append(stage)))
+
+    def bring(stages: list[str], stale: set[str]) -> list[str]:
+        happened.clear()
+        monkeypatch.setattr(flows.pipeline, "stale_stages", lambda tree, asked, line: stale.intersection(asked))
+        flows.pipeline._bring_all(stages, ["coldstart"], tmp_path, Settings(), {})
+        return list(happened)
+
+    stages = ["coldstart", "train", "infer", "evaluate"]
+    assert bring(stages, {"train"}) == ["coldstart", "judge up", "train", "infer", "evaluate", "judge down"]
+    assert bring(stages, {"evaluate"}) == ["coldstart", "train", "infer", "judge up", "evaluate", "judge down"]
+    assert bring(stages, set()) == stages
+    assert bring(stages[:3], {"train"}) == ["coldstart", "judge up", "train", "judge down", "infer"]
+
+
 def test_a_workspace_is_kept_when_the_run_fails(here: Path) -> None:
     said: list[str] = []
-    with pytest.raises(KeyError), workspace(here, {}, "HEAD", said.append) as tree:
+    with pytest.raises(KeyError), workspace(here, {}, "HEAD", said.append, pytest.fail) as tree:
         raise KeyError
     assert tree.is_dir()
     assert f"kept for a look: {tree}" in said[-1]
@@ -143,9 +254,9 @@ def test_a_workspace_is_kept_when_the_run_fails(here: Path) -> None:
 def test_a_wrong_workspace_is_refused_and_leaves_nothing(
     here: Path, overrides: dict[str, Any], revision: str | None, says: str
 ) -> None:
-    with pytest.raises(RequestError, match=re.escape(says)), workspace(here, overrides, revision, print):
+    with pytest.raises(RequestError, match=re.escape(says)), workspace(here, overrides, revision, print, print):
         pass
-    assert not (here / ".workspaces").exists() or list((here / ".workspaces").iterdir()) == []
+    assert {path.name for path in (here / ".workspaces").glob("*")} <= {"done"}
 
 
 def test_overrides_set_what_they_name_and_nothing_else() -> None:

@@ -205,7 +205,9 @@ def test_overridden_runs_live_side_by_side_and_leave_the_checkout(prefect: Prefe
     for rate in rates:
         assert sum(f"| {rate} |" in table for table in tables) == 1
     assert before == (run(project, "git", "status", "--porcelain").stdout, (project / "params.yaml").read_text())
-    assert list((project / ".workspaces").iterdir()) == []
+    assert [path.name for path in (project / ".workspaces").iterdir()] == ["done"]
+    kept = [yaml.safe_load(path.read_text()) for path in (project / ".workspaces" / "done").glob("*/params.yaml")]
+    assert sorted(values["train"]["learning_rate"] for values in kept) == list(rates)
     assert "up to date" in run(project, "dvc", "status").stdout
 
 
