@@ -1,5 +1,6 @@
-# Everything happens inside this folder: uv in .uv/ (unless one is on PATH), Python packages in .venv/, Prefect's home
-# in .prefect/, MLflow's store in mlflow.db. Remove them to start afresh.
+# The demo keeps everything inside this folder: uv in .uv/ (unless one is on PATH), Python packages in .venv/, Prefect's
+# home in .prefect/, MLflow's store in mlflow.db. Remove them to start afresh. Outside are only uv's own cache, digests
+# of files already read in ~/.cache/timesearch, and what a Prefect server and worker of your own keep in ~/.prefect.
 SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
