@@ -7,14 +7,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from footage import make_video
+from PIL.Image import Image
 
-from timesearch import FrameCache
+from timesearch import FeatureCache, FrameCache
 from timesearch.batch import Made, run_batch
 from timesearch.errors import ItemError
-from timesearch.settings import Frames
-from timesearch.video.frames import cache_frames
+from timesearch.retrieval.features import cache_features
+from timesearch.settings import Features, Frames
+from timesearch.video.frames import cache_frames, make_frame_cache
 
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # read when Ray is imported; `run_batch` sets it too
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
@@ -58,3 +61,25 @@ def test_frames_on_ray(tmp_path: Path) -> None:
     settings = Frames(ray_address="local", workers=2)
     assert sorted(cache_frames(videos, tmp_path / "out", settings).done) == sorted(videos)
     assert all(len(FrameCache.open(path)) == 4 for path in (tmp_path / "out").iterdir())
+
+
+def test_features_on_ray(tmp_path: Path) -> None:
+    class Colours:
+        """An encoder that is quick to start in a worker."""
+
+        name, pretrained, preprocessing, digest = "colours", "", "", ""
+
+        def prepare(self, images: list[Image]) -> np.ndarray:
+            return np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) for image in images])
+
+        def encode_prepared(self, batch: np.ndarray) -> np.ndarray:
+            return np.append(batch, np.full((len(batch), 1), os.getpid() != here), axis=1)
+
+    here = os.getpid()
+    make_frame_cache(make_video(tmp_path / "a.mp4", seconds=2), tmp_path / "a.frames", Frames())
+    frames = dict.fromkeys(("a.mp4", "b.mp4"), tmp_path / "a.frames")
+    result = cache_features(frames, tmp_path / "out", Colours(), Features(ray_address="local", workers=2))  # type: ignore[arg-type]
+    assert sorted(result.done) == ["a.mp4", "b.mp4"]
+    rows = FeatureCache.open(tmp_path / "out" / "b.mp4.safetensors").features
+    assert rows.shape == (4, 4)
+    assert (rows[:, 3] == 1).all()

@@ -72,6 +72,7 @@ def run_batch(
     workers: int,
     unit: str = "frames",
     ray_address: str | None = None,
+    ray_gpus: int = 0,
 ) -> BatchResult:
     """Do `work` for each item, `workers` at a time, and list what failed in the file `failures`.
 
@@ -83,10 +84,14 @@ def run_batch(
         workers: items in flight at the same time.
         unit: what `work` counts, for the rate beside the bar.
         ray_address: a Ray cluster to run on ('local' starts one), or None for threads here.
+        ray_gpus: GPUs that an item takes on a cluster that has any; Ray hides them from items that take none.
     """
     result = BatchResult()
     attempt = _Attempt(work)
-    stream = _on_ray(attempt, items, workers, ray_address) if ray_address else _in_threads(attempt, items, workers)
+    if ray_address:
+        stream = _on_ray(attempt, items, workers, ray_address, ray_gpus)
+    else:
+        stream = _in_threads(attempt, items, workers)
     started = time.monotonic()
     with progress_bar(title, len(items)) as bar:
         for item, outcome in stream:
@@ -156,7 +161,7 @@ def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterat
 
 
 def _on_ray(
-    attempt: _Attempt, items: Sequence[str], workers: int, address: str
+    attempt: _Attempt, items: Sequence[str], workers: int, address: str, gpus: int
 ) -> Iterator[tuple[str, Made | Failure | None]]:
     # Ray would start each worker by the driver's own `uv run` command line, which never becomes a worker.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -169,7 +174,10 @@ def _on_ray(
         here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
         ray.init(address=address, log_to_driver=False, **here)
 
-    @ray.remote(num_cpus=1, max_retries=_RAY_RETRIES)
+    gpus = gpus if ray.cluster_resources().get("GPU") else 0
+
+    # max_calls=0: a worker with a GPU keeps its loaded model for the next item.
+    @ray.remote(num_cpus=1, num_gpus=gpus, max_calls=0, max_retries=_RAY_RETRIES)
     def attempt_remotely(item: str) -> Made | Failure | None:
         return attempt(item)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from timesearch.errors import RequestError
 from timesearch.files import file_digest, write_json
+from timesearch.hub import fetch_error
 from timesearch.progress import progress_bar
 from timesearch.settings import Models, Settings
 
@@ -27,7 +28,8 @@ def run(settings: Settings, rebuild: bool = False) -> list[Path]:
         rebuild: first pretrain the pocket policy anew into the folder `models.policy`, which takes about half an hour.
 
     Raises:
-        RequestError: a model or folder does not exist or cannot be fetched.
+        RequestError: a model or folder does not exist, or the hub refuses it.
+        TemporaryError: the hub does not answer.
     """
     models, root = settings.models, settings.paths.models
     made = []
@@ -99,26 +101,30 @@ def _published_encoder(folder: Path, name: str, pretrained: str) -> None:
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError) as error:
-        raise RequestError(f"{name} ({pretrained}) cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise fetch_error(f"{name} ({pretrained}) cannot be loaded", error) from error
     save_for_hf(model, tokenizer, config, str(folder), safe_serialization=True)
 
 
 def _policy(folder: Path, source: str) -> None:
+    from timesearch.search.checkpoint import keep_small_frames
+
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise RequestError(f"{source} holds no checkpoint (config.json is missing)")
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        keep_small_frames(folder)
         return
     if source.count("/") != 1:
         raise RequestError(
             f"{source} does not exist: get it by `dvc pull`, or make it by `timesearch models --rebuild`"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
         snapshot_download(source, local_dir=folder, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise RequestError(f"{source} cannot be fetched from the model hub: {str(error).splitlines()[0]}") from error
+    except (HfHubHTTPError.__bases__[0], HFValidationError, OSError) as error:  # with its client's broken connections
+        raise fetch_error(f"{source} cannot be fetched from the model hub", error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    keep_small_frames(folder)

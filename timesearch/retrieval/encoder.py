@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from timesearch.errors import RequestError
+from timesearch.errors import RequestError, TemporaryError
 from timesearch.files import file_digest, json_digest
+from timesearch.hub import fetch_error
+from timesearch.redaction import redact
+from timesearch.servers import authorisation
 from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
+    import httpx
     from PIL.Image import Image
 
 _QUERIES_HELD = 8192
@@ -67,7 +71,8 @@ def load_encoder(model: str, pretrained: str | None = None, device: str | None =
         device: a torch device; a GPU where there is one if None.
 
     Raises:
-        RequestError: there is no such model, tag, folder or server.
+        RequestError: there is no such model, tag or folder, or the server refuses.
+        TemporaryError: the model hub or the server does not answer.
     """
     if model.startswith(("http://", "https://")):
         return ServedEncoder(model, pretrained)
@@ -138,6 +143,14 @@ class OpenClipEncoder:
         self.preprocessing = json_digest(shaping)[:16]
         self.digest = json_digest([self.name, self.pretrained, self.preprocessing])[:16]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: it loads the model itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_parts", "_loading")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._loading = threading.Lock()
+
     @functools.cached_property
     def _parts(self) -> _Parts:
         import open_clip
@@ -154,8 +167,7 @@ class OpenClipEncoder:
             )
             tokenizer = open_clip.get_tokenizer(self._identifier)
         except (RuntimeError, ValueError, OSError) as error:
-            why = str(error).splitlines()[0][:300]
-            raise RequestError(f"the encoder {self.name!r} ({self.pretrained}) cannot be loaded: {why}") from error
+            raise fetch_error(f"the encoder {self.name!r} ({self.pretrained}) cannot be loaded", error) from error
         use_fitting_threads(model)
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
         return _Parts(model.eval(), preprocess, tokenizer, device, dtype, pool)
@@ -219,9 +231,7 @@ class ServedEncoder:
         import httpx
 
         self._url = url.rstrip("/")
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(headers=headers, timeout=120)
+        self._client = httpx.Client(headers=authorisation(), timeout=120)
         self.name = model or self._only_model()
         self.pretrained = "served"
         self.preprocessing = "server"
@@ -229,26 +239,31 @@ class ServedEncoder:
         self._pool = ThreadPoolExecutor(16)
         self._queries = _Queries()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ServedEncoder, (self._url, self.name)
+
     def _only_model(self) -> str:
         import httpx
 
         try:
             models = self._client.get(f"{self._url}/models").raise_for_status().json()["data"]
             return str(models[0]["id"])
-        except (httpx.HTTPError, json.JSONDecodeError, KeyError, IndexError) as error:
-            raise RequestError(f"no embeddings server answers at {self._url}/models ({error})") from error
+        except httpx.HTTPError as error:
+            raise self._failed(error) from error
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise RequestError(f"{redact(self._url)} is no embeddings server: its /models lists no model") from error
+
+    def _failed(self, error: httpx.HTTPError) -> RequestError | TemporaryError:
+        if _passes(error):
+            return TemporaryError(f"no embeddings server answers at {redact(self._url)} ({redact(str(error))})")
+        return RequestError(f"the embeddings server at {redact(self._url)} refuses: {redact(str(error))}")
 
     def _post(self, body: dict[str, Any]) -> list[list[float]]:
         import httpx
         from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-        def passing(error: BaseException) -> bool:
-            if isinstance(error, httpx.HTTPStatusError):
-                return error.response.status_code in (408, 429) or error.response.status_code >= 500
-            return isinstance(error, httpx.TransportError)
-
         @retry(
-            retry=retry_if_exception(passing),
+            retry=retry_if_exception(_passes),
             stop=stop_after_attempt(4),
             wait=wait_random_exponential(max=10),
             reraise=True,
@@ -261,7 +276,7 @@ class ServedEncoder:
         try:
             return post()
         except httpx.HTTPError as error:
-            raise RequestError(f"the embeddings server at {self._url} failed: {error}") from error
+            raise self._failed(error) from error
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embed queries as (n, D) float32 unit rows; each is asked for once."""
@@ -283,6 +298,15 @@ class ServedEncoder:
     def _embed_image(self, url: str) -> list[float]:
         content = [{"type": "image_url", "image_url": {"url": url}}]
         return self._post({"messages": [{"role": "user", "content": content}]})[0]
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a failed request may succeed later."""
+    import httpx
+
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
+    return isinstance(error, httpx.TransportError)
 
 
 def _data_url(image: Image) -> str:

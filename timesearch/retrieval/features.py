@@ -195,13 +195,21 @@ def cache_features(
         frames: name of each video (its feature cache is `<out>/<name>.safetensors`) and its frame cache.
         out: folder of the feature caches; what failed is listed in its `failures.jsonl`.
         encoder: embeds the frames.
-        settings: batch size and workers.
+        settings: batch size, workers and Ray cluster.
     """
     from timesearch.batch import exclusive, run_batch
 
     with exclusive(out):
         work = functools.partial(_cache_one, frames=frames, out=out, encoder=encoder, batch_size=settings.batch_size)
-        return run_batch(title, list(frames), work, failures=out / "failures.jsonl", workers=settings.workers)
+        return run_batch(
+            title,
+            list(frames),
+            work,
+            failures=out / "failures.jsonl",
+            workers=settings.workers,
+            ray_address=settings.ray_address,
+            ray_gpus=1,
+        )
 
 
 def _cache_one(name: str, *, frames: dict[str, Path], out: Path, encoder: Encoder, batch_size: int) -> Made | None:
