@@ -16,6 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 SEARCH = (
     '<think>Look.</think>\n<tool_call>\n{"name": "seek_video_frames", "arguments": {"query": "star"}}\n</tool_call>'
 )
+PROTOCOL = frozenset({"model", "messages", "temperature", "top_p", "frequency_penalty", "max_tokens", "seed"})
+"""The fields of the protocol that all are sent; others are refused, as `transformers serve` does."""
+VLLM = frozenset({"top_k", "min_p", "repetition_penalty"})
+"""Further fields that a vLLM is sent: it says who it is where it lists its models."""
 ANSWER = "<think>Seen.</think>\n<answer>red</answer>"
 
 
@@ -23,15 +27,19 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     pause = "0"
     model = "tiny"
+    owner = "somebody"
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": self.model, "max_model_len": 4096}]})
+        self._send(200, {"data": [{"id": self.model, "max_model_len": 4096, "owned_by": self.owner}]})
 
     def do_POST(self) -> None:
         print("asked", flush=True)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         messages = asked["messages"]
         roles = [message["role"] for message in messages]
+        if wrong := asked.keys() ^ (PROTOCOL | (VLLM if self.owner == "vllm" else set())):
+            self._send(422, {"error": {"message": f"Unexpected or missing fields: {sorted(wrong)}"}})
+            return
         if self.pause == "refuse":
             if roles[-1] == "tool" and isinstance(messages[-1]["content"], list):
                 self._send(400, {"error": {"message": "This model's maximum context length is 64 tokens."}})

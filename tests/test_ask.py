@@ -13,6 +13,7 @@ from players import MeanColour, Puppet, answer_turn, script, search_turn
 import timesearch.cli.inference as commands
 from timesearch.cli import main
 from timesearch.inference.ask import Asker, contact_sheet, default_cache
+from timesearch.search.policy import EngineError
 from timesearch.settings import Settings
 
 
@@ -86,6 +87,24 @@ def test_a_guess_is_an_answer_without_a_contact_sheet(shared: Path, tmp_path: Pa
     assert "this is a guess from the preview" in out
     assert "saved     nothing" in out
     assert not sheet.exists()
+
+
+def test_what_ends_a_question_is_said_in_one_sentence(tmp_path: Path, run) -> None:
+    video = str(make_video(tmp_path / "video.mp4", seconds=5))
+    _, policy = commands._open_asker()
+    for error, code, says in (
+        (EngineError("the server went away"), 75, "the server went away"),
+        (EngineError("the server refused", "refused"), 1, "the server refused"),
+        (KeyboardInterrupt(), 130, "stopped; what is done is kept"),
+    ):
+
+        def fail(_: object, error: BaseException = error) -> str:
+            raise error
+
+        policy.speak = fail
+        ended, _, err = run(video, "What?")
+        assert (ended, len(err.strip().splitlines())) == (code, 1)
+        assert says in err
 
 
 def test_what_is_no_video_is_refused_in_one_sentence(tmp_path: Path, run) -> None:

@@ -7,10 +7,12 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -22,9 +24,11 @@ from typing import Any
 import httpx
 import pytest
 from players import Puppet, answer_turn, build_library, open_environment, script, search_turn
+from policy_server import Handler, Server
 from scripted import OracleEncoder
 
-from timesearch.errors import RequestError
+from timesearch.cli import main
+from timesearch.errors import RequestError, TemporaryError
 from timesearch.inference.infer import Job, play, run
 from timesearch.messages import Message
 from timesearch.samples import Prediction, Sample, read_samples
@@ -51,6 +55,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     processor.video_processor.image_std = processor.image_processor.image_std
     for folder in (settings.paths.coldstart, settings.paths.train):
         save_policy(make_policy(tokenizer), processor, folder)
+        # What no engine is to follow, for training does not.
+        own = json.loads((folder / "generation_config.json").read_text())
+        own |= {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1, "top_p": 0.1, "temperature": 0.1}
+        (folder / "generation_config.json").write_text(json.dumps(own))
     settings.search.max_new_tokens = 12
     settings.tracking.traced_episodes = 0
     return settings
@@ -144,6 +152,67 @@ def test_a_failed_episode_is_recorded_and_tried_again(settings: Settings, puppet
     assert not (settings.paths.results / "predictions" / "failures.jsonl").exists()
 
 
+def test_what_the_engine_owes_is_played_by_the_same_command(
+    settings: Settings, puppet: Puppet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine that was away makes the stage fail for now; an episode that it refuses does not."""
+    settings.infer.baselines = []
+    params, speak = tmp_path / "params.yaml", puppet.speak
+    params.write_text(settings.model_dump_json())
+    first = iter([EngineError("away"), EngineError("no", "refused"), EngineError("away")])
+
+    def fail(messages: Sequence[Message]) -> str:
+        if error := next(first, None):
+            raise error
+        return speak(messages)
+
+    puppet.speak = fail
+    said = []
+    for code in (75, 0, 0):
+        with pytest.raises(SystemExit) as ended:
+            main(["infer", "--keep-going", "--params", str(params)])
+        assert int(ended.value.code or 0) == code
+        said.append(capsys.readouterr())
+        assert len(rows_of(settings, "grpo_csv")) == 8
+    assert "2 episodes got no answer from the policy's engine" in said[0].err
+    assert [line.split(", in")[0] for one in said for line in one.out.splitlines()] == [
+        "episodes: 5 played, 0 there already, 3 failed",
+        "episodes: 3 played, 5 there already, 0 failed",
+        "episodes: 0 played, 8 there already, 0 failed",
+    ]
+
+
+def test_other_questions_replace_no_predictions(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_text(settings.model_dump_json())
+    with pytest.raises(SystemExit) as ended:
+        main(["infer", "--samples", str(settings.paths.test_samples), "--params", str(params)])
+    assert ended.value.code == 2
+    assert "name another folder by --out" in capsys.readouterr().err
+    assert not settings.paths.results.exists()
+
+
+def test_one_served_model_does_not_play_for_two_checkpoints(settings: Settings) -> None:
+    settings.infer.engine, settings.infer.urls, settings.infer.model = "openai", ["http://127.0.0.1:1/v1"], "tiny"
+    with pytest.raises(RequestError, match=r"infer\.model is tiny, one model, but uniform, one_shot, coldstart, grpo"):
+        run(settings)
+    settings.infer.baselines, settings.infer.retry_for = ["uniform"], 0.1
+    with pytest.raises(TemporaryError, match="no policy server"):
+        run(settings)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_it_plays(settings: Settings) -> None:
+    from timesearch.inference.ask import open_policy
+
+    settings.search.patch = 28
+    with pytest.raises(RequestError, match=r"does not fit these parameters: patch \(.* set search\.patch to 32"):
+        run(settings)
+    with pytest.raises(RequestError, match=r"runs/coldstart does not fit .* set search\.patch to 32"):
+        open_policy(settings, str(settings.paths.coldstart), None)
+
+
 def test_a_wrong_request_is_refused(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="unknown method 'best'"):
         run(settings, ["best"])
@@ -208,6 +277,27 @@ def test_a_batch_answers_as_each_alone_and_as_trl_would_render_it(
         assert (
             search_turn("star", " odd\n  thought ") in processor.tokenizer.decode(by_trl) or len(request.messages) == 2
         )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_checkpoints_own_sampling_is_not_followed(
+    settings: Settings, in_process: TransformersPolicy, temperature: float
+) -> None:
+    from transformers import GenerationConfig
+
+    messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
+    model = in_process._model
+    own = model.generation_config
+    assert own.repetition_penalty == 5.0
+    replies = []
+    for generation in (own, GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)):
+        model.generation_config = generation
+        try:
+            policy = TransformersPolicy(model, in_process._processor, "tiny", temperature=temperature)
+            replies += policy.generate([Request(messages, tools, 12)])
+        finally:
+            model.generation_config = own
+    assert replies[0] == replies[1]
 
 
 def test_vision_tokens_are_never_written(settings: Settings, in_process: TransformersPolicy) -> None:
@@ -426,6 +516,45 @@ def test_a_server_with_a_short_context_ends_the_search(
 
     prediction = asyncio.run(episode())
     assert (prediction.outcome, prediction.limit) == ("answered", "context")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "says"),
+    [
+        (200, b"<html>", RequestError, "is no model server"),
+        (200, b"{}", RequestError, "is no model server"),
+        (401, b"{}", RequestError, "refused (401)"),
+        (503, b"{}", TemporaryError, "no policy server"),
+        (200, b'{"data": [{"id": "other"}]}', RequestError, "serves other"),
+    ],
+)
+def test_what_is_no_server_of_the_policy_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, error: type[Exception], says: str
+) -> None:
+    answer = httpx.MockTransport(lambda _: httpx.Response(status, content=body))
+    policy = OpenAIPolicy(["http://policy/v1"], "tiny", retry_for=0.1)
+    monkeypatch.setattr(policy, "_http", lambda: httpx.AsyncClient(transport=answer))
+    with pytest.raises(error, match=re.escape(says)):
+        asyncio.run(policy.connect())
+
+
+def test_what_is_no_address_is_refused() -> None:
+    with pytest.raises(RequestError, match="localhost:8000/v1 is no address"):
+        OpenAIPolicy(["localhost:8000/v1"], "tiny")
+
+
+@pytest.mark.parametrize("owner", ["vllm", "somebody"])
+def test_only_a_vllm_is_sent_what_is_not_of_the_protocol(settings: Settings, owner: str) -> None:
+    server = Server(("127.0.0.1", 0), type("Owned", (Handler,), {"owner": owner}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    policy = OpenAIPolicy([f"http://127.0.0.1:{server.server_port}/v1"], "tiny")
+    ended: list[Prediction] = []
+    jobs = [Job("grpo_csv", read_samples(settings.paths.test_samples)[0])]
+    try:
+        asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda _, prediction: ended.append(prediction)))
+    finally:
+        server.shutdown()
+    assert [(row.outcome, row.error) for row in ended] == [("answered", None)]
 
 
 def test_conversations_go_to_the_least_busy_server_that_knows_the_video() -> None:

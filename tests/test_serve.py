@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from players import MeanColour, Puppet, answer_turn, script, search_turn
 
+import timesearch.cli.inference as commands
+from timesearch.cli import main
 from timesearch.inference.ask import Asker
-from timesearch.serve.api import make_app
+from timesearch.messages import Message, text_of
+from timesearch.search.engine_openai import OpenAIPolicy
+from timesearch.serve.api import address, is_named, listen, make_app
 from timesearch.settings import Settings
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -39,7 +44,13 @@ def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     turns = script(
         search_turn("red car", f"Look {MARKUP}", start_time=5, end_time=15, num_frames=3), answer_turn(MARKUP)
     )
-    policy = Puppet(turns, encoded=True)
+    chosen = script(search_turn("red car", num_frames=1), answer_turn("B"))
+
+    def speak(messages: Sequence[Message]) -> str:
+        offered = any(f"B. {MARKUP}" in text_of(message) for message in messages)
+        return (chosen if offered else turns)(messages)
+
+    policy = Puppet(speak, encoded=True)
     app = make_app(Asker(settings, policy, MeanColour(), root / "cache"), policy, [folder], root / "uploads")
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -92,6 +103,72 @@ def test_other_sites_and_other_names_are_refused(site: str) -> None:
         assert httpx.get(f"{site}/api/frames/{path}").status_code in (404, 422)
 
 
+HERE = socket.gethostname().lower()
+
+
+@pytest.mark.parametrize(
+    ("bound", "named", "strange"),
+    [
+        (
+            "127.0.0.1",
+            ["127.0.0.1:8780", "localhost", "LOCALHOST:1", "[::1]:8780"],
+            [
+                "evil.example",
+                "10.0.0.7:8780",
+                "localhost.evil.example",
+                f"x.{HERE}",
+                "x@localhost",
+                "",
+                "[::1",
+                "[1:2]",
+            ],
+        ),
+        (
+            "0.0.0.0",
+            ["10.0.0.7:8780", "[fe80::1]:8780", "0.0.0.0:8780", HERE, f"{HERE}:8780", "localhost"],
+            ["evil.example", f"{HERE}.evil.example", "10.0.0.7.evil.example", "10.0.0.7@evil.example", ""],
+        ),
+        ("box.example", ["box.example:8780", "Box.Example"], ["evil.example", "10.0.0.7", "a.box.example"]),
+    ],
+)
+def test_a_request_must_name_this_machine(bound: str, named: list[str], strange: list[str]) -> None:
+    assert [header for header in named if not is_named(header, bound)] == []
+    assert [header for header in strange if is_named(header, bound)] == []
+
+
+def test_a_server_at_every_address_answers_there_and_to_no_foreign_name(tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    policy = Puppet(script(answer_turn()))
+    app = make_app(Asker(Settings(), policy, MeanColour(), tmp_path), policy, [], tmp_path / "uploads", "0.0.0.0")
+    for base, status in (("http://10.0.0.7:8780", 200), (address("0.0.0.0", 8780), 200), ("http://evil.example", 400)):
+        client = TestClient(app, base_url=base)
+        assert client.get("/api/videos").status_code == status
+        assert client.get("/api/videos", headers={"Origin": "http://evil.example"}).status_code in (400, 403)
+
+
+def test_what_keeps_it_from_serving_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = OpenAIPolicy(["http://127.0.0.1:1/v1"], "tiny", retry_for=0.1)
+    asker = Asker(Settings(), policy, MeanColour(), tmp_path)
+    monkeypatch.setattr(commands, "_open_asker", lambda *_: (asker, policy))
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        for options, code, says in (
+            (["--port", "0"], 75, "no policy server at http://127.0.0.1:1/v1"),
+            (["--port", port], 2, f"cannot listen at 127.0.0.1, port {port} (address already in use)"),
+            (["--host", "192.0.2.1"], 2, "cannot listen at 192.0.2.1"),
+            (["--host", "nowhere.invalid"], 2, "cannot listen at nowhere.invalid"),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                main(["serve", "--cache", str(tmp_path), *options])
+            said = capsys.readouterr()
+            assert (ended.value.code, said.out) == (code, "")
+            assert len(said.err.strip().splitlines()) == 1
+            assert says in said.err
+
+
 def test_a_dropped_video_can_be_asked_about(site: str, shared: Path) -> None:
     body = (shared / "videos" / "bottle-detection.mp4").read_bytes()
     dropped = httpx.put(f"{site}/api/videos/..%5C my bottle.mp4", content=body).json()
@@ -129,6 +206,11 @@ def test_the_page_in_a_real_browser(site: str, tmp_path: Path) -> None:
         page.set_viewport_size({"width": 360, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.screenshot(path=str(tmp_path / "narrow.png"))
+        page.get_by_text("Choices").click()
+        page.get_by_label("Choices").fill(f"blue\n\n {MARKUP} \ngreen")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.locator("#answer")).to_have_text(f"B. {MARKUP}", timeout=60_000)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.locator("#video").select_option(label="notes.mp4")
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.locator("#status")).to_contain_text("is not a video file", timeout=60_000)

@@ -58,8 +58,11 @@ def main(arguments: list[str] | None = None) -> None:
         _stop(str(error), 75)
     except TimeSearchError as error:
         _stop(str(error), 2)
-    except KeyboardInterrupt:
-        _stop("stopped; the same command goes on from here", 130)
+    except SystemExit as ended:
+        # Typer makes this of a Ctrl-C, without a word.
+        if ended.code == 130:
+            _stop("stopped; what is done is kept, and the same command goes on from there", 130)
+        raise
     except OSError as error:
         known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EADDRINUSE, errno.EACCES, errno.EROFS)
         if error.errno not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,19 +35,26 @@ def infer(
     methods: Annotated[
         list[str] | None, typer.Option("--method", help="Only this method; may be given several times.")
     ] = None,
-    samples: Annotated[Path | None, typer.Option("--samples", help="Questions other than the test split.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option("--samples", help="Questions other than the test split; needs --out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder under which predictions/ is written.")] = None,
     params: ParamsOption = Path("params.yaml"),
     keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Exit with 0 although some episodes failed.")
+        bool, typer.Option("--keep-going", help="Exit with 0 although some episodes failed of their own accord.")
     ] = False,
 ) -> None:
     """Play search episodes on the test questions, and the baselines beside them."""
+    from timesearch.errors import RequestError, TemporaryError
     from timesearch.inference.infer import run
+    from timesearch.search.policy import EngineError
     from timesearch.settings import load_settings
 
     settings = load_settings(params)
     if samples is not None:
+        if out is None:
+            predictions = settings.paths.results / "predictions"
+            raise RequestError(f"--samples without --out would replace {predictions}: name another folder by --out")
         settings.paths.test_samples = samples
     if out is not None:
         settings.paths.results = out
@@ -61,6 +69,11 @@ def infer(
     if result.failures:
         typer.echo(
             f"  all failures: {results / 'predictions' / 'failures.jsonl'}; the same command tries them again", err=True
+        )
+    away = sum(failure.reason == EngineError.reason for failure in result.failures)
+    if away:
+        raise TemporaryError(
+            f"{away} episodes got no answer from the policy's engine: the same command plays them again"
         )
     raise typer.Exit(result.exit_code(keep_going))
 
@@ -84,8 +97,9 @@ def ask(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Answer questions about a video, and show the search as it happens."""
-    from timesearch.errors import ItemError
+    from timesearch.errors import ItemError, TemporaryError
     from timesearch.inference.ask import as_request, contact_sheet
+    from timesearch.search.policy import EngineError
     from timesearch.video.frames import FrameCache, cache_path
     from timesearch.video.probe import probe
 
@@ -104,8 +118,9 @@ def ask(
             for question in questions or _typed(console):
                 watch.line("question", question, "bold")
                 prediction = await asker.ask(name, question, options or [], watch)
-                if prediction.error is not None:
-                    raise ItemError(prediction.error.message, prediction.error.type)
+                if (error := prediction.error) is not None:
+                    passes = error.type == EngineError.reason
+                    raise TemporaryError(error.message) if passes else ItemError(error.message, error.type)
                 watch.conclude(prediction)
                 if as_json:
                     typer.echo(
@@ -124,14 +139,18 @@ def ask(
 
 def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> tuple[Asker, Policy]:
     """The parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
+    from timesearch.errors import RequestError
     from timesearch.inference.ask import Asker, default_cache, open_policy
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import default_encoder
     from timesearch.settings import Settings, load_settings
 
     settings = load_settings(params) if params.is_file() else Settings()
+    trained = settings.paths.models / "encoder"
+    made = settings.features.url or trained.is_dir()
+    if not made and settings.models.encoder == "pocket":
+        raise RequestError(f"{trained} is missing, the encoder of these parameters: run `timesearch models` first")
     policy = open_policy(settings, model, url)
-    made = settings.features.url or (settings.paths.models / "encoder").is_dir()
     encoder = default_encoder(settings) if made else load_encoder(settings.models.encoder, settings.models.pretrained)
     return Asker(settings, policy, encoder, cache or default_cache()), policy
 
@@ -203,7 +222,10 @@ def serve(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of videos to offer.")] = None,
     model: ModelOption = None,
     url: UrlOption = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address or name to listen on; 0.0.0.0 lets in the network, without a password."),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8780,
     cache: CacheOption = None,
     params: ParamsOption = Path("params.yaml"),
@@ -212,9 +234,17 @@ def serve(
     import uvicorn
 
     from timesearch.inference.ask import default_cache
-    from timesearch.serve.api import make_app
+    from timesearch.serve.api import address, listen, make_app
 
+    listener = listen(host, port)
     asker, policy = _open_asker(params, model, url, cache)
     page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
-    say(f"timesearch answers at http://{host}:{port} (stop with Ctrl-C)")
-    uvicorn.run(page, host=host, port=port, log_level="warning")
+    server = uvicorn.Server(uvicorn.Config(page, log_level="warning"))
+
+    async def answer() -> None:
+        await policy.connect()
+        say(f"timesearch answers at {address(host, listener.getsockname()[1])} (stop with Ctrl-C)")
+        await server.serve([listener])
+
+    with suppress(KeyboardInterrupt):
+        asyncio.run(answer())

@@ -46,7 +46,11 @@ def choose_checkpoint(settings: Settings, named: str | None = None) -> str:
 
 
 def open_policy(settings: Settings, model: str | None, url: str | None) -> Policy:
-    """The engine for questions: a server at `url`, else a checkpoint in this process."""
+    """The engine for questions: a server at `url`, else a checkpoint in this process.
+
+    Raises:
+        RequestError: there is no policy, or its checkpoint does not fit the settings.
+    """
     infer = settings.infer
     if url:
         from timesearch.search.engine_openai import OpenAIPolicy
@@ -60,10 +64,13 @@ def open_policy(settings: Settings, model: str | None, url: str | None) -> Polic
             seed=settings.seed,
             video_preview=infer.preview == "video",
         )
+    from timesearch.search.checkpoint import check_fit
     from timesearch.search.engine_transformers import TransformersPolicy
 
+    checkpoint = choose_checkpoint(settings, model)
+    check_fit(checkpoint, settings.search)
     return TransformersPolicy.load(
-        choose_checkpoint(settings, model),
+        checkpoint,
         infer.concurrency,
         infer.temperature,
         settings.seed,

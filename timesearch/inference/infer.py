@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,11 +43,8 @@ if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
     from timesearch.tracking import Run
 
-VLLM = (
-    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
-    *("--host", "{host}", "--port", "{port}", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
-)
-"""Starts a checkpoint's server where the settings name no command."""
+CACHING = ("--enable-prefix-caching", "--enable-prompt-tokens-details")
+"""Options of a checkpoint's vLLM, where the settings name no command."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +62,18 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
         Items are named ``method/sample id``; those that failed have a row with their error in the predictions.
 
     Raises:
-        RequestError: an unknown method, or a checkpoint, encoder or sample file that is missing.
+        RequestError: an unknown method, a checkpoint, encoder or sample file that is missing, a checkpoint that cannot
+            play search episodes, or one served model that would have to play for several checkpoints.
+        TemporaryError: the policy's server does not answer.
     """
     methods = list(methods or [*settings.infer.baselines, trained_method(settings)])
     checkpoints = {method: checkpoint_of(method, settings) for method in methods}
+    if settings.infer.model is not None and len(set(checkpoints.values())) > 1:
+        raise RequestError(
+            f"infer.model is {settings.infer.model}, one model, but {', '.join(methods)} are played by the checkpoints "
+            f"{', '.join(map(str, dict.fromkeys(checkpoints.values())))}: set infer.model to null, or name methods of "
+            "one checkpoint (infer.baselines, --method)"
+        )
     samples = read_samples(settings.paths.test_samples)
     folder = settings.paths.results / "predictions"
     result = BatchResult()
@@ -91,9 +95,14 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
             if sample.id in journal.done
         ]
         if todo:
-            from timesearch.retrieval.encoder import load_encoder
+            from timesearch.retrieval.features import default_encoder
+            from timesearch.search.checkpoint import check_fit
 
-            encoder = load_encoder(str(settings.paths.models / "encoder"))
+            for checkpoint in dict.fromkeys(checkpoints[job.method] for job in todo):
+                # A model of another name is the server's own; a folder without a configuration its engine refuses.
+                if settings.infer.model is None and any(checkpoint.glob("*config.json")):
+                    check_fit(checkpoint, settings.search)
+            encoder = default_encoder(settings)
             with progress_bar("episodes", len(todo)) as bar:
                 for checkpoint in dict.fromkeys(checkpoints[job.method] for job in todo):
                     jobs = [job for job in todo if checkpoints[job.method] == checkpoint]
@@ -145,7 +154,7 @@ def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
     return json_digest(
         {
             "method": method,
-            "model": infer.model or weights,
+            "model": [infer.model, weights] if infer.model else weights,
             "search": settings.search.model_dump(),
             "prompts": Prompts.load(settings.search.prompts).texts,
             "frames": caches | {"format": FRAMES_FORMAT},
@@ -243,13 +252,13 @@ def _policy(settings: Settings, checkpoint: Path) -> Iterator[Policy]:
     if infer.urls:
         yield client(infer.urls, infer.model or str(checkpoint))
         return
-    from timesearch.servers import model_server
+    from timesearch.servers import VLLM, model_server
 
     with model_server(
         "policy",
         f"http://127.0.0.1:{infer.port}/v1",
         str(checkpoint),
-        infer.command or (*VLLM, *(VIDEO_OPTIONS if infer.preview == "video" else ())),
+        infer.command or (*VLLM, *CACHING, *(VIDEO_OPTIONS if infer.preview == "video" else ())),
         setting="infer.port",
         log=infer.log,
         timeout=infer.start_timeout,

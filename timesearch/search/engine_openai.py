@@ -16,8 +16,9 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from timesearch.errors import RequestError
+from timesearch.errors import RequestError, TemporaryError
 from timesearch.messages import Block, Message
 from timesearch.redaction import redact
 from timesearch.search.policy import (
@@ -36,6 +37,11 @@ _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TOO_LONG = ("maximum context length", "maximum model length", "max_model_len", "context window", "context_length")
 VIDEO_OPTIONS = ("--trust-request-mm-kwargs",)
 """Options of a vLLM that is shown previews as videos: it must let a request say when the frames were seen."""
+SAMPLING = {"top_p": 1.0, "frequency_penalty": 0.0}
+"""Sampling as in training, which no `generation_config.json` of a checkpoint changes, as far as the protocol goes;
+`transformers serve` makes its repetition penalty of the frequency penalty."""
+VLLM_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""The rest of it. Servers other than vLLM may refuse these fields, for they are not of the protocol."""
 _AFFINITY = 4
 """A server that knows a video is preferred while it has at most this many more conversations than the idlest one."""
 
@@ -53,6 +59,9 @@ class OpenAIPolicy:
         seed: of sampling.
         video_preview: send the preview as one video block, in the form of vLLM, which must run with `VIDEO_OPTIONS`;
             it gives Qwen3-VL the times of the frames, but Qwen2.5-VL none.
+
+    Raises:
+        RequestError: a URL is none.
     """
 
     encoded = True
@@ -71,6 +80,10 @@ class OpenAIPolicy:
         self.name = model
         self._video_preview = video_preview
         self._urls = [url.rstrip("/") for url in urls]
+        for url in self._urls:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise RequestError(f"{redact(url)} is no address of a server: write it as http://HOST:PORT/v1")
+        self._sampling: dict[str, float] = SAMPLING
         self._temperature, self._timeout, self._retry_for, self._seed = temperature, timeout, retry_for, seed
         self._context = context
         self._load = dict.fromkeys(self._urls, 0)
@@ -86,21 +99,32 @@ class OpenAIPolicy:
         """Check that every server answers and serves the model, and learn the length of its context.
 
         Raises:
-            EngineError: a server does not answer.
-            RequestError: a server does not serve the model.
+            TemporaryError: a server does not answer.
+            RequestError: a server does not serve the model, or is none of models.
         """
+        by_vllm = True
         for url in self._urls:
-            response = await self._send("GET", url, "/models")
-            entries = {entry["id"]: entry for entry in response.json()["data"]}
+            try:
+                response = await self._send("GET", url, "/models")
+                entries = {entry["id"]: entry for entry in response.json()["data"]}
+            except EngineError as error:
+                raise (RequestError if error.reason == "refused" else TemporaryError)(str(error)) from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise RequestError(
+                    f"what answers at {redact(url)} is no model server: its address usually ends with /v1"
+                ) from error
             if not self.name and len(entries) == 1:
                 self.name = next(iter(entries))
             # `transformers serve` lists what lies in the hub's cache, and loads whatever it is asked for.
             if self.name not in entries and (entries or not self.name):
-                served = ", ".join(entries) or "nothing"
+                listed = ", ".join(entries) or "nothing"
                 raise RequestError(
-                    f"the server at {redact(url)} serves {served}: name one of these (infer.model, --model)"
+                    f"the server at {redact(url)} serves {listed}: name one of these (infer.model, --model)"
                 )
-            self._context = self._context or entries.get(self.name, {}).get("max_model_len")
+            served = entries.get(self.name, {})
+            self._context = self._context or served.get("max_model_len")
+            by_vllm = by_vllm and served.get("owned_by") == "vllm"
+        self._sampling = SAMPLING | (VLLM_SAMPLING if by_vllm else {})
 
     @asynccontextmanager
     async def session(
@@ -165,12 +189,12 @@ class OpenAIPolicy:
                 f"({redact(str(cause) or repr(cause))}): see its log"
             ) from cause
         except httpx.HTTPStatusError as error:
-            said = redact(error.response.text[:300].replace("\n", " "))
-            if error.response.status_code in (400, 413, 422) and any(mark in error.response.text for mark in _TOO_LONG):
+            status, said = error.response.status_code, redact(error.response.text[:300].replace("\n", " "))
+            if status in (400, 413, 422) and any(mark in error.response.text for mark in _TOO_LONG):
                 raise ContextOverflowError(f"{self.name}: {said}") from error
-            raise EngineError(
-                f"the policy server at {redact(url)} refused ({error.response.status_code}): {said}"
-            ) from error
+            # 401 or 404 in the middle of a run tells of the server, not of the request.
+            reason = "refused" if body is None or status in (400, 413, 422) else "engine"
+            raise EngineError(f"the policy server at {redact(url)} refused ({status}): {said}", reason) from error
         return response
 
 
@@ -184,6 +208,7 @@ class _OpenAISession:
             "temperature": policy._temperature,
             "max_tokens": max_new_tokens,
             "seed": policy._seed,
+            **policy._sampling,
         }
         self._tools = f"\n\n{describe_tools(tools)}" if tools else ""
         self._head = json.dumps(settings).encode()[:-1] + b', "messages": ['
@@ -240,7 +265,7 @@ def _read(response: httpx.Response) -> Reply:
     try:
         message = value["choices"][0]["message"]
     except (KeyError, IndexError, TypeError):
-        raise EngineError(f"the policy server answered without a message: {response.text[:200]}") from None
+        raise EngineError(f"the policy server answered without a message: {response.text[:200]}", "refused") from None
     thought, said = message.get("reasoning") or message.get("reasoning_content"), message.get("content")
     parts = [*([f"<think>{thought}</think>"] if thought else []), *([said] if said else [])]
     for call in message.get("tool_calls") or []:

@@ -190,7 +190,8 @@ class TransformersPolicy:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             if len(requests) == 1:
-                return [EngineError(f"{self.name}: a prompt of {lengths[0]} tokens does not fit into the GPU's memory")]
+                text = f"{self.name}: a prompt of {lengths[0]} tokens does not fit into the GPU's memory"
+                return [EngineError(text, "memory")]
             half = len(requests) // 2
             return [*self.generate(requests[:half]), *self.generate(requests[half:])]
         return [self._reply(row, length) for row, length in zip(written, lengths, strict=True)]
@@ -218,9 +219,11 @@ class TransformersPolicy:
         if self._temperature > 0 and not self._sampled:
             torch.manual_seed(self._seed)
             self._sampled = True
+        # What is left out here is taken from the checkpoint's generation_config.json, which training does not follow.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=self._temperature > 0,
+            repetition_penalty=1.0,
             **({"temperature": self._temperature, "top_k": 0, "top_p": 1.0} if self._temperature > 0 else {}),
             suppress_tokens=vision_token_ids(tokenizer),
             eos_token_id=self._ends(),

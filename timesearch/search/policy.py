@@ -32,7 +32,11 @@ class Reply:
 
 
 class EngineError(ItemError):
-    """The engine gave no answer to a request, after all retries."""
+    """The engine gave no answer to a request.
+
+    The reason ``engine`` means that it was away for as long as it was asked, so that the same request may succeed
+    later; ``refused`` and ``memory`` that it cannot take this one.
+    """
 
     reason = "engine"
 
@@ -50,7 +54,7 @@ class Session(Protocol):
         """The next assistant turn.
 
         Raises:
-            EngineError: no answer after all retries.
+            EngineError: no answer after all retries, or a refusal.
             ContextOverflowError: the conversation does not fit.
         """
         ...
@@ -69,7 +73,12 @@ class Policy(Protocol):
         ...
 
     async def connect(self) -> None:
-        """Make ready: an engine behind HTTP checks that it serves the model, and asks for the context's length."""
+        """Make ready: an engine behind HTTP checks that it serves the model, and asks for the context's length.
+
+        Raises:
+            TemporaryError: it does not answer.
+            RequestError: it does not serve the model.
+        """
         ...
 
     def session(

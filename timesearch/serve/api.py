@@ -6,16 +6,19 @@
   episode's steps (`preview`, `turn`, `frames`, `reanswer`), and at the end `answer` or `error`.
 - ``GET /api/frames/CACHE/INDEX`` is a frame as JPEG; the event `video` names the cache.
 
-It serves this machine's user: requests must name this host (so no foreign page reaches it by a name of its own), files
-are read in the given folders only, and everything is data for the page, which shows text as text.
+It serves this machine's user: requests must name this machine (so no foreign page reaches it by a name of its own),
+files are read in the given folders only, and everything is data for the page, which shows text as text. There is no
+password: bound to other addresses than this machine's own loopback, it serves whoever reaches them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import re
+import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from timesearch.errors import ItemError, TimeSearchError
+from timesearch.errors import ItemError, RequestError, TimeSearchError
 from timesearch.files import atomic_path, inside
 from timesearch.inference.ask import Asker
 from timesearch.samples import Prediction
@@ -42,6 +44,48 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; port 0 takes a free one.
+
+    Raises:
+        RequestError: the address is not this machine's, or taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (")[0].lower()
+        raise RequestError(
+            f"cannot listen at {host}, port {port} ({reason}): choose another --host or --port"
+        ) from error
+
+
+def address(host: str, port: int) -> str:
+    """What to open in a browser for a server bound to `host`."""
+    name = socket.gethostname() if host in _EVERY_ADDRESS else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def is_named(header: str, host: str) -> bool:
+    """Whether a request's `Host` names this machine, where the server is bound to `host`.
+
+    A foreign page can make a name of its own lead here (DNS rebinding), and its requests bear that name. An address
+    cannot be led elsewhere: a server at every address answers to any, and to the machine's own name.
+    """
+    parts = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d+)?", header)
+    if parts is None:
+        return False
+    name = (parts[1] or parts[2]).lower()
+    if name in ("127.0.0.1", "localhost", "::1", host.lower()):
+        return True
+    if host not in _EVERY_ADDRESS:
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name == socket.gethostname().lower()
 
 
 class Question(BaseModel):
@@ -88,7 +132,7 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
 
     Args:
         asker: prepares videos and answers.
-        policy: closed when the application ends.
+        policy: connected already; closed when the application ends.
         folders: the only folders that videos are read from.
         uploads: folder for dropped videos.
         host: the address it is bound to; requests must name it or this machine.
@@ -97,15 +141,15 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        await policy.connect()
         yield
         await policy.close()
 
     app = FastAPI(title="timesearch", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
+        if not is_named(request.headers.get("host", ""), host):
+            return Response("requests must name this machine: its address, or the name that --host gives it", 400)
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
             return Response("requests from other sites are refused", 403)

@@ -4,6 +4,7 @@
 const get = (id) => document.getElementById(id);
 const seconds = (time) => `${time.toFixed(1)} s`;
 let video = null; // {cache, times, size} of the question that is shown
+let choices = []; // its options
 
 function add(parent, tag, className, text) {
   const made = document.createElement(tag);
@@ -117,17 +118,24 @@ const on = {
   reanswer: () => {},
   answer({ predicted_answer: answer, reanswer, searched_seconds: times }) {
     tell("");
-    get("answer").textContent = answer ?? "No answer.";
+    get("answer").textContent = answer === null ? "No answer." : named(answer);
     get("answer").scrollIntoView({ block: "nearest" });
     if (!times.length) get("support").textContent = "No frame was searched: this is a guess from the preview.";
     else {
-      const verdict = reanswer !== null && reanswer === answer ? "the same answer" : (reanswer ?? "no answer");
+      const verdict = reanswer !== null && reanswer === answer ? "the same answer" : (reanswer === null ? "no answer" : named(reanswer));
       get("support").textContent = `Seen at ${times.map(seconds).join(", ")}; from these frames alone: ${verdict}.`;
     }
   },
 };
 
+// A choice that is answered by its letter is shown with its words.
+function named(answer) {
+  const chosen = /^[A-Z]$/.test(answer) ? choices[answer.charCodeAt(0) - 65] : undefined;
+  return chosen === undefined ? answer : `${answer}. ${chosen}`;
+}
+
 async function ask() {
+  choices = get("choices").value.split("\n").map((line) => line.trim()).filter(Boolean);
   ["line", "steps", "answer", "support", "strip"].forEach((id) => get(id).replaceChildren());
   get("look").hidden = get("result").hidden = true;
   get("go").disabled = true;
@@ -136,8 +144,9 @@ async function ask() {
     const response = await fetch("api/ask", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ video: get("video").value, question: get("question").value }),
+      body: JSON.stringify({ video: get("video").value, question: get("question").value, options: choices }),
     });
+    if (response.status === 422) return tell("Ask a question of at most 4000 letters, with at most 26 choices.", true);
     if (!response.ok) return tell((await response.json()).detail, true);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
