@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import http.server
 import io
 import json
@@ -13,14 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from footage import make_encoder, make_video
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from safetensors import safe_open
 
-from timesearch import FeatureCache, FrameCache
-from timesearch.errors import CacheMismatchError, ItemError, RequestError
+from timesearch import FeatureCache, FrameCache, models
+from timesearch.errors import CacheMismatchError, ItemError, RequestError, TemporaryError
+from timesearch.hub import fetch_error
 from timesearch.retrieval.encoder import Encoder, load_encoder
-from timesearch.retrieval.features import cache_features, make_feature_cache
-from timesearch.settings import Features, Frames
+from timesearch.retrieval.features import cache_features, default_encoder, make_feature_cache, run
+from timesearch.samples import Sample
+from timesearch.search.environment import SearchEnvironment
+from timesearch.settings import Features, Frames, Settings
 from timesearch.video.frames import make_frame_cache
 
 SMALL = Frames(max_pixels=16 * 28 * 28, min_pixels=28 * 28)
@@ -83,6 +88,13 @@ def test_another_encoders_features_are_refused_by_name(frames: FrameCache, encod
         cache.require_frames(FrameCache.open(tmp_path / "b.frames"))
 
 
+def test_an_encoder_goes_to_another_process(encoder: Encoder) -> None:
+    rows = encoder.encode_text(["a dog"])
+    arrived = copy.deepcopy(encoder)  # by what pickle would send
+    assert arrived.digest == encoder.digest
+    np.testing.assert_allclose(arrived.encode_text(["a dog"]), rows, rtol=1e-5)
+
+
 def test_what_is_up_to_date_is_left_and_the_rest_redone(frames: FrameCache, encoder: Encoder, tmp_path: Path) -> None:
     settings, caches = Features(batch_size=4, workers=2), {"a.mp4": frames.path, "gone.mp4": tmp_path / "no.frames"}
     result = cache_features(caches, tmp_path / "out", encoder, settings)
@@ -111,7 +123,6 @@ def test_wrong_encoders_are_named(tmp_path: Path) -> None:
     for name, tag, message in [
         ("ViT-B-32", None, "pretrained tag"),
         (str(tmp_path), None, "open_clip_config.json is missing"),
-        ("http://127.0.0.1:9/v1", None, "no embeddings server"),
     ]:
         with pytest.raises(RequestError, match=message):
             load_encoder(name, tag)
@@ -119,6 +130,64 @@ def test_wrong_encoders_are_named(tmp_path: Path) -> None:
     weights.write_bytes(b"x")
     with pytest.raises(RequestError, match=r"\.safetensors"):
         load_encoder("ViT-B-32", str(weights))
+
+
+def test_an_embeddings_server_that_is_away_may_come_back() -> None:
+    with pytest.raises(TemporaryError, match="no embeddings server answers"):
+        load_encoder("http://127.0.0.1:9/v1")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A model hub that answers every request with the status in the list; 0 closes the connection."""
+    status = [0]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None: ...
+
+        def do_GET(self) -> None:
+            if status[0]:
+                self.send_response(status[0])
+                self.send_header("Content-Length", "0")
+                self.send_header("X-Error-Code", "GatedRepo" if status[0] == 403 else "RepoNotFound")
+                self.end_headers()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield status
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(0, TemporaryError), (503, TemporaryError), (429, TemporaryError), (403, RequestError), (404, RequestError)],
+)
+def test_a_hub_that_is_away_may_come_back_and_one_that_refuses_does_not(
+    hub: list[int], tmp_path: Path, status: int, error: type[Exception]
+) -> None:
+    hub[0] = status
+    settings = Settings()
+    settings.paths.models = tmp_path / "models"
+    settings.models.encoder = str(make_encoder(tmp_path / "tiny"))
+    settings.models.policy = "nobody/nothing"
+    with pytest.raises(error, match="nobody/nothing cannot be fetched from the model hub"):
+        models.run(settings)
+    assert not (tmp_path / "models" / "policy").exists()
+
+
+def test_why_a_fetch_failed_is_found_under_what_libraries_say_of_it() -> None:
+    """open_clip reports every failure as a RuntimeError."""
+    for cause, kind in [
+        (ConnectionRefusedError(111, "refused"), TemporaryError),
+        (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), RequestError),
+        (ValueError("no such tag"), RequestError),
+    ]:
+        error = RuntimeError("Failed to download weights")
+        error.__cause__ = cause
+        found = fetch_error("it cannot be loaded", error)
+        assert type(found) is kind
+        assert str(found) == "it cannot be loaded: Failed to download weights"
 
 
 def test_a_missing_or_damaged_file_is_an_item_error(tmp_path: Path) -> None:
@@ -167,6 +236,23 @@ def embeddings_server() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
+
+
+def test_a_served_encoder_makes_features_and_searches_them(embeddings_server: str, tmp_path: Path) -> None:
+    settings = Settings()
+    settings.features.url = embeddings_server
+    settings.paths.frames, settings.paths.features = tmp_path / "frames", tmp_path / "features"
+    settings.paths.train_samples = settings.paths.test_samples = tmp_path / "samples.jsonl"
+    sample = Sample(id="1", video="a.mp4", question="What is there?", answer="it", type="open_ended")
+    settings.paths.test_samples.write_text(sample.model_dump_json() + "\n")
+    make_frame_cache(make_video(tmp_path / "a.mp4", seconds=5), tmp_path / "frames" / "a.mp4.frames", SMALL)
+    assert run(settings).done == ["a.mp4"]
+    environment = SearchEnvironment(
+        settings.search, default_encoder(settings), settings.paths.frames, settings.paths.features
+    )
+    environment.reset(**sample.model_dump())
+    blocks = environment.seek_video_frames("a thing", num_frames=3)
+    assert sum(block["type"] == "image" for block in blocks) == 3
 
 
 def test_an_embeddings_server_serves(embeddings_server: str, frames: FrameCache, tmp_path: Path) -> None:
