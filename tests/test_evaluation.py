@@ -16,7 +16,7 @@ from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
 from timesearch.cli import main
 from timesearch.evaluation.evaluate import evaluate_files, write_evaluation
-from timesearch.evaluation.qa import answer_letter, parse_choice
+from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
 from timesearch.evaluation.table import markdown_table, method_label, method_order
@@ -28,7 +28,7 @@ from timesearch.evaluation.temporal import (
 )
 from timesearch.evaluation.visual import ssim_matrix, ssim_precision_recall
 from timesearch.files import write_jsonl
-from timesearch.rewards import interval_iou
+from timesearch.rewards import answer_letter, interval_iou
 from timesearch.settings import Evaluate
 
 WITHOUT_INTERVALS = Evaluate(bootstrap=0)

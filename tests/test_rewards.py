@@ -96,6 +96,20 @@ def test_letters(text: str, letter: str | None) -> None:
     assert choice_letter(text) == letter
 
 
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("12.5 seconds to 20 seconds, 31-40", [(12.5, 20.0), (31.0, 40.0)]),
+        ("from 1 sec to 2.5 secs", [(1.0, 2.5)]),
+        ("1s - 2s", [(1.0, 2.0)]),
+        ('{"start_time": 3, "end_time": 4}', [(3.0, 4.0)]),
+        ("no times", []),
+    ],
+)
+def test_intervals_in_words(text: str, pairs: list[tuple[float, float]]) -> None:
+    assert parse_intervals(text) == pairs
+
+
 def test_the_rule_judge_minds_words_only() -> None:
     assert rule_judge("A red bus.", "the red bus") == 1.0
     assert rule_judge("red", "dark red") == 0.0

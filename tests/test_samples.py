@@ -13,6 +13,7 @@ from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, inside, json_digest, write_jsonl
 from timesearch.messages import final_answer, format_seconds, parse_turn, searched_seconds, tool_frames
 from timesearch.samples import Prediction, Sample, read_samples
+from timesearch.training.data import usable_samples
 
 ROW = {"id": "a", "video": "a.mp4", "question": "What?", "answer": "red", "type": "open_ended"}
 
@@ -40,6 +41,32 @@ def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path, lines: list[s
     with pytest.raises(RequestError) as raised:
         read_samples(path)
     assert all(word in str(raised.value) for word in [str(path), *words])
+
+
+HALF = {"video_path": "v.mp4", "candidates": ["a", "b"]}  # looks like LongVideoBench, and has no question
+
+
+def test_half_a_row_of_a_benchmark_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    write_jsonl(path, [ROW, HALF])
+    with pytest.raises(RequestError, match=r"samples.jsonl, line 2: not a row of the benchmark .*'question'"):
+        read_samples(path)
+
+
+def test_training_takes_letters_and_lists_what_it_cannot_use(tmp_path: Path) -> None:
+    choice = {**ROW, "type": "multiple_choice", "options": ["red", "blue"]}
+    answers = {"letter": "B", "text": "blue", "lower": "b", "marked": "B. blue", "none": "green", "far": "C"}
+    path = tmp_path / "samples.jsonl"
+    write_jsonl(path, [HALF, *({**choice, "id": name, "answer": answer} for name, answer in answers.items())])
+    for cache in ("a.mp4.frames", "a.mp4.safetensors"):
+        (tmp_path / cache).touch()
+    samples, rejected = usable_samples(path, tmp_path, tmp_path)
+    assert {sample.id: sample.answer for sample in samples} == dict.fromkeys(["letter", "text", "lower", "marked"], "B")
+    assert [(failure.item, failure.reason) for failure in rejected] == [
+        ("line 1", "bad_sample"),
+        ("none", "bad_answer"),
+        ("far", "bad_answer"),
+    ]
 
 
 def test_a_missing_file_is_a_wrong_request(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from timesearch.messages import Message, final_answer, text_of
+from timesearch.samples import LETTERS
 
 Judge = Callable[[str, str], float]
 """(reference answer, candidate answer) -> score in [0, 1]"""
@@ -26,7 +27,7 @@ _TURN = re.compile(
     re.DOTALL,
 )
 _LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*)?", re.DOTALL)
-_PAIR = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:s|,|-|to|\s)+\s*(-?\d+(?:\.\d+)?)")
+_PAIR = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:s(?:ec(?:ond)?s?)?|,|-|to|\s)+\s*(-?\d+(?:\.\d+)?)")
 
 
 def format_reward(messages: Sequence[Message]) -> float:
@@ -44,8 +45,20 @@ def choice_letter(answer: str) -> str | None:
     return match.group(1) if match else None
 
 
+def answer_letter(answer: str, options: Sequence[str]) -> str | None:
+    """The letter of the right answer, which a file gives as a letter (``B``, ``b``, ``B. a dog``) or an option's text.
+
+    None where it is no answer to these options; without options any letter is one.
+    """
+    answer = answer.strip()
+    if answer in options:
+        return LETTERS[list(options).index(answer)]
+    letter = choice_letter(answer.upper() if len(answer) == 1 else answer)
+    return letter if letter and (not options or letter in LETTERS[: len(options)]) else None
+
+
 def parse_intervals(text: str) -> list[tuple[float, float]]:
-    """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20, 31-40``.
+    """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20 seconds, 31-40``.
 
     JSON may be one pair, a list of pairs, or the reference's ``{"start_time": 12.5, "end_time": 20}``.
     """

@@ -136,6 +136,17 @@ def _parse_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, RequestError(f"{path}, line {number}: nested too deeply")
 
 
+def convert(row: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
+    """`timesearch.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is none."""
+    from timesearch.formats import to_rows
+
+    try:
+        return to_rows(row, number)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise RequestError(f"{where}: not a row of the benchmark that it looks like ({detail})") from error
+
+
 def validate(model: type[T], row: dict[str, Any], where: str) -> T:
     """Build a `Sample` or `Prediction` from a row, or say in one sentence which field of which line is wrong."""
     try:
@@ -152,12 +163,10 @@ def read_samples(path: Path | str) -> list[Sample]:
     Raises:
         RequestError: a missing file, a broken line, a wrong field, or an id that occurs twice.
     """
-    from timesearch.formats import to_rows
-
     samples = [
         validate(Sample, sample, f"{path}, line {number}")
         for number, row in read_rows(path)
-        for sample in to_rows(row, number)
+        for sample in convert(row, number, f"{path}, line {number}")
     ]
     repeated = [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]
     if repeated:

@@ -31,12 +31,11 @@ from typing import Any
 
 from timesearch.batch import Failure
 from timesearch.errors import ItemError, RequestError
-from timesearch.evaluation.qa import answer_letter, parse_choice
+from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
-from timesearch.formats import to_rows
 from timesearch.messages import final_answer, parse_turn, searched_seconds, text_of
-from timesearch.rewards import interval_iou, parse_intervals
-from timesearch.samples import Prediction, read_rows, validate
+from timesearch.rewards import answer_letter, interval_iou, parse_intervals
+from timesearch.samples import Prediction, convert, read_rows, validate
 
 END_TOLERANCE = 1.0
 """Seconds past the stated duration that a time may lie: stated durations and rounded times differ by less."""
@@ -96,11 +95,10 @@ def read_predictions(path: Path | str, report: Report) -> Iterator[Prediction]:
     for number, published in read_rows(path, on_error=broken):
         where = f"{path}, line {number}"
         try:
-            rows = to_rows(published, number)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            rows = convert(published, number, where)
+        except RequestError as error:
             rows = []
-            detail = f"{where}: not a row of the benchmark that it looks like ({type(error).__name__}: {error})"
-            report(Failure(str(published.get("id", f"line {number}")), "invalid_row", detail))
+            report(Failure(str(published.get("id", f"line {number}")), "invalid_row", str(error)))
         for row in rows:
             identity = str(row.get("id", f"line {number}"))
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from timesearch.rewards import choice_letter
 from timesearch.samples import LETTERS
 
 _PUNCTUATION = (",", ".", "!", "?", ";", ":", "'")
@@ -57,11 +56,3 @@ def parse_choice(response: str | None, options: Sequence[str]) -> str | None:
         if named:
             return max(named, key=lambda letter: spoken.rfind(options[LETTERS.index(letter)].lower()))
     return None
-
-
-def answer_letter(answer: str, options: Sequence[str]) -> str | None:
-    """The letter of the right answer, which a file gives as a letter (``B``, ``B. a dog``) or as an option's text."""
-    if answer in options:
-        return LETTERS[list(options).index(answer)]
-    letter = choice_letter(answer)
-    return letter if letter and (not options or letter in LETTERS[: len(options)]) else None

@@ -22,10 +22,10 @@ from timesearch.batch import Failure
 from timesearch.errors import ItemError
 from timesearch.evaluation.episodes import read_predictions
 from timesearch.evaluation.evaluate import load_metrics, prediction_files
-from timesearch.evaluation.qa import answer_letter
 from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
 from timesearch.files import atomic_path, inside
 from timesearch.messages import Message, parse_turn, text_of, tool_frames
+from timesearch.rewards import answer_letter
 from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
 

@@ -12,8 +12,8 @@ from typing import Any
 from timesearch.batch import Failure
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import inside
-from timesearch.formats import to_rows
-from timesearch.samples import Sample, read_rows, validate
+from timesearch.rewards import answer_letter
+from timesearch.samples import Sample, convert, read_rows, validate
 from timesearch.settings import Settings
 
 
@@ -27,23 +27,30 @@ def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -
 
     Returns:
         The samples fit for training, and a failure for each that is not, with the reason `bad_sample`, `repeated_id`,
-        `no_answer`, `unsafe_path` or `missing_cache`.
+        `no_answer`, `bad_answer`, `unsafe_path` or `missing_cache`. A multiple-choice answer given as an option's text
+        or in lower case becomes its letter, which rewards compare.
 
     Raises:
         RequestError: the file is missing or holds a line that is not JSON.
     """
     samples: dict[str, Sample] = {}
     rejected: list[Failure] = []
-    rows = ((line, row) for line, published in read_rows(path) for row in to_rows(published, line))
-    for number, row in rows:
+    for line, published in read_rows(path):
+        where = f"{path}, line {line}"
         try:
-            sample = _usable(row, f"{path}, line {number}", Path(frames), Path(features))
-            if sample.id in samples:
-                raise ItemError(f"{path}, line {number}: id {sample.id!r} occurs again", reason="repeated_id")
-        except ItemError as error:
-            rejected.append(Failure(str(row.get("id", f"line {number}")), error.reason, str(error)))
-        else:
-            samples[sample.id] = sample
+            rows = convert(published, line, where)
+        except RequestError as error:
+            rejected.append(Failure(str(published.get("id", f"line {line}")), "bad_sample", str(error)))
+            continue
+        for row in rows:
+            try:
+                sample = _usable(row, where, Path(frames), Path(features))
+                if sample.id in samples:
+                    raise ItemError(f"{where}: id {sample.id!r} occurs again", reason="repeated_id")
+            except ItemError as error:
+                rejected.append(Failure(str(row.get("id", f"line {line}")), error.reason, str(error)))
+            else:
+                samples[sample.id] = sample
     return list(samples.values()), rejected
 
 
@@ -54,6 +61,16 @@ def _usable(row: dict[str, Any], where: str, frames: Path, features: Path) -> Sa
         raise ItemError(str(error), reason="bad_sample") from error
     if not sample.answer.strip():
         raise ItemError(f"{where}: sample {sample.id!r} has no answer to train on", reason="no_answer")
+    if sample.type == "multiple_choice":
+        letter = answer_letter(sample.answer, sample.options)
+        if letter is None:
+            raise ItemError(
+                f"{where}: the answer {sample.answer[:80]!r} of sample {sample.id!r} is no letter and no text of its "
+                f"{len(sample.options)} options",
+                reason="bad_answer",
+            )
+        if letter != sample.answer:
+            sample = sample.model_copy(update={"answer": letter})
     for root, suffix, stage in ((frames, ".frames", "frames"), (features, ".safetensors", "features")):
         cache = inside(root, sample.video + suffix)
         if not cache.is_file():
