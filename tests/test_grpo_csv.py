@@ -620,17 +620,18 @@ def test_replay_keeps_its_own_rows_alone() -> None:
     }
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_replay_keeps_in_main_memory_and_gives_back_to_the_gpu() -> None:
-    def on_gpu(batch: dict[str, Any]) -> dict[str, Any]:
-        return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-
-    buffer = ReplayBuffer(capacity=2)
-    buffer.exchange(on_gpu(toy_batch([1.0, -1.0, 0.0, 0.0], 5, 3, 10)), size=2, pad_token=0)
-    assert buffer._groups[0]["pixel_values"][0].device.type == "cpu"
-    batch, replaced = buffer.exchange(on_gpu(toy_batch([0.0, 0.0, 2.0, -2.0], 4, 6, 50)), size=2, pad_token=0)
-    assert replaced == 1
-    assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"cuda"}
+def test_what_was_kept_goes_where_the_batch_is() -> None:
+    """On PyTorch's device without data, which stands for a GPU."""
+    kept = take(toy_batch([1.0, -1.0], 5, 3, 10), [0, 1])
+    batch = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) and key != "image_grid_thw" else value
+        for key, value in toy_batch([0.0, 0.0, 2.0, -2.0], 4, 6, 50).items()
+    }
+    mixed = put(batch, [0, 1], kept, 0)
+    assert mixed["completion_ids"].shape == (4, 6)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            assert mixed[key].device == value.device
 
 
 def test_refill_takes_useful_groups_only() -> None:
