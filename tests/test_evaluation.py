@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
 from timesearch.cli import main
-from timesearch.evaluation.evaluate import evaluate_files, write_evaluation
+from timesearch.errors import RequestError
+from timesearch.evaluation.evaluate import evaluate_files, run, write_evaluation
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
@@ -353,9 +354,9 @@ def test_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("b", "a")}
-    for run in ("first", "second"):
+    for folder in ("first", "second"):
         methods = evaluate_files(files, Evaluate(bootstrap=200), None)
-        write_evaluation(methods, tmp_path / run, Evaluate(bootstrap=200), seed=0)
+        write_evaluation(methods, tmp_path / folder, Evaluate(bootstrap=200), seed=0)
     written = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.*"))
     assert len(written) >= 9
     for path in written:
@@ -424,8 +425,6 @@ def test_methods_stand_in_the_order_of_the_table() -> None:
 def test_the_stage_writes_results_and_records_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import mlflow
 
-    from timesearch.evaluation.evaluate import run
-
     project = make_project(tmp_path)
     outcome = run(project)
     assert outcome.failures == []
@@ -444,6 +443,24 @@ def test_the_stage_writes_results_and_records_them(tmp_path: Path, capsys: pytes
     assert record.data.metrics["uniform/duration_group/15/qa_accuracy"] == 1.0
     names = {item.path for item in mlflow.MlflowClient().list_artifacts(record.info.run_id)}
     assert {"report.html", "metrics.json", "table.md", "evaluation"} <= names
+
+
+def test_the_stage_leaves_predictions_aside_that_the_settings_do_not_ask_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = make_project(tmp_path, episodes=3)
+    project.evaluate.visual = False
+    predictions = tmp_path / "results" / "predictions"
+    (predictions / "base.jsonl").write_text("of an earlier run, and no JSON\n")
+    assert run(project).failures == []
+    assert "not scored, as infer.baselines does not name them: predictions of base" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert list(json.loads((tmp_path / "results" / "metrics.json").read_text())) == ["uniform", "grpo_csv"]
+    assert "of an earlier run" not in (tmp_path / "results" / "report.html").read_text()
+    project.infer.baselines, project.train.completeness_weight = [], 0.0
+    with pytest.raises(RequestError, match=r"holds no predictions of grpo: run `timesearch infer`"):
+        run(project)
 
 
 @settings(max_examples=40, deadline=None)

@@ -26,7 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """An evaluated project with its report."""
     settings = make_project(tmp_path_factory.mktemp("project"))
     results = settings.paths.results
-    files = prediction_files(results / "predictions")
+    files = prediction_files(settings)
     methods = evaluate_files(files, settings.evaluate, settings.paths.videos)
     write_evaluation(methods, results, settings.evaluate, settings.seed)
     build.write_results_report(settings)
@@ -200,7 +200,7 @@ def test_two_thousand_episodes_open_at_once(tmp_path: Path, open_report) -> None
 def test_pictures_and_transcripts_keep_to_their_budgets(
     project: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = prediction_files(project.paths.results / "predictions")
+    files = prediction_files(project)
     monkeypatch.setattr(build, "THUMBNAIL_BUDGET", 3000)
     monkeypatch.setattr(build, "TRANSCRIPT_BUDGET", 0)
     out = tmp_path / "small.html"

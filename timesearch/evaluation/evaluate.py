@@ -186,15 +186,19 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         writer.writerows(rows)
 
 
-def prediction_files(folder: Path) -> dict[str, Path]:
-    """Prediction files of a folder by method.
+def prediction_files(settings: Settings) -> dict[str, Path]:
+    """The files in `results/predictions` of the methods that the settings ask for, by method.
 
     Raises:
         RequestError: there is none.
     """
-    files = {path.stem: path for path in sorted(folder.glob("*.jsonl")) if path.stem != "failures"}
+    from timesearch.inference.infer import trained_method
+
+    folder = settings.paths.results / "predictions"
+    asked = dict.fromkeys([*settings.infer.baselines, trained_method(settings)])
+    files = {method: folder / f"{method}.jsonl" for method in asked if (folder / f"{method}.jsonl").is_file()}
     if not files:
-        raise RequestError(f"{folder} holds no prediction files: run `timesearch infer` first, or name one")
+        raise RequestError(f"{folder} holds no predictions of {', '.join(asked)}: run `timesearch infer` first")
     return files
 
 
@@ -234,7 +238,7 @@ def tracked_metrics(method: MethodScores) -> dict[str, float]:
 
 
 def run(settings: Settings) -> BatchResult:
-    """Stage `evaluate`: score `results/predictions/*.jsonl`, write results and the report, and print the table.
+    """Stage `evaluate`: score the predictions of the settings' methods, write results and the report, print the table.
 
     Raises:
         RequestError: there are no predictions.
@@ -243,7 +247,10 @@ def run(settings: Settings) -> BatchResult:
     from timesearch.tracking import stage_run
 
     results = settings.paths.results
-    files = prediction_files(results / "predictions")
+    files = prediction_files(settings)
+    others = {path.stem for path in (results / "predictions").glob("*.jsonl")} - files.keys() - {"failures"}
+    if others:
+        console.print(f"not scored, as infer.baselines does not name them: predictions of {', '.join(sorted(others))}")
     with stage_run(settings, "evaluate") as record, held_judge(settings.judge) as judge:
         methods = evaluate_files(files, settings.evaluate, settings.paths.videos, judge, settings.seed)
         failures = results / "evaluation" / "failures.jsonl"

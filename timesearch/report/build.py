@@ -57,7 +57,7 @@ def write_results_report(settings: Settings, out: Path | None = None) -> Path:
     """
     results = settings.paths.results
     target = out or results / "report.html"
-    files = prediction_files(results / "predictions")
+    files = prediction_files(settings)
     write_report(files, results / "evaluation", target, settings.paths.frames, settings.paths.train.parent)
     return target
 
