@@ -173,6 +173,42 @@ def test_a_step_changes_the_weights_and_learns(corpus: Corpus, processor: Any, t
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_logits_of_learned_tokens_alone_give_the_same_loss(corpus: Corpus, processor: Any):
+    model = make_policy(processor.tokenizer).eval()
+    examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=9)[number] for number in range(3)]
+    found = []
+    for learned_only in (False, True):
+        batch = Collator(processor, learned_only)(examples)
+        output = model(**batch, num_items_in_batch=(batch["labels"] != IGNORED).sum())
+        model.zero_grad()
+        output.loss.backward()
+        gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+        found.append((output.loss, output.logits.shape[1], gradients))
+    (whole, length, gradients), (alone, kept, same) = found
+    assert kept < length
+    assert torch.allclose(whole, alone, atol=1e-5)
+    assert gradients.keys() == same.keys()
+    assert all(torch.allclose(gradients[name], same[name], atol=1e-4) for name in gradients)
+
+
+def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(corpus: Corpus, processor: Any, tmp_path: Path):
+    examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=8)[number] for number in range(4)]
+    plan = Plan(steps=4, batch_size=1, learning_rate=1e-3, save_steps=1)
+
+    def stop_at_three(step: int, values: dict[str, float]) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(make_policy(processor.tokenizer), processor, examples, plan, tmp_path, stop_at_three)
+    (tmp_path / "checkpoint-3").mkdir()  # a process that was killed while it wrote
+    seen: list[int] = []
+    fine_tune(
+        make_policy(processor.tokenizer), processor, examples, plan, tmp_path, lambda step, values: seen.append(step)
+    )
+    assert seen == [1, 2, 3, 4]
+
+
 def test_lora_trains_and_is_merged(corpus: Corpus, processor: Any, tmp_path: Path):
     model = make_policy(processor.tokenizer)
     examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=6)[number] for number in range(2)]
@@ -262,6 +298,41 @@ def test_a_teacher_behind_a_server_is_asked_once_and_its_wrong_traces_are_left_o
         server.shutdown()
     left_out = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
     assert [(row["item"], row["reason"]) for row in left_out] == [(rows[0]["id"], "wrong_answer")]
+
+
+def changed(settings: Settings, section: str, **values: Any) -> Settings:
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
+
+
+def test_without_a_teacher_the_base_policy_plays_and_its_episodes_are_kept_by_origin(project: Settings, tmp_path: Path):
+    """An untrained policy is never right: what it played stays, and is not played again."""
+    settings = changed(project, "coldstart", traces="policy")
+    settings = changed(settings, "paths", coldstart=tmp_path / "coldstart")
+    settings = changed(settings, "infer", engine="transformers")
+    settings = changed(settings, "search", max_turns=2, max_new_tokens=4)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="no well-formed and right trace"):
+            run(settings)
+        (file,) = tmp_path.glob("coldstart.policy-*.jsonl")
+        played = [json.loads(line) for line in file.read_text().splitlines()]
+        assert sorted(row["id"] for row in played) == sorted(s.id for s in read_samples(project.paths.train_samples))
+        assert not any(row["error"] for row in played)
+    with pytest.raises(RequestError, match="no well-formed and right trace"):
+        run(changed(settings, "coldstart", teacher_temperature=0.1))
+    assert len(list(tmp_path.glob("coldstart.policy-*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "says"),
+    [
+        ("coldstart", {"traces": "teacher"}, "coldstart.teacher_url .* 'policy'"),
+        ("search", {"protocol": "text"}, "search.protocol is 'text'"),
+        ("search", {"patch": 28}, "set search.patch to 32"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(project: Settings, section: str, values: dict[str, Any], says: str):
+    with pytest.raises(RequestError, match=says):
+        run(changed(project, section, **values))
 
 
 def test_without_a_right_trace_the_stage_says_so(project: Settings, tmp_path: Path):

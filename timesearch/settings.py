@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 class Paths(Section):
-    """Where stages read and write, relative to the folder of `params.yaml`."""
+    """Where stages read and write, relative to the folder that commands run in."""
 
     train_samples: Path = Path("data/train.jsonl")
     test_samples: Path = Path("data/test.jsonl")
@@ -85,26 +85,29 @@ class Search(Section):
     max_frames_per_turn: int = Field(8, ge=1, description="frames that one tool call returns at most")
     total_video_tokens: int = Field(10_240, ge=1, description="vision tokens of the whole preview")
     max_frames: int = Field(768, ge=1, description="frames of the preview at most")
-    min_tokens: int = Field(12, ge=1, description="vision tokens a frame at least")
-    max_tokens: int = Field(256, ge=1, description="vision tokens a frame at most")
+    min_tokens: int = Field(12, ge=1, description="vision tokens a preview frame at least")
+    max_tokens: int = Field(256, ge=1, description="vision tokens a frame at most, searched ones too")
     patch: int = Field(28, ge=1, description="pixels along the side of one vision token: 28 Qwen2.5-VL, 32 Qwen3-VL")
     max_new_tokens: int = Field(256, ge=1, description="tokens that the policy writes a turn at most")
     prompts: str = Field("default", description="name of a prompt set of the package, or a folder of text files")
     protocol: Literal["template", "text"] = Field(
-        "template", description="tools rendered by the chat template, or as text in the system prompt"
+        "template",
+        description="tools rendered by the chat template, or as text in the system prompt (inference alone)",
     )
 
 
 class ColdStart(Section):
-    """Stage `coldstart`: supervised fine-tuning on search episodes (paper, Section 4.1)."""
+    """Stage `coldstart`: supervised fine-tuning on search episodes (paper, Section 4.1), by one process on one GPU."""
 
-    traces: str = Field("pocket", description="'pocket', 'teacher', or a file of episodes")
+    traces: str = Field(
+        "pocket", description="'pocket', 'teacher', 'policy' (the base policy's own episodes), or a file of episodes"
+    )
     teacher_url: str | None = Field(None, description="base URL of the teacher's server, with /v1")
     teacher_model: str | None = Field(None, description="name under which the server lists the teacher")
-    teacher_temperature: float = Field(0.7, ge=0)
+    teacher_temperature: float = Field(0.7, ge=0, description="of the teacher, or of the base policy")
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1, description="examples an optimiser step, over all processes")
-    micro_batch: int = Field(4, ge=1, description="examples of one forward and backward pass, a process")
+    batch_size: int = Field(32, ge=1, description="examples an optimiser step")
+    micro_batch: int = Field(4, ge=1, description="examples of one forward and backward pass")
     learning_rate: float = Field(1e-6, gt=0)
     reanswer_share: float = Field(0.25, ge=0, le=1, description="share of re-answer examples in the mix")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")

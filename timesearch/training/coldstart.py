@@ -1,32 +1,34 @@
 """Stage `coldstart`: supervised fine-tuning on search episodes, so that RL starts from a policy that can search.
 
-Traces come from the pocket generator, from a file of episodes, or from a teacher behind an OpenAI-compatible server.
-Those of a file or teacher are kept if they are well-formed and right; the others are listed with their reason. Beside
-whole episodes the policy sees re-answer examples: the searched frames alone and the answer, or frames far from the
-event and "I don't know", so that it knows the completeness task before it is rewarded for it (paper, Section 3.2).
+Traces come from the pocket generator, from a file of episodes, from a teacher behind an OpenAI-compatible server, or
+from the base policy itself. All but the generated ones are kept if they are well-formed and right; the others are
+listed with their reason. Beside whole episodes the policy sees re-answer examples: the searched frames alone and the
+answer, or frames far from the event and "I don't know", so that it knows the completeness task before it is rewarded
+for it (paper, Section 3.2).
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError, RequestError
-from timesearch.files import write_jsonl
+from timesearch.files import file_digest, json_digest, write_jsonl
 from timesearch.messages import Block, Message, final_answer, tool_frames
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, format_reward
 from timesearch.samples import Sample, read_rows
 from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.search.environment import SearchEnvironment
-from timesearch.search.policy import tool_schemas
+from timesearch.search.policy import Policy, tool_schemas
 from timesearch.search.prompts import Prompts
-from timesearch.settings import Settings
-from timesearch.training.data import load_training_samples
+from timesearch.settings import ColdStart, Settings
+from timesearch.training.data import load_training_samples, require_trainable
 from timesearch.training.folder import prepare_run_folder
 from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
 
@@ -45,17 +47,23 @@ def run(settings: Settings) -> Path:
     lasts, `checkpoints/` is there too, and the same call goes on from it.
 
     Raises:
-        RequestError: no policy, no usable sample, or no usable trace.
+        RequestError: no policy or one that does not fit, no usable sample, no teacher where one is asked for, or no
+            usable trace.
     """
-    from timesearch.retrieval.encoder import load_encoder
+    import torch
+
+    from timesearch.retrieval.features import default_encoder
     from timesearch.tracking import stage_run
 
     folder, options = settings.paths.coldstart, settings.coldstart
     policy = settings.paths.models / "policy"
+    if options.traces == "teacher":
+        _teacher(options)
     if not (policy / "config.json").is_file():
         raise RequestError(f"{policy} holds no policy: run the stage 'models' first")
+    require_trainable(policy, settings.search)
     samples, failures = load_training_samples(settings)
-    encoder = load_encoder(str(settings.paths.models / "encoder"))
+    encoder = default_encoder(settings)
     prepare_run_folder(folder, settings, "coldstart", policy)
     examples, rejected = _examples(settings, samples, encoder)
     write_jsonl(folder / "failures.jsonl", [vars(failure) for failure in [*failures, *rejected]])
@@ -75,13 +83,15 @@ def run(settings: Settings) -> Path:
     with stage_run(settings, "coldstart") as record, progress_bar("cold start", options.steps) as bar:
 
         def report(step: int, values: dict[str, float]) -> None:
-            if not rows:
-                bar.advance(step - 1)
             rows.append({"step": step, **values})
             record.log_metrics(values, step=step)
             bar.advance(note=f"loss {values['loss']:.3f}")
 
-        model = fine_tune(load_model(policy), processor, examples, plan, folder / "checkpoints", report)
+        # What is trained is float32: most steps of a small learning rate are less than bfloat16 can tell.
+        model = load_model(policy, None if options.lora_rank else torch.float32)
+        model = fine_tune(model, processor, examples, plan, folder / "checkpoints", report)
+        if options.bf16:
+            model = model.to(torch.bfloat16)
         model.save_pretrained(folder, safe_serialization=True)
         processor.save_pretrained(folder)
         write_jsonl(folder / "metrics.jsonl", rows)
@@ -102,9 +112,9 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
         manners = COLD_STARTS[corpus.asked[0].scene.world]
         return Episodes(corpus, count, manners, options.reanswer_share, settings.seed), []
     file = Path(options.traces)
-    if options.traces == "teacher":
-        file = paths.coldstart.with_name(f"{paths.coldstart.name}.teacher.jsonl")
-        ask_teacher(settings, samples, encoder, file)
+    if options.traces in ("teacher", "policy"):
+        file = paths.coldstart.with_name(f"{paths.coldstart.name}.{options.traces}-{_origin(settings)}.jsonl")
+        play_traces(settings, samples, encoder, file)
     traces, rejected = read_traces(file, samples)
     if not traces:
         first = f" The first: {rejected[0].message}" if rejected else ""
@@ -211,7 +221,7 @@ class Recorded:
             if block["type"] == "text":
                 blocks.append(block)
             elif id(block) in at:
-                blocks.append({"type": "image", "image": frames[frames.nearest(at[id(block)])]})
+                blocks.append(self.environment._show([frames.nearest(at[id(block)])])[1])
             else:
                 raise ItemError("a recorded image has no time before it", reason="image_mismatch")
         return {**message, "content": blocks}
@@ -242,39 +252,81 @@ class Recorded:
         ]
 
 
-def ask_teacher(settings: Settings, samples: Sequence[Sample], encoder: Encoder, file: Path) -> None:
-    """Let a teacher play one episode on each sample, and append them to `file`; what is in it is not asked again.
+def _origin(settings: Settings) -> str:
+    """Digest of all that played traces depend on besides the sample: those of another origin are not taken up."""
+    options, policy = settings.coldstart, settings.paths.models / "policy"
+    weights = {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))}
+    player = weights if options.traces == "policy" else options.teacher_model
+    prompts = Prompts.load(settings.search.prompts).texts
+    search = settings.search.model_dump(mode="json")
+    return json_digest([player, options.teacher_temperature, settings.seed, search, prompts])[:12]
+
+
+def play_traces(settings: Settings, samples: Sequence[Sample], encoder: Encoder, file: Path) -> None:
+    """Let the teacher or the base policy play one episode on each sample, and append them to `file`; what is in it is
+    not played again.
 
     Raises:
         RequestError: no teacher is named, or the server does not serve it.
     """
     from timesearch.inference.infer import Job, play
     from timesearch.samples import Prediction
-    from timesearch.search.engine_openai import OpenAIPolicy
 
-    options = settings.coldstart
-    if not options.teacher_url or not options.teacher_model:
-        raise RequestError("coldstart.traces is 'teacher': set coldstart.teacher_url and coldstart.teacher_model")
     known = {row["id"] for _, row in read_rows(file) if not row.get("error")} if file.is_file() else set()
-    jobs = [Job("teacher", sample) for sample in samples if sample.id not in known]
-    teacher = OpenAIPolicy(
-        [options.teacher_url],
-        options.teacher_model,
-        temperature=options.teacher_temperature,
-        timeout=settings.infer.timeout,
-        retry_for=settings.infer.retry_for,
-        seed=settings.seed,
-    )
+    jobs = [Job("coldstart", sample) for sample in samples if sample.id not in known]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar("teacher", len(jobs)) as bar, file.open("a", encoding="utf-8") as out:
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress_bar("traces", len(jobs)))
+        out = stack.enter_context(file.open("a", encoding="utf-8"))
 
         def record(_: Job, prediction: Prediction) -> None:
             out.write(prediction.model_dump_json() + "\n")
             out.flush()
             bar.advance()
 
-        asyncio.run(play(jobs, teacher, encoder, settings, record))
+        if jobs:
+            player = stack.enter_context(_player(settings))
+            asyncio.run(play(jobs, player, encoder, settings, record))
     _judge_answers(settings, samples, file)
+
+
+@contextmanager
+def _player(settings: Settings) -> Iterator[Policy]:
+    """The teacher behind its server, or the base policy in the engine of the stage `infer`."""
+    from timesearch.inference.infer import _policy
+    from timesearch.search.engine_openai import OpenAIPolicy
+
+    options, infer = settings.coldstart, settings.infer
+    if options.traces == "policy":
+        own = {"temperature": options.teacher_temperature, "urls": [], "model": None, "preview": "images"}
+        base = settings.model_copy(update={"infer": infer.model_copy(update=own)})
+        with _policy(base, settings.paths.models / "policy") as policy:
+            yield policy
+        return
+    url, model = _teacher(options)
+    yield OpenAIPolicy(
+        [url],
+        model,
+        temperature=options.teacher_temperature,
+        timeout=infer.timeout,
+        retry_for=infer.retry_for,
+        seed=settings.seed,
+    )
+
+
+def _teacher(options: ColdStart) -> tuple[str, str]:
+    """URL and model of the teacher.
+
+    Raises:
+        RequestError: none is named.
+    """
+    if not options.teacher_url or not options.teacher_model:
+        raise RequestError(
+            "coldstart.traces is 'teacher': set coldstart.teacher_url (with /v1) and coldstart.teacher_model to a "
+            "server and the vision-language model that it serves. Without a teacher, set coldstart.traces to 'policy', "
+            "for the base policy's own right episodes, or to a file of episodes"
+        )
+    return options.teacher_url, options.teacher_model
 
 
 def _judge_answers(settings: Settings, samples: Sequence[Sample], file: Path) -> None:

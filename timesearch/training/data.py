@@ -14,7 +14,22 @@ from timesearch.errors import ItemError, RequestError
 from timesearch.files import inside
 from timesearch.rewards import answer_letter
 from timesearch.samples import Sample, convert, read_rows, validate
-from timesearch.settings import Settings
+from timesearch.search.checkpoint import check_fit
+from timesearch.settings import Search, Settings
+
+
+def require_trainable(policy: Path, search: Search) -> None:
+    """Refuse what would otherwise show as a policy that learns nothing.
+
+    Raises:
+        RequestError: the policy does not fit the parameters of search, or tools are to be shown as text.
+    """
+    if search.protocol != "template":
+        raise RequestError(
+            f"search.protocol is {search.protocol!r}: in training the chat template shows the tools; set it to "
+            "'template' (inference takes both)"
+        )
+    check_fit(policy, search)
 
 
 def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -> tuple[list[Sample], list[Failure]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError, RequestError
 from timesearch.messages import Message
+from timesearch.training.folder import latest_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,13 @@ class Collator:
 
     Args:
         processor: of the policy; its chat template must know tools.
+        learned_only: let the model compute the logits of learned tokens alone. The loss is the same to rounding; those
+            of a whole long episode would take tens of GiB.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, learned_only: bool = False) -> None:
         self._processor = processor
+        self._learned_only = learned_only
         tokenizer = processor.tokenizer
         self._opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
         self._closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -54,7 +58,8 @@ class Collator:
 
         Returns:
             The processor's tensors, with `input_ids`, `attention_mask` and `labels` of shape (examples, longest),
-            padded on the right.
+            padded on the right. With `learned_only` also `logits_to_keep`, the K positions before a learned token of
+            any example, and `shift_labels` (examples, K), the labels of the tokens after them.
 
         Raises:
             ItemError: `image_mismatch` or `turn_mismatch`, naming the example.
@@ -105,7 +110,10 @@ class Collator:
                 )
             for start, end in spans:
                 labels[row, start:end] = ids[start:end]
-        return {**batch, "labels": labels}
+        if not self._learned_only:
+            return {**batch, "labels": labels}
+        kept = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+        return {**batch, "labels": labels, "logits_to_keep": kept, "shift_labels": labels[:, kept + 1]}
 
     def assistant_spans(self, ids: list[int]) -> list[tuple[int, int]]:
         """[start, end) of each assistant turn in token ids: after its header, up to and with its closing token."""
@@ -168,19 +176,26 @@ def fine_tune(
         examples: a map-style dataset of `Example`.
         plan: how to optimise.
         folder: takes checkpoints while training goes on; a run that finds one there resumes from it.
-        on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`; in the first process alone.
+        on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`; in the first process alone. A run
+            that resumes tells the steps before it again.
 
     Raises:
         RequestError: the batch cannot be divided as the plan asks.
     """
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     class Report(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            for logs in state.log_history:
+                self._tell(state, logs["step"], logs)
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if on_step and state.is_world_process_zero and logs and "loss" in logs:
-                on_step(state.global_step, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm")})
+            self._tell(state, state.global_step, logs or {})
+
+        def _tell(self, state: Any, step: int, logs: dict[str, float]) -> None:
+            if on_step and state.is_world_process_zero and "loss" in logs:
+                on_step(step, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm")})
 
     cuda = torch.cuda.is_available()
     if plan.lora_rank:
@@ -221,16 +236,19 @@ def fine_tune(
         label_names=["labels"],
         dataloader_pin_memory=cuda,
     )
+    # A process trains on one GPU. On several that it sees, `Trainer` would split batches by `DataParallel`, which cuts
+    # the rows of pixels without regard to whose they are.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=examples,
-        data_collator=Collator(processor),
+        # On a CPU nothing is left out: the pocket models' published numbers rest on every rounding.
+        data_collator=Collator(processor, learned_only=cuda),
         processing_class=processor,
         callbacks=[Report()],
     )
     trainer.remove_callback(PrinterCallback)
-    resume = get_last_checkpoint(str(folder)) if plan.save_steps and Path(folder).is_dir() else None
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=latest_checkpoint(Path(folder), processes) if plan.save_steps else None)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     return trained.merge_and_unload() if plan.lora_rank else trained
