@@ -52,7 +52,7 @@ from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings, Train
-from timesearch.training.data import dataset_row, load_training_samples
+from timesearch.training.data import dataset_row, load_training_samples, require_trainable
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 from timesearch.training.launch import refuse_unfit
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
@@ -509,6 +509,7 @@ def run(settings: Settings) -> Path:
     policy = settings.paths.coldstart if settings.paths.coldstart.is_dir() else settings.paths.models / "policy"
     if not (policy / "config.json").is_file():
         raise RequestError(f"{policy} holds no policy: run the stages 'models' and 'coldstart' first")
+    require_trainable(policy, settings.search)
     config = grpo_config(settings, str(policy))
     main = config.process_index == 0
     if main:
