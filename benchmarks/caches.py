@@ -369,9 +369,9 @@ def main() -> None:
                 )
                 print(made[-1], flush=True)
             write_features(folder / "features.safetensors", round(minutes * 120))
-            for name, target in (("open this cache", f"{minutes}.this"), ("open tensor", f"{minutes}.straightforward")):
-                if (folder / target).exists():
-                    cost = measure(name, folder / target, folder / "features.safetensors")
+            for name, file in (("open this cache", f"{minutes}.this"), ("open tensor", f"{minutes}.straightforward")):
+                if (folder / file).exists():
+                    cost = measure(name, folder / file, folder / "features.safetensors")
                     opened.append(
                         {
                             "minutes": minutes,

@@ -13,14 +13,16 @@ import json
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from timesearch.evaluation.evaluate import evaluate_files
-from timesearch.evaluation.visual import ssim_matrix
+from timesearch.evaluation.visual import Mode, ssim_matrix
 from timesearch.settings import Evaluate
 
 GROUND_TRUTH, SEARCHED, TURNS = 5, 30, 4
@@ -33,7 +35,7 @@ def write_predictions(path: Path, count: int, seed: int = 0) -> None:
     with path.open("w", encoding="utf-8") as handle:
         for number in range(count):
             times = np.sort(rng.uniform(0, 1800, SEARCHED).round(1)).tolist()
-            messages = [{"role": "user", "content": "Question"}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": "Question"}]
             for turn in range(TURNS):
                 call = {"name": "seek_video_frames", "arguments": {"query": "a red car", "num_frames": 8}}
                 blocks: list[dict] = []
@@ -115,7 +117,10 @@ def main() -> None:
     pred_frames = rng.integers(0, 256, (arguments.frames, height, width, 3), dtype=np.uint8)
     title = f"SSIM of {GROUND_TRUTH} x {arguments.frames} frames of {width} x {height}, seconds on one core"
     speeds = Table("mode", "pair by pair", "here", "times faster", "largest difference", title=title)
-    baselines = {"standard": by_scikit_image, "tstar": by_convolution}
+    baselines: dict[Mode, Callable[[np.ndarray, np.ndarray], float]] = {
+        "standard": by_scikit_image,
+        "tstar": by_convolution,
+    }
     for mode, similarity in baselines.items():
         similarity(gt_frames[0], pred_frames[0])
         started = time.process_time()

@@ -90,9 +90,11 @@ class RandomEncoder:
         """Rows of shape (n, 32)."""
         return np.stack([_vector(text.encode()) for text in texts])
 
-    def prepare(self, images: Sequence[Any]) -> np.ndarray:
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         """Rows of shape (n, 32)."""
         return np.stack([_vector(image.tobytes()) for image in images])
+
+    prepare = encode_images
 
     def encode_prepared(self, batch: np.ndarray) -> np.ndarray:
         """What `prepare` made."""
@@ -412,7 +414,7 @@ def survive(policy: Scripted, samples: Sequence[Sample], settings: Settings, por
     policy._send = counted  # type: ignore[method-assign]
     settings.infer.concurrency = len(samples)
     jobs = [Job("grpo_csv", sample) for sample in samples]
-    record: Callable[[Job, Prediction], None] = lambda job, row: ended.append((job.sample.id, row.outcome))  # noqa: E731
+    record: Callable[[Job, Prediction], None] = lambda job, row: ended.append((job.sample.id, str(row.outcome)))  # noqa: E731
     asyncio.run(play(jobs, policy, RandomEncoder(), settings, record))
     gap = max(later - earlier for earlier, later in pairwise(answered))
     identities = [identity for identity, _ in ended]
