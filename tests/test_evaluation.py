@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
 from timesearch.cli import main
 from timesearch.errors import RequestError
+from timesearch.evaluation import frames
 from timesearch.evaluation.evaluate import evaluate_files, run, write_evaluation
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
@@ -155,6 +157,26 @@ def test_visual_metrics_look_at_the_source_at_exact_times(tmp_path: Path) -> Non
     assert other["visual_f1"] < 0.98
     none, _ = score(tmp_path, [row | {"searched_seconds": []}], videos=tmp_path / "videos")
     assert (none["visual_f1"], none["visual_episodes"], reasons) == (0.0, 1, {})
+
+
+def test_visual_metrics_of_many_questions_about_one_video_take_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "videos" / "a.mp4", hue=0)
+    rows = [
+        sample_row(i, "a.mp4") | {"gt_seconds": [i / 2, i / 2 + 0.2], "searched_seconds": [i / 2, 5.0], "gt_spans": []}
+        for i in range(30)
+    ]
+    (tmp_path / "whole").mkdir()
+    together, _ = score(tmp_path / "whole", rows, videos=tmp_path / "videos")
+    monkeypatch.setattr(frames, "_TRUTH_BUDGET", 3 * frames._STATISTICS * 160 * 96)
+    tracemalloc.start()
+    apart, reasons = score(tmp_path, rows, videos=tmp_path / "videos")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reasons == {}
+    assert apart == together
+    assert peak < 0.5 * 60 * frames._STATISTICS * 160 * 96
 
 
 def test_a_missing_video_is_named_and_costs_the_visual_metrics_only(tmp_path: Path) -> None:

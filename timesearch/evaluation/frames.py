@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,12 @@ from timesearch.evaluation.visual import Mode, Ssim
 from timesearch.progress import progress_bar
 
 _MODES: tuple[tuple[str, Mode], ...] = (("visual", "standard"), ("visual_tstar", "tstar"))
-_CHUNK = 16  # searched frames held at once; a frame of 1280 x 720 is 2.8 MB, its statistics 44 MB a mode
+_CHUNK = 16
+"""Searched frames decoded at once."""
+_TRUTH_BUDGET = 1_200_000_000
+"""Bytes of statistics of ground-truth frames held at once: those of 6 frames of 1920 x 1080, or of 54 of 640 x 360."""
+_STATISTICS = len(_MODES) * 4 * 3 * 4
+"""Bytes of statistics a pixel: four float32 arrays of three colours a mode."""
 
 
 def score_videos(jobs: Mapping[str, Sequence[tuple[MethodScores, EpisodeScore]]], videos: Videos) -> None:
@@ -43,31 +48,36 @@ def _similarities(
 ) -> dict[tuple[str, float, float], float]:
     """SSIM by (metric, ground-truth time, searched time), of all pairs that some episode needs."""
     from timesearch.video.exact import read_frames
+    from timesearch.video.probe import probe
 
     path = videos.path(video)
     needed: dict[float, set[float]] = {}
     for episode in episodes:
-        for time in episode.times:
-            needed.setdefault(time, set()).update(episode.truth)
-    truth_times = sorted({time for episode in episodes for time in episode.truth})
-    truth_frames = [np.asarray(frame) for frame in read_frames(path, truth_times)]
+        for time in episode.truth:
+            needed.setdefault(time, set()).update(episode.times)
+    info = probe(path)
+    at_once = max(1, _TRUTH_BUDGET // (_STATISTICS * info.width * info.height))
     engines = {metric: Ssim(mode) for metric, mode in _MODES}
-    truth = {
-        (metric, time): engine.statistics(frame)
-        for metric, engine in engines.items()
-        for time, frame in zip(truth_times, truth_frames, strict=True)
-    }
-    found: dict[tuple[str, float, float], float] = {}
+    truth: dict[tuple[str, int], Any] = {}
     searched: dict[str, Any] = dict.fromkeys(engines)
-    times = sorted(needed)
-    for start in range(0, len(times), _CHUNK):
-        chunk = times[start : start + _CHUNK]
-        for time, frame in zip(chunk, read_frames(path, chunk), strict=True):
+    found: dict[tuple[str, float, float], float] = {}
+    for truths in _chunks(list(needed), at_once):  # question by question, so that few chunks need one searched frame
+        for place, frame in enumerate(read_frames(path, truths)):
             for metric, engine in engines.items():
-                searched[metric] = engine.statistics(frame, reuse=searched[metric])
-                for other in needed[time]:
-                    found[metric, other, time] = engine.similarity(truth[metric, other], searched[metric])
+                truth[metric, place] = engine.statistics(frame, reuse=truth.get((metric, place)))
+        for times in _chunks(sorted({time for other in truths for time in needed[other]}), _CHUNK):
+            for time, frame in zip(times, read_frames(path, times), strict=True):
+                for metric, engine in engines.items():
+                    searched[metric] = engine.statistics(frame, reuse=searched[metric])
+                    for place, other in enumerate(truths):
+                        if time in needed[other]:
+                            found[metric, other, time] = engine.similarity(truth[metric, place], searched[metric])
     return found
+
+
+def _chunks(items: list[float], size: int) -> Iterator[list[float]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def _add(episode: EpisodeScore, similar: Mapping[tuple[str, float, float], float]) -> None:
