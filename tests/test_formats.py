@@ -221,6 +221,17 @@ def test_lvbench_gives_a_sample_for_each_question(tmp_path: Path) -> None:
     assert second.meta["question_type"] == ["entity recognition", "reasoning"]
 
 
+def test_lvbench_as_a_table_of_a_row_a_question(tmp_path: Path) -> None:
+    """The form on the model hub: a Parquet file whose rows repeat what belongs to the video."""
+    video = {"key": LVBENCH["key"], "type": LVBENCH["type"], "video_path": "28CIeC8cZks.mp4"}
+    path = tmp_path / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([video | entry for entry in LVBENCH["qa"]]), path)
+    samples = read_samples(path)
+    assert samples[0].meta.pop("video_path") == video["video_path"]
+    assert samples[1].meta.pop("video_path") == video["video_path"]
+    assert samples == read_one(tmp_path, LVBENCH)
+
+
 def test_tstar_output(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps([TSTAR, {**TSTAR, "video_id": "other", "error": "no frames"}]))

@@ -11,7 +11,8 @@ Haystack-Ego4D         LV-Haystack's table: ``video_id``, ``frame_indexes_video`
 T*                     ``video_path``, ``options`` as one text, ``keyframe_timestamps`` in seconds
 Video-MME              ``videoID``, ``question_id``, ``task_type``
 MLVU                   ``video``, ``question_type``, ``candidates`` or ``scoring_points``
-LVBench                ``key``, and ``qa``: one row a video, one entry a question
+LVBench                ``key``, and ``qa``: one row a video, one entry a question; or a table of a row a question,
+                       with ``time_reference``
 =====================  ==============================================================================================
 
 Fields that a sample has no place for stay in its `meta`, where evaluation finds the groups to report by.
@@ -261,14 +262,15 @@ def _mlvu(row: Row, number: int) -> list[Row]:
 
 def _lvbench(row: Row, number: int) -> list[Row]:
     """LVBench puts the options behind the question, a line each, and names the evidence as ``mm:ss-mm:ss``."""
-    entries = row["qa"] if isinstance(row["qa"], list) else [row["qa"]]
+    entries = row.get("qa", row)
+    entries = entries if isinstance(entries, list) else [entries]
     samples = []
     for position, entry in enumerate(entries, start=1):
         question, _, listed = entry["question"].partition("\n")
         span = [_clock_seconds(clock) for clock in _CLOCK.findall(entry.get("time_reference") or "")]
         samples.append(
             {
-                "id": str(entry.get("uid") or f"{row['key']}_{position}"),
+                "id": str(entry.get("uid") or f"{row['key']}_{position if 'qa' in row else number}"),
                 "video": f"{row['key']}.mp4",
                 "question": question,
                 "options": options_of(listed),
@@ -278,7 +280,7 @@ def _lvbench(row: Row, number: int) -> list[Row]:
                 "meta": {
                     "benchmark": "LVBench",
                     "video_type": row.get("type"),
-                    **_rest(entry, "uid", "question", "answer"),
+                    **_rest(entry, "key", "uid", "type", "question", "answer"),
                 },
             }
         )
@@ -299,7 +301,7 @@ def _as_letter(answer: Any, options: list[str]) -> str:
 
 _FORMS: list[tuple[Callable[[Row], bool], Callable[[Row, int], list[Row]]]] = [
     (lambda row: "frame_indexes_video" in row and "video_id" in row, _haystack_ego4d),
-    (lambda row: "qa" in row and "key" in row, _lvbench),
+    (lambda row: "key" in row and ("qa" in row or {"question", "time_reference"} <= row.keys()), _lvbench),
     (lambda row: "videoID" in row and "task_type" in row, _video_mme),
     (lambda row: "video_path" in row and ("keyframe_timestamps" in row or isinstance(row.get("options"), str)), _tstar),
     (lambda row: "video_path" in row and ("candidates" in row or "option0" in row), _longvideobench),

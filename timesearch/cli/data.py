@@ -108,7 +108,7 @@ def features(
 ) -> None:
     """Embed the frames of frame caches."""
     from timesearch.retrieval.encoder import load_encoder
-    from timesearch.retrieval.features import cache_features, default_encoder, sample_frames
+    from timesearch.retrieval.features import cache_features, default_encoder, run
 
     settings = _settings(params, own_files=bool(frames))
     if workers:
@@ -116,12 +116,11 @@ def features(
     if out is not None:
         settings.paths.features = out
     encoder = load_encoder(model, pretrained) if model else default_encoder(settings)
-    caches = _named(frames, {".frames"}, strip=".frames") if frames else sample_frames(settings)
-
-    def work() -> BatchResult:
-        return cache_features(caches, settings.paths.features, encoder, settings.features)
-
-    result = work() if frames else _recorded(settings, "features", work)
+    if frames:
+        caches = _named(frames, {".frames"}, strip=".frames")
+        result = cache_features(caches, settings.paths.features, encoder, settings.features)
+    else:
+        result = _recorded(settings, "features", lambda: run(settings, encoder))
     _close(result, "feature caches", settings.paths.features, keep_going)
 
 

@@ -2,6 +2,9 @@
 
 The rule is MMMU's, which LongVideoBench and the reference use too, with one difference: where it finds no option, those
 draw a random letter; here there is no answer, which counts as wrong and as unparsed.
+
+Training's reward is stricter (`timesearch.rewards.choice_letter`), as the reference's is: what stands in ``<answer>``
+must be the letter, or begin with it as an option does. Rewarded for a letter anywhere, a policy could name several.
 """
 
 from __future__ import annotations

@@ -229,12 +229,12 @@ def default_encoder(settings: Settings) -> Encoder:
     return load_encoder(settings.features.url or str(settings.paths.models / "encoder"))
 
 
-def sample_frames(settings: Settings) -> dict[str, Path]:
-    """The frame cache of each video that the samples ask about."""
-    return {video: cache_path(settings.paths.frames, video) for video in sample_videos(settings)}
+def run(settings: Settings, encoder: Encoder | None = None) -> BatchResult:
+    """Stage `features`: the frame caches of all videos that the samples ask about, to `cache/features`.
 
-
-def run(settings: Settings) -> BatchResult:
-    """Stage `features`: the frame caches of all videos that the samples ask about, to `cache/features`."""
-    frames = sample_frames(settings)
-    return cache_features(frames, settings.paths.features, default_encoder(settings), settings.features)
+    Args:
+        settings: paths, and how.
+        encoder: another than the settings'.
+    """
+    frames = {video: cache_path(settings.paths.frames, video) for video in sample_videos(settings)}
+    return cache_features(frames, settings.paths.features, encoder or default_encoder(settings), settings.features)
