@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from scratch_project import ROOT
 
+from timesearch.machine import PAPER_GPUS, Gpu, Machine
+from timesearch.profiles import load_profile
+
 STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
 
 
@@ -50,6 +53,27 @@ def test_doctor_tells_what_is_here(tmp_path: Path) -> None:
     done = timesearch("doctor", cwd=tmp_path)
     for word in ("cores", "memory", "disk free", "GPUs", "ffmpeg", "vLLM", "profile that fits"):
         assert word in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "profile", "said"),
+    [
+        (0, 0, "pocket", None),
+        (4, 24, "pocket", None),
+        (1, 85, "single-gpu", None),
+        (8, 85, "single-gpu", "2 machines like this one"),
+        (16, 85, "paper-7b", None),
+    ],
+)
+def test_the_profile_that_fits(gpus: int, memory: float, profile: str, said: str | None) -> None:
+    machine = Machine(cores=8, memory=64, disk_free=100, gpus=[Gpu("card", memory)] * gpus)
+    assert machine.profile == profile
+    assert said is None if machine.together is None else said in machine.together
+
+
+def test_the_paper_profile_asks_for_the_gpus_that_doctor_counts() -> None:
+    train = load_profile("paper-7b", ROOT / "profiles").train
+    assert train.nodes * train.gpus_per_node == PAPER_GPUS
 
 
 def test_a_profile_becomes_params_yaml(tmp_path: Path) -> None:

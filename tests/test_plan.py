@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -66,6 +67,68 @@ def test_the_single_gpu_profile_fits_with_adapters() -> None:
     assert plan.fits
     assert 0 < plan.size.lora_parameters < plan.size.parameters / 10
     assert plan.commands == ["timesearch train --params params.yaml"]
+
+
+@pytest.mark.parametrize("name", ["paper-7b", "single-gpu", "pocket"])
+def test_the_cold_start_of_each_profile_fits_on_one_gpu(name: str) -> None:
+    plan = make_plan(load_profile(name))
+    assert plan.fits, plan.problems
+    assert "cold start: memory of its one GPU" in plan.text()
+
+
+def test_a_cold_start_that_does_not_fit_is_refused_with_advice() -> None:
+    """Full weights: float32 weights, gradients and two moments, and the weights that a pass computes with."""
+    settings = load_profile("paper-7b")
+    settings.coldstart.lora_rank = 0
+    plan = make_plan(settings)
+    states = ("weights", "weights in bf16", "gradients", "optimiser")
+    assert sum(plan.coldstart[part] for part in states) == pytest.approx(18 * plan.size.parameters / GIB)
+    assert any("by the cold start" in problem and "coldstart.lora_rank" in problem for problem in plan.problems)
+
+
+def test_a_reference_model_is_as_wide_as_the_policy() -> None:
+    settings = load_profile("paper-7b")
+    parameters = make_plan(settings).size.parameters
+    widths = {}
+    for launcher in ("zero2", "zero3", "ddp", "fsdp"):
+        settings.train.launcher = launcher  # type: ignore[assignment]
+        share = 16 if launcher in ("zero3", "fsdp") else 1
+        widths[launcher] = make_plan(settings).memory["reference model"] * GIB * share / parameters
+    assert widths == pytest.approx({"zero2": 2, "zero3": 2, "ddp": 4, "fsdp": 4})
+
+
+def test_what_training_refuses_is_a_problem_of_the_plan_and_never_its_advice() -> None:
+    settings = load_profile("paper-7b")
+    settings.train.lora_rank = 64
+    assert any("train.lora_rank is 64" in problem for problem in make_plan(settings).problems)
+    for launcher, generation, rank in itertools.product(
+        ("single", "ddp", "zero2", "zero3", "fsdp"), ("transformers", "vllm_colocate", "vllm_server"), (0, 64)
+    ):
+        changed = {"launcher": launcher, "generation": generation, "lora_rank": rank, "gpu_memory": 1.0}
+        own = settings.model_copy(update={"train": settings.train.model_copy(update=changed)})
+        for problem in make_plan(own).problems:
+            assert "needed by training" not in problem or launcher == "single" or "lora_rank" not in problem
+            assert "zero3" not in problem.partition("usable on each GPU: ")[2] or rank == 0
+            assert "vllm_server, on GPUs of its own" not in problem or launcher == "single"
+
+
+def test_a_judge_on_the_gpus_that_train_is_a_problem() -> None:
+    settings = load_profile("paper-7b")
+    settings.judge.url = "http://127.0.0.1:8765/v1"
+    assert any("another machine on each of 2 nodes" in problem for problem in make_plan(settings).problems)
+    settings.train.nodes, settings.judge.start = 1, True
+    assert any("on the GPUs that train" in problem for problem in make_plan(settings).problems)
+    settings.judge.command = ["env", "CUDA_VISIBLE_DEVICES=7", "vllm", "serve", "{model}", "--port", "{port}"]
+    assert not any("judge" in problem for problem in make_plan(settings).problems)
+
+
+def test_replayed_groups_take_main_memory() -> None:
+    settings = load_profile("single-gpu")
+    pixels = 4 * 3 * 2 * 28 * 28
+    tokens = 6144 + 7 * 8 * 256
+    assert make_plan(settings).replay == pytest.approx(8 * tokens * pixels / GIB)
+    settings.train.zero_advantage = "keep"
+    assert make_plan(settings).replay == 0
 
 
 def test_an_unknown_model_is_named() -> None:

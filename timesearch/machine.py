@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GB = 1e9
+PAPER_GPUS = 16
+"""GPUs of 80 GB that the profile paper-7b trains on: its nodes times its GPUs a node."""
 _ROOM = 12.0
 """GB of disk that the pocket profile's environment and outputs need."""
 
@@ -35,9 +37,24 @@ class Machine:
 
     @property
     def profile(self) -> str:
-        """The largest profile that fits."""
-        large = [gpu for gpu in self.gpus if gpu.memory >= 75]
-        return "paper-7b" if len(large) >= 8 else "single-gpu" if large else "pocket"
+        """The largest profile that fits on this machine alone."""
+        return "paper-7b" if self.large_gpus >= PAPER_GPUS else "single-gpu" if self.large_gpus else "pocket"
+
+    @property
+    def large_gpus(self) -> int:
+        """GPUs that take a policy of 3 to 7 billion parameters."""
+        return sum(gpu.memory >= 75 for gpu in self.gpus)
+
+    @property
+    def together(self) -> str | None:
+        """What several machines like this one would be enough for, in a sentence; None where it is one GPU or fewer."""
+        if not 2 <= self.large_gpus < PAPER_GPUS:
+            return None
+        nodes = -(-PAPER_GPUS // self.large_gpus)
+        return (
+            f"paper-7b trains on {PAPER_GPUS} such GPUs: {nodes} machines like this one, with train.nodes {nodes} and "
+            f"train.gpus_per_node {self.large_gpus} (timesearch train --plan --profile paper-7b)"
+        )
 
     @property
     def problems(self) -> list[str]:

@@ -38,6 +38,8 @@ def doctor(
     if machine.problems:
         raise RequestError("; ".join(machine.problems))
     say(f"The profile that fits is {machine.profile}: timesearch profile {machine.profile}")
+    if machine.together:
+        say(machine.together)
 
 
 def _check_model(checkpoint: str) -> None:

@@ -1,4 +1,4 @@
-"""`timesearch train --plan`: what a training run takes, worked out from its settings alone, without a GPU.
+"""`timesearch train --plan`: what the cold start and the training take, worked out from settings alone, without a GPU.
 
 Memory is counted by its large parts. Weights, gradients and optimiser follow ZeRO (arXiv 1910.02054, Section 3: 2, 2
 and 12 bytes a parameter with mixed-precision Adam); activations are what transformer layers with fused attention and
@@ -14,11 +14,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from timesearch.errors import RequestError
-from timesearch.search.budget import TIME_TOKENS, preview_frames, prompt_tokens
-from timesearch.settings import Settings
-from timesearch.training.launch import launch_command
+from timesearch.search.budget import completion_tokens, preview_frames, prompt_tokens, search_tokens, searched_frames
+from timesearch.settings import Settings, Train
+from timesearch.training.launch import launch_command, refuse_unfit
 
 GIB = 2**30
 VLLM_SHARE = 0.3
@@ -85,6 +86,8 @@ class ModelSize:
     vision_kept: float
     cache_bytes: int
     """bytes of key-value cache a token"""
+    pixel_bytes: int
+    """bytes of the float32 pixels that a vision token stands for"""
 
 
 def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool) -> ModelSize:
@@ -126,6 +129,7 @@ def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool) -> M
             checkpointing,
         ),
         cache_bytes=2 * 2 * key_value * text.num_hidden_layers,
+        pixel_bytes=4 * 3 * vision.temporal_patch_size * (vision.patch_size * vision.spatial_merge_size) ** 2,
     )
 
 
@@ -143,6 +147,10 @@ class Plan:
     gpus: int
     memory: dict[str, float]
     """GiB on each GPU, by part"""
+    coldstart: dict[str, float]
+    """the same of the cold start's one GPU"""
+    replay: float
+    """GiB of each node's main memory for replayed groups"""
     capacity: float
     step: dict[str, int]
     commands: list[str]
@@ -159,9 +167,15 @@ class Plan:
         lines = [f"model             {self.model}: {self.size.parameters / 1e9:.2f} billion parameters"]
         if self.size.lora_parameters:
             lines.append(f"trained           {self.size.lora_parameters / 1e6:.0f} million parameters of LoRA adapters")
-        lines += ["", f"memory of each of {self.gpus} GPUs of {self.capacity:.0f} GiB, at most"]
-        lines += [f"  {part:<24}{gib:8.1f} GiB" for part, gib in self.memory.items()]
-        lines += [f"  {'together':<24}{sum(self.memory.values()):8.1f} GiB", "", "one step, at most"]
+        for title, memory in (
+            (f"cold start: memory of its one GPU of {self.capacity:.0f} GiB, at most", self.coldstart),
+            (f"training: memory of each of {self.gpus} GPUs of {self.capacity:.0f} GiB, at most", self.memory),
+        ):
+            lines += ["", title, *(f"  {part:<24}{gib:8.1f} GiB" for part, gib in memory.items())]
+            lines += [f"  {'together':<24}{sum(memory.values()):8.1f} GiB"]
+        if self.replay:
+            lines += ["", f"replayed groups take up to {self.replay:.1f} GiB of each node's main memory"]
+        lines += ["", "one step, at most"]
         lines += [f"  {part:<24}{count:12,}" for part, count in self.step.items()]
         lines += ["", "start on each node"]
         lines += [f"  {command}" for command in self.commands]
@@ -191,19 +205,19 @@ def find_config(settings: Settings) -> tuple[str, dict[str, Any]]:
 
 
 def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
-    """Work out what `settings.train` takes."""
+    """Work out what `settings.coldstart` and `settings.train` take."""
     train, search = settings.train, settings.search
     name, config = find_config(settings)
     size = model_size(config, train.lora_rank, train.gradient_checkpointing)
     gpus = max(1, train.nodes * train.gpus_per_node) if train.launcher != "single" else 1
-    frame = min(search.max_tokens, max(1, settings.frames.max_pixels // search.patch**2))
-    searched = (search.max_turns - 1) * search.max_frames_per_turn
-    preview, prompt = preview_frames(search), prompt_tokens(search)
-    wanted = searched * (frame + TIME_TOKENS) + search.max_turns * search.max_new_tokens
+    searched = searched_frames(search)
+    preview, prompt, wanted = preview_frames(search), prompt_tokens(search), completion_tokens(search)
     completion = min(train.max_completion_length, wanted)
-    reanswer = searched * (frame + TIME_TOKENS) if train.completeness_weight else 0
+    reanswer = search_tokens(search) if train.completeness_weight else 0
+    vision = search.total_video_tokens + searched * search.max_tokens
     episodes = train.prompts_per_step * train.num_generations
-    problems, warnings = [], []
+    rollouts = math.ceil(episodes / gpus)
+    problems, warnings = _unfit(settings, gpus), []
     if episodes % (gpus * train.micro_batch):
         problems.append(
             f"prompts_per_step x num_generations = {episodes} episodes do not divide into {gpus} processes with "
@@ -214,23 +228,36 @@ def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
             f"an episode that uses every turn and frame takes {wanted:,} tokens and is cut at max_completion_length "
             f"{train.max_completion_length:,}"
         )
-    memory = _memory(settings, size, gpus, (prompt + completion), search.total_video_tokens + searched * frame)
+    if settings.coldstart.traces == "teacher" and not settings.coldstart.teacher_url:
+        warnings.append("coldstart.traces is 'teacher': coldstart.teacher_url and coldstart.teacher_model are not set")
+    memory = _memory(train, size, gpus, _Load(prompt + completion, vision, CHUNK, rollouts))
+    coldstart = _coldstart_memory(settings, config, prompt + wanted, vision)
     usable = train.gpu_memory * (1 - SLACK)
-    if (needed := sum(memory.values())) > usable:
-        problems.append(
-            f"{needed:.1f} GiB are needed and {usable:.1f} of {train.gpu_memory:.0f} GiB usable on each GPU: "
-            + _advice(settings)
-        )
+    for what, parts, advice in (
+        ("the cold start", coldstart, _coldstart_advice(settings)),
+        ("training", memory, _advice(settings)),
+    ):
+        if (needed := sum(parts.values())) > usable:
+            problems.append(
+                f"{needed:.1f} GiB are needed by {what}, and {usable:.1f} of {train.gpu_memory:.0f} GiB are usable on "
+                f"each GPU: {advice}"
+            )
     if train.generation == "vllm_colocate" and memory["vLLM"] * GIB < 2 * size.parameters + size.cache_bytes * prompt:
         problems.append(
             f"vLLM gets {memory['vLLM']:.1f} GiB, less than the weights ({2 * size.parameters / GIB:.1f} GiB) and one "
-            "episode: set train.generation to vllm_server, on GPUs of its own"
+            "episode: "
+            + ("take larger GPUs" if gpus > 1 else "set train.generation to vllm_server, on GPUs of its own")
+            + ", or take a smaller model"
         )
     return Plan(
         model=name,
         size=size,
         gpus=gpus,
         memory=memory,
+        coldstart=coldstart,
+        replay=rollouts * vision * size.pixel_bytes * gpus / train.nodes / GIB
+        if train.zero_advantage == "replay"
+        else 0.0,
         capacity=train.gpu_memory,
         step={
             "episodes": episodes,
@@ -245,9 +272,53 @@ def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
     )
 
 
-def _memory(settings: Settings, size: ModelSize, gpus: int, tokens: int, vision_tokens: int) -> dict[str, float]:
-    """GiB on each GPU by part, for one episode of `tokens` tokens, of which `vision_tokens` stand for images."""
-    train = settings.train
+def _unfit(settings: Settings, gpus: int) -> list[str]:
+    """Settings that do not go together, a sentence each."""
+    train, judge = settings.train, settings.judge
+    problems = []
+    try:
+        refuse_unfit(train, gpus)
+    except RequestError as error:
+        problems.append(str(error))
+    host = urlsplit(judge.url).hostname or ""
+    if judge.kind == "server" and (host == "localhost" or host.startswith("127.") or host == "::1"):
+        if train.nodes > 1 and train.launcher != "single":
+            problems.append(
+                f"judge.url {judge.url} is another machine on each of {train.nodes} nodes: name the judge's host in it"
+            )
+        elif judge.start and not judge.command:
+            problems.append(
+                f"judge.start starts {judge.model} on the GPUs that train: run it on another machine, with judge.url "
+                "naming that and judge.start false, or keep it to other GPUs by judge.command"
+            )
+    return problems
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What a GPU works on: an episode's tokens, those of them that stand for images, tokens whose logits exist at the
+    same time, and episodes whose images it holds."""
+
+    tokens: int
+    vision: int
+    logits: int
+    held: int
+
+
+def _coldstart_memory(settings: Settings, config: dict[str, Any], tokens: int, vision: int) -> dict[str, float]:
+    """GiB of the cold start's GPU by part: a training by one process that generates nothing."""
+    cold, search = settings.coldstart, settings.search
+    one = {"launcher": "single", "beta": 0.0, "generation": "vllm_server"}
+    own = {name: getattr(cold, name) for name in ("lora_rank", "bf16", "micro_batch")}
+    size = model_size(config, cold.lora_rank, cold.gradient_checkpointing)
+    logits = cold.micro_batch * search.max_turns * search.max_new_tokens
+    return _memory(
+        settings.train.model_copy(update={**one, **own}), size, 1, _Load(tokens, vision, logits, cold.micro_batch)
+    )
+
+
+def _memory(train: Train, size: ModelSize, gpus: int, load: _Load) -> dict[str, float]:
+    """GiB on each GPU by part."""
     full = train.lora_rank == 0
     trained = size.parameters if full else size.lora_parameters
     sharded = train.launcher in ("zero3", "fsdp")
@@ -256,22 +327,24 @@ def _memory(settings: Settings, size: ModelSize, gpus: int, tokens: int, vision_
         gradients = optimiser = gpus
     if sharded:
         weights = gpus
-    # Without sharding the policy is kept in float32 and computed in bf16: the weights are their own master copy.
-    master = full and train.launcher in ("single", "ddp")
+    # Without DeepSpeed what is trained is kept in float32 and computed in bf16: the weights are their own master copy.
+    master = full and train.launcher in ("single", "ddp", "fsdp")
+    wide = 4 if master or not train.bf16 else 2
     parts = {
-        "weights": (4 if master or not train.bf16 else 2) * size.parameters / weights,
-        "gradients": (4 if master or not train.bf16 else 2) * trained / gradients,
+        "weights": wide * size.parameters / weights,
+        "weights in bf16": 2 * size.parameters if master and train.bf16 and not sharded else 0.0,
+        "gradients": wide * trained / gradients,
         "optimiser": (8 if master else 12) * trained / optimiser,
-        "reference model": 2 * size.parameters / weights if train.beta and full else 0.0,
+        "reference model": wide * size.parameters / weights if train.beta and full else 0.0,
         "gathered layers": 2 * 2 * size.largest if sharded else 0.0,
-        "activations": train.micro_batch * (tokens * size.text_kept + 4 * vision_tokens * size.vision_kept)
-        + 3 * 4 * CHUNK * size.vocabulary,
+        "activations": train.micro_batch * (load.tokens * size.text_kept + 4 * load.vision * size.vision_kept),
+        "logits": 3 * 4 * load.logits * size.vocabulary,
+        "images": load.held * load.vision * size.pixel_bytes,
     }
     if train.generation == "vllm_colocate":
         parts["vLLM"] = VLLM_SHARE * train.gpu_memory * GIB
     elif train.generation == "transformers":
-        rollouts = math.ceil(train.prompts_per_step * train.num_generations / gpus)
-        parts["key-value cache"] = rollouts * tokens * size.cache_bytes
+        parts["key-value cache"] = load.held * load.tokens * size.cache_bytes
     return {part: amount / GIB for part, amount in parts.items() if amount}
 
 
@@ -279,11 +352,27 @@ def _advice(settings: Settings) -> str:
     train = settings.train
     if not train.gradient_checkpointing:
         return "set train.gradient_checkpointing"
-    if train.launcher in ("single", "ddp", "zero2") and train.nodes * train.gpus_per_node > 1:
-        return "set train.launcher to zero3"
-    if not train.lora_rank:
-        return "use more GPUs with zero3, or set train.lora_rank"
-    return "lower search.total_video_tokens or train.max_completion_length, or take a smaller model"
+    if train.micro_batch > 1:
+        return "set train.micro_batch to 1"
+    if train.lora_rank:
+        return "lower search.total_video_tokens or train.max_completion_length, or take a smaller model"
+    if train.launcher in ("zero3", "fsdp"):
+        return "use more GPUs, or lower search.total_video_tokens or train.max_completion_length"
+    if train.nodes * train.gpus_per_node > 1:
+        together = " and train.generation to vllm_colocate" if train.generation != "vllm_colocate" else ""
+        return f"set train.launcher to zero3{together}"
+    return "set train.lora_rank, or use more GPUs with train.launcher zero3"
+
+
+def _coldstart_advice(settings: Settings) -> str:
+    cold = settings.coldstart
+    if not cold.gradient_checkpointing:
+        return "set coldstart.gradient_checkpointing"
+    if cold.micro_batch > 1:
+        return "set coldstart.micro_batch to 1"
+    if not cold.lora_rank:
+        return "set coldstart.lora_rank, for it is one process on one GPU"
+    return "lower search.total_video_tokens, or take a smaller model"
 
 
 def _commands(settings: Settings, params: str) -> list[str]:
