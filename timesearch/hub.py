@@ -9,6 +9,13 @@ from timesearch.errors import RequestError, TemporaryError, TimeSearchError
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
+def unreached() -> tuple[type[BaseException], ...]:
+    """What is raised where the hub does not answer, or answers with an error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return ConnectionError, TimeoutError, socket.gaierror, HfHubHTTPError.__bases__[0]  # its HTTP client's HTTPError
+
+
 def fetch_error(what: str, error: BaseException) -> TimeSearchError:
     """The error to raise where `error` ended a fetch.
 
@@ -19,16 +26,15 @@ def fetch_error(what: str, error: BaseException) -> TimeSearchError:
     Returns:
         TemporaryError if the hub could not be reached or is busy; RequestError if it refused, or nothing tells.
     """
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    unreached = (ConnectionError, TimeoutError, socket.gaierror, HfHubHTTPError.__bases__[0])  # its client's HTTPError
     message = f"{what}: {(str(error).splitlines() or [repr(error)])[0][:300]}"
     link: BaseException | None = error
     while link is not None:
         status = getattr(getattr(link, "response", None), "status_code", None)
         if status is not None:
             return (TemporaryError if status in _PASSING else RequestError)(message)
-        if isinstance(link, unreached) and not isinstance(link, OfflineModeIsEnabled):
+        if isinstance(link, unreached()) and not isinstance(link, OfflineModeIsEnabled):
             return TemporaryError(message)
         link = link.__cause__ or link.__context__
     return RequestError(message)

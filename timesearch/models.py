@@ -12,7 +12,7 @@ from pathlib import Path
 
 from timesearch.errors import RequestError
 from timesearch.files import file_digest, write_json
-from timesearch.hub import fetch_error
+from timesearch.hub import fetch_error, unreached
 from timesearch.progress import progress_bar
 from timesearch.settings import Models, Settings
 
@@ -119,12 +119,13 @@ def _policy(folder: Path, source: str) -> None:
             f"{source} does not exist: get it by `dvc pull`, or make it by `timesearch models --rebuild`"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
+    failures: tuple[type[BaseException], ...] = (*unreached(), HFValidationError, OSError)
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
         snapshot_download(source, local_dir=folder, allow_patterns=wanted)
-    except (HfHubHTTPError.__bases__[0], HFValidationError, OSError) as error:  # with its client's broken connections
+    except failures as error:
         raise fetch_error(f"{source} cannot be fetched from the model hub", error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     keep_small_frames(folder)
