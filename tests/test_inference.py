@@ -194,6 +194,16 @@ def test_other_questions_replace_no_predictions(
     assert not settings.paths.results.exists()
 
 
+def test_queries_are_embedded_where_the_frames_were(
+    settings: Settings, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda url: asked.append(url) or OracleEncoder())
+    settings.features.url = "http://embeddings/v1"
+    run(settings, ["grpo_csv"])
+    assert asked == ["http://embeddings/v1"]
+
+
 def test_one_served_model_does_not_play_for_two_checkpoints(settings: Settings) -> None:
     settings.infer.engine, settings.infer.urls, settings.infer.model = "openai", ["http://127.0.0.1:1/v1"], "tiny"
     with pytest.raises(RequestError, match=r"infer\.model is tiny, one model, but uniform, one_shot, coldstart, grpo"):
@@ -764,6 +774,7 @@ def test_both_engines_read_the_same_video(settings: Settings, in_process: Transf
     async def ask() -> Any:
         policy = Listening([vllm], "tiny", video_preview=True)
         try:
+            await policy.connect()
             async with policy.session(sample.video, tools, 12) as session:
                 return await session.reply(encoded)
         finally:
