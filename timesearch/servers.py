@@ -107,7 +107,7 @@ def model_server(
             if here:
                 served = server.wait(timeout, f"{section}.start_timeout")
             else:
-                served = _wait_elsewhere(role, url, timeout, say)
+                served = _wait_elsewhere(role, url, timeout, f"{section}.start_timeout", say)
             _check_model(setting, url, model, served)
             say(f"{role}: {model} is ready at {shown}")
         else:
@@ -227,7 +227,7 @@ class _Server:
         return text[self._log_start :].decode("utf-8", errors="replace")
 
 
-def _wait_elsewhere(role: str, url: str, timeout: float, say: Callable[[str], None]) -> list[str]:
+def _wait_elsewhere(role: str, url: str, timeout: float, setting: str, say: Callable[[str], None]) -> list[str]:
     """Wait for a server of another machine; returns the names of its models."""
     began = time.monotonic()
     next_word = began
@@ -235,8 +235,8 @@ def _wait_elsewhere(role: str, url: str, timeout: float, say: Callable[[str], No
         now = time.monotonic()
         if now - began > timeout:
             raise ServerError(
-                f"no {role} answered at {redact(url)} within {timeout:g} s: start it there; "
-                "only at this machine's own addresses is one started"
+                f"no {role} answered at {redact(url)} within {timeout:g} s: start it there "
+                f"(one is started only at this machine's own addresses), or give {setting} more"
             )
         if now >= next_word:
             left = timeout - (now - began)
