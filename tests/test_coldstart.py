@@ -191,6 +191,21 @@ def test_logits_of_learned_tokens_alone_give_the_same_loss(corpus: Corpus, proce
     assert all(torch.allclose(gradients[name], same[name], atol=1e-4) for name in gradients)
 
 
+def test_micro_batches_change_nothing_but_rounding(corpus: Corpus, processor: Any, tmp_path: Path):
+    """Of a re-answer few tokens are learned, of an episode many: means of means would weigh them alike."""
+    examples = [Episodes(corpus, 100, COLD_START, 0.5, seed=6)[number] for number in range(4)]
+    told = []
+    for micro in (4, 2, 1):
+        torch.manual_seed(0)
+        plan = Plan(steps=2, batch_size=4, micro_batch=micro, learning_rate=1e-3, warmup=0)
+        losses: list[float] = []
+        model = make_policy(processor.tokenizer)
+        fine_tune(model, processor, examples, plan, tmp_path, lambda _, values: losses.extend(values.values()))  # noqa: B023
+        told.append(losses)
+    assert told[1] == pytest.approx(told[0], rel=1e-3)
+    assert told[2] == pytest.approx(told[0], rel=1e-3)
+
+
 def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(corpus: Corpus, processor: Any, tmp_path: Path):
     examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=8)[number] for number in range(4)]
     plan = Plan(steps=4, batch_size=1, learning_rate=1e-3, save_steps=1)

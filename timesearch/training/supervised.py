@@ -248,6 +248,9 @@ def fine_tune(
         processing_class=processor,
         callbacks=[Report()],
     )
+    # Every learned token counts the same, however a batch is cut. transformers takes Qwen-VL for models that cannot be
+    # told the number of tokens, and would take the mean of the micro-batches' means.
+    trainer.model_accepts_loss_kwargs = local > micro
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=latest_checkpoint(Path(folder), processes) if plan.save_steps else None)
     trained = trainer.accelerator.unwrap_model(trainer.model)
