@@ -206,6 +206,29 @@ def test_micro_batches_change_nothing_but_rounding(corpus: Corpus, processor: An
     assert told[2] == pytest.approx(told[0], rel=1e-3)
 
 
+def test_of_several_gpus_one_is_used(corpus: Corpus, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`Trainer` multiplies the batch by the GPUs that it sees, and splits it by DataParallel."""
+    from transformers import TrainingArguments
+
+    settle, drawn = TrainingArguments.__post_init__, []
+
+    def on_four_gpus(self: TrainingArguments) -> None:
+        settle(self)
+        self._n_gpu = 4
+
+    class Counted(list[Example]):
+        def __getitem__(self, number: Any) -> Any:
+            drawn.append(number)
+            return super().__getitem__(number)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_four_gpus)
+    episodes = Episodes(corpus, 100, COLD_START, 0.0, seed=6)
+    examples = Counted(episodes[number] for number in range(8))
+    plan = Plan(steps=1, batch_size=2, learning_rate=1e-3)
+    fine_tune(make_policy(processor.tokenizer), processor, examples, plan, tmp_path)
+    assert len(drawn) < 8
+
+
 def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(corpus: Corpus, processor: Any, tmp_path: Path):
     examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=8)[number] for number in range(4)]
     plan = Plan(steps=4, batch_size=1, learning_rate=1e-3, save_steps=1)
