@@ -38,7 +38,7 @@ def asks_judge(stage: str, settings: Settings, tree: Path) -> bool:
     """
     paths = settings.paths
     files = {"train": paths.train_samples, "evaluate": paths.test_samples}
-    if settings.coldstart.traces == "teacher":
+    if settings.coldstart.traces in ("teacher", "policy"):
         files["coldstart"] = paths.train_samples
     if settings.judge.kind == "rule" or stage not in files:
         return False
