@@ -310,6 +310,21 @@ def test_a_checkpoints_own_sampling_is_not_followed(
     assert replies[0] == replies[1]
 
 
+def test_sampling_is_the_seeds_alone(settings: Settings, in_process: TransformersPolicy) -> None:
+    import torch
+
+    request = Request(*conversation(settings, read_samples(settings.paths.test_samples)[0]), 12)
+    said = []
+    for seed in (0, 0, 1):
+        policy = TransformersPolicy(in_process._model, in_process._processor, "tiny", temperature=1.0, seed=seed)
+        said.append([policy.generate([request])[0]])
+        torch.rand(len(said))  # as a model does that is built between two turns
+        said[-1] += policy.generate([request])
+    assert said[0] == said[1]
+    assert said[0] != said[2]
+    assert said[0][0] != said[0][1]
+
+
 def test_vision_tokens_are_never_written(settings: Settings, in_process: TransformersPolicy) -> None:
     messages, tools = conversation(settings, read_samples(settings.paths.test_samples)[0])
     model, tokenizer = in_process._model, in_process._processor.tokenizer

@@ -157,7 +157,7 @@ class Judge(Section):
     url: str = "http://127.0.0.1:8765/v1"
     model: str = "Qwen/Qwen2.5-72B-Instruct"
     command: list[str] = Field(
-        default_factory=list, description="starts the server ({model}, {host}, {port} filled in); empty: vllm serve"
+        default_factory=list, description="starts the server ({model}, {host}, {port} filled in); empty: vLLM"
     )
     start: bool = Field(True, description="start the server if none answers at `url`")
     start_timeout: float = Field(1800.0, gt=0, description="seconds")

@@ -68,7 +68,7 @@ class TransformersPolicy:
         self._temperature = temperature
         self._seed = seed
         self._video_preview = video_preview
-        self._sampled = False
+        self._batches = 0
         self._pending: list[tuple[Request, asyncio.Future[Reply]]] = []
         self._sessions = 0
         self._worker: asyncio.Task[None] | None = None
@@ -216,9 +216,6 @@ class TransformersPolicy:
         from transformers import GenerationConfig
 
         tokenizer = self._processor.tokenizer
-        if self._temperature > 0 and not self._sampled:
-            torch.manual_seed(self._seed)
-            self._sampled = True
         # What is left out here is taken from the checkpoint's generation_config.json, which training does not follow.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -229,8 +226,12 @@ class TransformersPolicy:
             eos_token_id=self._ends(),
             pad_token_id=tokenizer.pad_token_id,
         )
-        with torch.inference_mode():
-            rows = self._model.generate(**inputs.to(self._model.device), generation_config=config)
+        device = self._model.device
+        # Seeds of its own: other models that load between two turns draw from the global random state.
+        with torch.inference_mode(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence((self._seed, self._batches)).generate_state(1)[0]))
+            self._batches += 1
+            rows = self._model.generate(**inputs.to(device), generation_config=config)
         return rows[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _ends(self) -> list[int]:
