@@ -1,21 +1,24 @@
 """Measures the evaluation: 10,000 predictions (time, peak memory), and SSIM against the pair-by-pair method.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/evaluation.py [--predictions 10000] [--size 640x360] [--frames 30]
+    uv run python benchmarks/evaluation.py [--predictions 10000] [--size 640x360] [--frames 30]
 
 Pair by pair, mode ``standard`` is scikit-image's, and mode ``tstar`` T*'s own: five convolutions in PyTorch for each
-pair. Run with OMP_NUM_THREADS=1, so that neither side uses a second core.
+pair. Neither side uses a second core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy is imported
 
 import numpy as np
 from rich.console import Console
