@@ -671,6 +671,16 @@ def test_a_message_is_sent_byte_for_byte_again(settings: Settings) -> None:
     assert b"data:image/jpeg;base64,/9j/" in serialise(first[1])
 
 
+async def ask(policy: OpenAIPolicy, messages: list[Message], tools: list[dict]) -> Any:
+    """One reply of at most 12 tokens."""
+    try:
+        await policy.connect()
+        async with policy.session("any.mp4", tools, 12) as session:
+            return await session.reply(messages)
+    finally:
+        await policy.close()
+
+
 def test_transformers_serve_reads_and_writes_the_same(
     settings: Settings, in_process: TransformersPolicy, tmp_path: Path
 ) -> None:
@@ -685,18 +695,10 @@ def test_transformers_serve_reads_and_writes_the_same(
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
 
-    async def ask() -> Any:
-        policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], checkpoint, retry_for=5)
-        try:
-            await policy.connect()
-            async with policy.session(sample.video, tools, 12) as session:
-                return await session.reply(encoded)
-        finally:
-            await policy.close()
-
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process, 300)
-        reply = asyncio.run(ask())
+        policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], checkpoint, retry_for=5)
+        reply = asyncio.run(ask(policy, encoded, tools))
     finally:
         process.kill()
         process.wait()
@@ -717,13 +719,8 @@ def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(project.paths.train)),
         *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "32"),
-        *(
-            "--max-num-seqs",
-            "8",
-            "--limit-mm-per-prompt",
-            '{"image": 64, "video": 1}',
-            "--enable-prompt-tokens-details",
-        ),
+        *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64, "video": 1}'),
+        "--enable-prompt-tokens-details",
         *VIDEO_OPTIONS,
     ]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -747,21 +744,13 @@ def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     ids = in_process.encode([Request(decoded, tools, 12)])["input_ids"][0].tolist()
     pad = in_process._processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
-    async def ask(messages: list[Message], offered: list[dict]) -> Any:
-        policy = OpenAIPolicy([vllm], "tiny")
-        await policy.connect()
-        assert policy.context == 1024
-        try:
-            async with policy.session(sample.video, offered, 12) as session:
-                return await session.reply(messages)
-        finally:
-            await policy.close()
-
-    reply = asyncio.run(ask(encoded, tools))
+    policy = OpenAIPolicy([vllm], "tiny")
+    reply = asyncio.run(ask(policy, encoded, tools))
+    assert policy.context == 1024
     assert reply.prompt_tokens == len(ids)
     assert reply.text == expected.text
     in_words = [system_message(Prompts.load(settings.search.prompts), tools, "text"), *encoded[1:]]
-    assert asyncio.run(ask(in_words, [])).cached_tokens >= len(ids) - 32
+    assert asyncio.run(ask(policy, in_words, [])).cached_tokens >= len(ids) - 32
     body = b'{"model": "tiny", "messages": [' + b", ".join(map(serialise, in_words)) + b"]}"
     headers = {"Content-Type": "application/json"}
     tokens = httpx.post(f"{vllm.removesuffix('/v1')}/tokenize", content=body, headers=headers, timeout=60)
@@ -786,16 +775,7 @@ def test_both_engines_read_the_same_video(settings: Settings, in_process: Transf
             read.extend(response.json().get("prompt_token_ids") or [])
             return response
 
-    async def ask() -> Any:
-        policy = Listening([vllm], "tiny", video_preview=True)
-        try:
-            await policy.connect()
-            async with policy.session(sample.video, tools, 12) as session:
-                return await session.reply(encoded)
-        finally:
-            await policy.close()
-
-    reply = asyncio.run(ask())
+    reply = asyncio.run(ask(Listening([vllm], "tiny", video_preview=True), encoded, tools))
     assert read == ids
     assert reply.text == expected.text
 

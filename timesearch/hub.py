@@ -11,9 +11,9 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 def unreached() -> tuple[type[BaseException], ...]:
     """What is raised where the hub does not answer, or answers with an error."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
-    return ConnectionError, TimeoutError, socket.gaierror, HfHubHTTPError.__bases__[0]  # its HTTP client's HTTPError
+    return ConnectionError, TimeoutError, socket.gaierror, HTTPError
 
 
 def fetch_error(what: str, error: BaseException) -> TimeSearchError:

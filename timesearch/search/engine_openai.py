@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from timesearch.search.policy import (
     video_metadata,
     with_video_preview,
 )
+from timesearch.servers import authorisation
 
 if TYPE_CHECKING:
     import httpx
@@ -150,11 +150,10 @@ class OpenAIPolicy:
         import httpx
 
         if self._client is None:
-            key = os.environ.get("OPENAI_API_KEY")
             self._client = httpx.AsyncClient(
                 timeout=httpx.Timeout(self._timeout, connect=10.0),
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-                headers={"Authorization": f"Bearer {key}"} if key else {},
+                headers=authorisation(),
             )
         return self._client
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError, RequestError
-from timesearch.files import file_digest, json_digest, write_jsonl
+from timesearch.files import json_digest, write_jsonl
 from timesearch.messages import Block, Message, final_answer, tool_frames
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, format_reward
@@ -29,7 +29,7 @@ from timesearch.search.policy import Policy, tool_schemas
 from timesearch.search.prompts import Prompts
 from timesearch.settings import ColdStart, Settings
 from timesearch.training.data import load_training_samples, require_trainable
-from timesearch.training.folder import prepare_run_folder
+from timesearch.training.folder import prepare_run_folder, weights_of
 from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
 
 if TYPE_CHECKING:
@@ -254,9 +254,8 @@ class Recorded:
 
 def _origin(settings: Settings) -> str:
     """Digest of all that played traces depend on besides the sample: those of another origin are not taken up."""
-    options, policy = settings.coldstart, settings.paths.models / "policy"
-    weights = {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))}
-    player = weights if options.traces == "policy" else options.teacher_model
+    options = settings.coldstart
+    player = weights_of(settings.paths.models / "policy") if options.traces == "policy" else options.teacher_model
     prompts = Prompts.load(settings.search.prompts).texts
     search = settings.search.model_dump(mode="json")
     return json_digest([player, options.teacher_temperature, settings.seed, search, prompts])[:12]

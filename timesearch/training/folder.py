@@ -34,7 +34,7 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
     identity = {
         "settings": settings.model_dump(mode="json", include={"seed", "search", stage}, exclude={stage: PACE[stage]}),
         "prompts": Prompts.load(settings.search.prompts).texts,
-        "policy": {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))},
+        "policy": weights_of(policy),
         "samples": file_digest(settings.paths.train_samples),
     }
     mark = folder / "run.json"
@@ -53,6 +53,11 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
         )
     shutil.rmtree(folder, ignore_errors=True)
     write_json(mark, identity)
+
+
+def weights_of(policy: Path) -> dict[str, str]:
+    """Digests of a checkpoint's weights, by file."""
+    return {path.name: file_digest(path) for path in sorted(policy.glob("*.safetensors"))}
 
 
 def latest_checkpoint(checkpoints: Path, processes: int = 1) -> str | None:
