@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 
 from timesearch.errors import RequestError, TemporaryError, TimeSearchError
-
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+from timesearch.http import may_pass, status_of
 
 
 def unreached() -> tuple[type[BaseException], ...]:
@@ -26,15 +25,12 @@ def fetch_error(what: str, error: BaseException) -> TimeSearchError:
     Returns:
         TemporaryError if the hub could not be reached or is busy; RequestError if it refused, or nothing tells.
     """
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     message = f"{what}: {(str(error).splitlines() or [repr(error)])[0][:300]}"
     link: BaseException | None = error
     while link is not None:
-        status = getattr(getattr(link, "response", None), "status_code", None)
-        if status is not None:
-            return (TemporaryError if status in _PASSING else RequestError)(message)
-        if isinstance(link, unreached()) and not isinstance(link, OfflineModeIsEnabled):
+        if may_pass(link):
             return TemporaryError(message)
+        if status_of(link) is not None:
+            return RequestError(message)
         link = link.__cause__ or link.__context__
     return RequestError(message)
