@@ -14,12 +14,15 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of golden vectors and real videos beside the repository; tests that need it skip without it."""
-    folder = Path(__file__).parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip("no ../shared folder with golden vectors and real videos here")
-    return folder
+def golden() -> Path:
+    """Inputs with the outputs of the published reference implementation."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def footage() -> Path:
+    """Real clips in several codecs."""
+    return Path(__file__).parent / "footage"
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from footage import make_video
 from PIL import Image
 from players import MeanColour, Puppet, answer_turn, script, search_turn
+from synthetic import make_video
 
 import timesearch.cli.inference as commands
 from timesearch.cli import main
@@ -39,9 +39,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
-    shared: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+    footage: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    video, sheet = str(shared / "videos" / "car-detection.mp4"), tmp_path / "sheet.png"
+    video, sheet = str(footage / "car-detection.mp4"), tmp_path / "sheet.png"
     code, out, _ = run(video, "What colour is the car?", "--save", str(sheet))
     assert code == 0
     lines = [line.split(maxsplit=1)[0] for line in out.splitlines()]
@@ -78,11 +78,11 @@ def test_damaged_caches_are_made_again(tmp_path: Path, run) -> None:
         assert cache.read_bytes() == whole
 
 
-def test_a_guess_is_an_answer_without_a_contact_sheet(shared: Path, tmp_path: Path, run) -> None:
+def test_a_guess_is_an_answer_without_a_contact_sheet(footage: Path, tmp_path: Path, run) -> None:
     _, policy = commands._open_asker()
     policy.speak = script(answer_turn("red"))
     sheet = tmp_path / "sheet.png"
-    code, out, _ = run(str(shared / "videos" / "car-detection.mp4"), "What colour is the car?", "--save", str(sheet))
+    code, out, _ = run(str(footage / "car-detection.mp4"), "What colour is the car?", "--save", str(sheet))
     assert code == 0
     assert "this is a guess from the preview" in out
     assert "saved     nothing" in out

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from footage import make_video
 from PIL.Image import Image
+from synthetic import make_video
 
 from timesearch import FeatureCache, FrameCache
 from timesearch.batch import Made, run_batch

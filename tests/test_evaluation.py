@@ -51,8 +51,8 @@ def score(path: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[dict[
 # Temporal metrics
 
 
-def test_temporal_metrics_equal_the_golden_vectors(shared: Path) -> None:
-    for case in json.loads((shared / "golden" / "temporal.json").read_text()):
+def test_temporal_metrics_equal_the_golden_vectors(golden: Path) -> None:
+    for case in json.loads((golden / "temporal.json").read_text()):
         truth, found = case["gt_seconds"], case["pred_seconds"]
         expected = [case["precision"], case["recall"], case["f1"]]
         assert precision_recall_f1(truth, found, case["threshold"]) == pytest.approx(expected, abs=1e-12)
@@ -60,8 +60,8 @@ def test_temporal_metrics_equal_the_golden_vectors(shared: Path) -> None:
         assert nearest_neighbour_distances(truth, found) == pytest.approx(distances, abs=1e-9)
 
 
-def test_interval_iou_equals_the_golden_vectors(shared: Path) -> None:
-    for case in json.loads((shared / "golden" / "interval_iou.json").read_text()):
+def test_interval_iou_equals_the_golden_vectors(golden: Path) -> None:
+    for case in json.loads((golden / "interval_iou.json").read_text()):
         assert interval_iou(case["a"], case["b"]) == pytest.approx(case["iou"], abs=1e-12)
 
 
@@ -102,9 +102,9 @@ def test_recall_never_falls_as_frames_are_added(truth: list[float], found: list[
 # Visual metrics
 
 
-def test_tstar_ssim_equals_the_golden_vectors(shared: Path) -> None:
-    arrays = np.load(shared / "golden" / "ssim.npz")
-    for case in json.loads((shared / "golden" / "ssim.json").read_text()):
+def test_tstar_ssim_equals_the_golden_vectors(golden: Path) -> None:
+    arrays = np.load(golden / "ssim.npz")
+    for case in json.loads((golden / "ssim.json").read_text()):
         number = case["case"]
         found = ssim_precision_recall(arrays[f"{number}_gt"], arrays[f"{number}_pred"], mode="tstar")
         assert found == pytest.approx((case["ssim_precision"], case["ssim_recall"]), abs=1e-4)
@@ -190,8 +190,8 @@ def test_a_missing_video_is_named_and_costs_the_visual_metrics_only(tmp_path: Pa
 # Answers
 
 
-def test_parse_choice_equals_the_golden_answers(shared: Path) -> None:
-    for case in json.loads((shared / "golden" / "choices.json").read_text()):
+def test_parse_choice_equals_the_golden_answers(golden: Path) -> None:
+    for case in json.loads((golden / "choices.json").read_text()):
         assert parse_choice(case["response"], case["candidates"]) == case["parsed"], case["response"]
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from footage import make_encoder, make_video
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 from safetensors import safe_open
+from synthetic import make_encoder, make_video
 
 from timesearch import FeatureCache, FrameCache, models
 from timesearch.errors import CacheMismatchError, ItemError, RequestError, TemporaryError

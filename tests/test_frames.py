@@ -16,11 +16,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from footage import ffmpeg, make_video
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from skimage.metrics import structural_similarity
+from synthetic import ffmpeg, make_video
 
 from timesearch import FrameCache
 from timesearch.settings import Frames
@@ -63,19 +63,19 @@ def first_of_each_slot(times: list[float], fps: float) -> list[float]:
 
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("fps", [2.0, 3.7])
-def test_times_are_those_of_the_decoded_frames(shared: Path, tmp_path: Path, name: str, fps: float) -> None:
+def test_times_are_those_of_the_decoded_frames(footage: Path, tmp_path: Path, name: str, fps: float) -> None:
     video = tmp_path / name
-    video.symlink_to(shared / "videos" / name)
+    video.symlink_to(footage / name)
     cache = cached(video, SMALL.model_copy(update={"fps": fps}))
     np.testing.assert_allclose(cache.timestamps, first_of_each_slot(presentation_times(video), fps), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_jpegs_look_like_the_frames_before_them(shared: Path, name: str) -> None:
+def test_jpegs_look_like_the_frames_before_them(footage: Path, name: str) -> None:
     """SSIM (Wang et al. 2004) of luma and of RGB to the raw output of the same filter graph."""
     from timesearch.video.sampling import PIXELS, sample_jpegs
 
-    video, settings = shared / "videos" / name, Frames()
+    video, settings = footage / name, Frames()
     info = probe(video)
     size = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
     jpegs = [jpeg for _, jpeg in sample_jpegs(video, info, size, settings)]
@@ -310,8 +310,8 @@ def test_opening_reads_the_index_alone(clip: FrameCache, tmp_path: Path) -> None
     assert cache[4].tobytes() == clip[4].tobytes()
 
 
-def test_exact_frames_are_the_nearest_ones(shared: Path) -> None:
-    video = shared / "videos/bottle-detection.mp4"
+def test_exact_frames_are_the_nearest_ones(footage: Path) -> None:
+    video = footage / "bottle-detection.mp4"
     with av.open(str(video)) as container:
         frames = [
             (float(frame.time), frame) for frame in container.decode(video=0) if frame.time > 38 or frame.time < 1

@@ -57,7 +57,7 @@ ROWS = [
 ]
 
 
-def test_real_clips_go_through_every_stage(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_clips_go_through_every_stage(footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from timesearch.evaluation.evaluate import run as evaluate
     from timesearch.files import write_jsonl
     from timesearch.inference.infer import run as infer
@@ -71,7 +71,7 @@ def test_real_clips_go_through_every_stage(shared: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     settings.paths.videos.mkdir(parents=True)
     for row in ROWS:
-        shutil.copy(shared / "videos" / row["video_path"], settings.paths.videos)
+        shutil.copy(footage / row["video_path"], settings.paths.videos)
     for path in (settings.paths.train_samples, settings.paths.test_samples):
         path.parent.mkdir(exist_ok=True)
         write_jsonl(path, ROWS)

@@ -30,8 +30,8 @@ def episode(*turns: str) -> list[Message]:
     return [{"role": "assistant", "content": turn} for turn in turns]
 
 
-def test_scores_equal_the_golden_ones(shared: Path) -> None:
-    cases = json.loads((shared / "golden" / "rewards.json").read_text())
+def test_scores_equal_the_golden_ones(golden: Path) -> None:
+    cases = json.loads((golden / "rewards.json").read_text())
     assert len(cases) > 50
     for number, case in enumerate(cases):
         scores = score_episode(case["messages"], case["target"], case["type"], case["reanswer"])
@@ -39,8 +39,8 @@ def test_scores_equal_the_golden_ones(shared: Path) -> None:
         assert scores == pytest.approx(expected), f"case {number}"
 
 
-def test_interval_iou_equals_the_golden_one(shared: Path) -> None:
-    for case in json.loads((shared / "golden" / "interval_iou.json").read_text()):
+def test_interval_iou_equals_the_golden_one(golden: Path) -> None:
+    for case in json.loads((golden / "interval_iou.json").read_text()):
         assert interval_iou(case["a"], case["b"]) == pytest.approx(case["iou"])
 
 

@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
-from footage import ffmpeg, make_encoder, make_video
+from synthetic import ffmpeg, make_encoder, make_video
 
 from timesearch import FeatureCache, FrameCache
 from timesearch.cli import main

@@ -46,9 +46,9 @@ def walk(count: int, dimension: int, seed: int, step: float) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("precision", [np.float32, np.float16])
-def test_golden_picks(shared: Path, precision: type) -> None:
-    vectors = np.load(shared / "golden/dpp.npz")
-    for case in json.loads((shared / "golden/dpp.json").read_text()):
+def test_golden_picks(golden: Path, precision: type) -> None:
+    vectors = np.load(golden / "dpp.npz")
+    for case in json.loads((golden / "dpp.json").read_text()):
         features, query = (vectors[f"{case['case']}_{name}"] for name in ("features", "query"))
         assert select_frames(features.astype(precision), query, case["k"]) == case["selected"]
 

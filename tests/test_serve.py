@@ -26,14 +26,14 @@ MARKUP = "<img src=x onerror=document.title=1>"
 
 
 @pytest.fixture(scope="module")
-def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server with a scripted policy, at a free port; its one folder holds a link to a video and a stranger."""
     import uvicorn
 
     root = tmp_path_factory.mktemp("serve")
     folder = root / "videos"
     folder.mkdir()
-    (folder / "car.mp4").write_bytes((shared / "videos" / "car-detection.mp4").read_bytes())
+    (folder / "car.mp4").write_bytes((footage / "car-detection.mp4").read_bytes())
     (folder / "notes.mp4").write_text("no video")
     (root / "secret.mp4").write_text("secret")
     (folder / "link.mp4").symlink_to(root / "secret.mp4")
@@ -169,8 +169,8 @@ def test_what_keeps_it_from_serving_is_said_in_one_sentence(
             assert says in said.err
 
 
-def test_a_dropped_video_can_be_asked_about(site: str, shared: Path) -> None:
-    body = (shared / "videos" / "bottle-detection.mp4").read_bytes()
+def test_a_dropped_video_can_be_asked_about(site: str, footage: Path) -> None:
+    body = (footage / "bottle-detection.mp4").read_bytes()
     dropped = httpx.put(f"{site}/api/videos/..%5C my bottle.mp4", content=body).json()
     assert "/" not in dropped["name"]
     assert httpx.put(f"{site}/api/videos/page.html", content=b"<script>").status_code == 415
