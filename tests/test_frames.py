@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,11 @@ from synthetic import ffmpeg, make_video
 
 from timesearch import FrameCache
 from timesearch.settings import Frames
+from timesearch.stopping import Stop, StoppedError
 from timesearch.video.exact import read_frames
 from timesearch.video.frames import DecodedFrames, cache_frames, make_frame_cache
 from timesearch.video.probe import probe, shown_size, smart_size
-from timesearch.video.sampling import ffmpeg_command
+from timesearch.video.sampling import ffmpeg_command, sample_jpegs
 
 SMALL = Frames(max_pixels=64 * 28 * 28)
 REAL = (
@@ -70,10 +72,26 @@ def test_times_are_those_of_the_decoded_frames(footage: Path, tmp_path: Path, na
     np.testing.assert_allclose(cache.timestamps, first_of_each_slot(presentation_times(video), fps), atol=1e-6)
 
 
+def test_work_that_is_given_up_ends_with_its_ffmpeg_and_leaves_nothing(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "video.mp4", seconds=60)
+    info, before, amid = probe(video), Stop(), Stop()
+    before.ask()
+    with pytest.raises(StoppedError):
+        make_frame_cache(video, tmp_path / "cache" / "video.frames", SMALL, stop=before)
+    assert list((tmp_path / "cache").iterdir()) == []
+    sampled = sample_jpegs(video, info, (192, 108), SMALL.model_copy(update={"fps": 25.0}), stop=amid)
+    next(sampled)
+    (ffmpeg,) = amid._children
+    amid.ask()
+    with pytest.raises(StoppedError):
+        list(sampled)
+    assert ffmpeg.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_jpegs_look_like_the_frames_before_them(footage: Path, name: str) -> None:
     """SSIM (Wang et al. 2004) of luma and of RGB to the raw output of the same filter graph."""
-    from timesearch.video.sampling import PIXELS, sample_jpegs
+    from timesearch.video.sampling import PIXELS
 
     video, settings = footage / name, Frames()
     info = probe(video)

@@ -15,6 +15,7 @@ import numpy as np
 from timesearch.digests import remembered
 from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.files import atomic_path, inside
+from timesearch.stopping import NEVER, Stop
 from timesearch.video.frames import FrameCache, cache_path, sample_videos
 
 if TYPE_CHECKING:
@@ -122,14 +123,24 @@ def _digest(features: np.ndarray, timestamps: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder, batch_size: int) -> int:
+def make_feature_cache(
+    frames: Path | str, target: Path | str, encoder: Encoder, batch_size: int, stop: Stop = NEVER
+) -> int:
     """Embed every frame of a frame cache; the next batch is decoded while the current one is embedded.
+
+    Args:
+        frames: the frame cache.
+        target: the feature cache; it is replaced when the new one is whole.
+        encoder: embeds the frames.
+        batch_size: frames that are embedded at a time.
+        stop: ends the work between two batches; nothing is written then.
 
     Returns:
         Number of frames.
 
     Raises:
         ItemError: the frame cache is missing or damaged.
+        StoppedError: it was asked to stop.
     """
     from safetensors.numpy import save
 
@@ -139,6 +150,7 @@ def make_feature_cache(frames: Path | str, target: Path | str, encoder: Encoder,
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(_prepare, cache, encoder, batches[0])
         for batch in [*batches[1:], None]:
+            stop.check()
             prepared = following.result()
             if batch is not None:
                 following = reader.submit(_prepare, cache, encoder, batch)

@@ -26,6 +26,7 @@ import numpy as np
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.files import atomic_path, inside, json_digest
+from timesearch.stopping import NEVER, Stop
 from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs
 
@@ -215,7 +216,9 @@ def transform_of(settings: Frames) -> dict[str, Any]:
     return settings.model_dump(include={"fps", "factor", "min_pixels", "max_pixels", "qscale"})
 
 
-def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, threads: int = 0) -> int:
+def make_frame_cache(
+    video: Path | str, target: Path | str, settings: Frames, threads: int = 0, stop: Stop = NEVER
+) -> int:
     """Decode `video` once and write its frame cache; memory does not grow with the length of the video.
 
     Args:
@@ -223,6 +226,7 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, th
         target: the cache file; it is replaced when the new one is whole.
         settings: rate, size and quality.
         threads: of the decoder; 0 for one a core.
+        stop: ends the work; nothing is written then.
 
     Returns:
         Number of frames kept: of each slot of 1/fps seconds, counted from the first frame, its first frame.
@@ -230,11 +234,12 @@ def make_frame_cache(video: Path | str, target: Path | str, settings: Frames, th
     Raises:
         ItemError: the video cannot be used; the reason says why. Whatever went wrong with a video that changed
             meanwhile, it is `changed_while_reading`.
+        StoppedError: it was asked to stop.
     """
     video = Path(video)
     info = probe(video)
     try:
-        return _write_cache(video, info, Path(target), settings, threads)
+        return _write_cache(video, info, Path(target), settings, threads, stop)
     except (ItemError, FileNotFoundError) as error:
         if _changed(video, info.fingerprint):
             raise ItemError(
@@ -250,13 +255,13 @@ def _changed(video: Path, fingerprint: Fingerprint) -> bool:
         return True
 
 
-def _write_cache(video: Path, info: VideoInfo, target: Path, settings: Frames, threads: int) -> int:
+def _write_cache(video: Path, info: VideoInfo, target: Path, settings: Frames, threads: int, stop: Stop) -> int:
     width, height = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
     with atomic_path(target) as partial:
         times: list[float] = []
         digest = hashlib.sha256()
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with closing(sample_jpegs(video, info, (width, height), settings, threads)) as sampled:
+            with closing(sample_jpegs(video, info, (width, height), settings, threads, stop)) as sampled:
                 for seconds, jpeg in sampled:
                     archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
                     digest.update(jpeg)

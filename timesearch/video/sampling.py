@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError
+from timesearch.stopping import NEVER, Stop
 from timesearch.video.probe import CONTAINERS, PROTOCOLS, VideoInfo
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ _SUMMARY = re.compile(r"\(video\): (\d+) packets read .*? (\d+) decode errors")
 
 
 def sample_jpegs(
-    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0
+    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0, stop: Stop = NEVER
 ) -> Generator[tuple[float, bytes], None, None]:
     """Yield (seconds from the first frame, JPEG) of the sampled frames as ffmpeg decodes them.
 
@@ -59,9 +60,11 @@ def sample_jpegs(
         size: width and height of the JPEGs in pixels.
         settings: rate and quality.
         threads: of the decoder; 0 for one a core.
+        stop: kills ffmpeg.
 
     Raises:
         ItemError: `truncated`, `damaged_video`, `no_frames` or `undecodable`, after the frames that could be decoded.
+        StoppedError: it was asked to stop.
         OSError: there is no room for ffmpeg's log, by which these are told.
     """
     import av
@@ -72,7 +75,7 @@ def sample_jpegs(
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         try:
-            with av.open(process.stdout, mode="r", format="nut") as container:
+            with stop.child(process), av.open(process.stdout, mode="r", format="nut") as container:
                 first, last_slot = 0.0, -1
                 for packet in container.demux(container.streams.video[0]):
                     if not packet.size or packet.pts is None or packet.time_base is None:
@@ -91,6 +94,7 @@ def sample_jpegs(
         finally:
             process.stdout.close()
             code = process.wait()
+        stop.check()
         log.seek(0)
         _Verdict.read(log, code, kept).check(video)
 
