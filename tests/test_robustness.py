@@ -26,7 +26,7 @@ from synthetic import ffmpeg, make_encoder, make_video
 
 from timesearch import FeatureCache, FrameCache
 from timesearch.cli import main
-from timesearch.errors import ItemError, RequestError
+from timesearch.errors import ItemError
 from timesearch.files import write_jsonl
 from timesearch.settings import Frames, Settings
 from timesearch.video.frames import VERSION, cache_frames, run
@@ -305,15 +305,6 @@ def test_a_cache_of_another_format_is_named_and_remade(tmp_path: Path, good: Pat
     assert remade.returncode == 0
     assert "1 made (in place of 1 of another format), 1 up to date, 0 failed" in remade.stdout
     assert old.read_bytes() == whole
-
-
-def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    from timesearch.batch import exclusive
-
-    with exclusive(tmp_path), pytest.raises(RequestError, match="another process"), exclusive(tmp_path):
-        pass
-    with exclusive(tmp_path):
-        pass
 
 
 def test_two_videos_of_one_name_are_refused(tmp_path: Path, good: Path) -> None:

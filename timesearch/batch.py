@@ -7,13 +7,11 @@ the interpreter's lock) or as plain tasks on a Ray cluster.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,24 +198,3 @@ def _on_ray(
     finally:
         if started_here:
             ray.shutdown()
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process, and clear what a killed process left half-written in it.
-
-    Raises:
-        RequestError: another process works in the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(f"another process is writing into {folder}: wait for it to end") from error
-        for partial in folder.rglob(".*.partial"):
-            partial.unlink()
-        yield
-    finally:
-        os.close(handle)

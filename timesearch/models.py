@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from timesearch.errors import RequestError
+from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, write_json
 from timesearch.hub import fetch_error, unreached
 from timesearch.progress import progress_bar
@@ -29,8 +30,13 @@ def run(settings: Settings, rebuild: bool = False) -> list[Path]:
 
     Raises:
         RequestError: a model or folder does not exist, or the hub refuses it.
-        TemporaryError: the hub does not answer.
+        TemporaryError: the hub does not answer, or another process works in the folder.
     """
+    with exclusive(settings.paths.models):
+        return _bring(settings, rebuild)
+
+
+def _bring(settings: Settings, rebuild: bool) -> list[Path]:
     models, root = settings.models, settings.paths.models
     made = []
     origin: dict[str, object] = {"encoder": models.encoder, "pretrained": models.pretrained}
@@ -44,7 +50,8 @@ def run(settings: Settings, rebuild: bool = False) -> list[Path]:
         from timesearch.pocket.pretrain import pretrain
         from timesearch.retrieval.encoder import load_encoder
 
-        made.append(pretrain(settings, load_encoder(str(root / "encoder")), Path(models.policy), settings.seed))
+        with exclusive(Path(models.policy)):
+            made.append(pretrain(settings, load_encoder(str(root / "encoder")), Path(models.policy), settings.seed))
     source = Path(models.policy)
     origin = {"policy": models.policy, **(_digests(source) if source.is_dir() else {})}
     if _make(root / "policy", origin, lambda folder: _policy(folder, models.policy)):

@@ -46,11 +46,12 @@ def _visible(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _recorded(settings: Settings, stage: str, work: Callable[[], BatchResult]) -> BatchResult:
-    """Do a stage's work inside its MLflow run."""
+def _recorded(settings: Settings, stage: str, out: Path, work: Callable[[], BatchResult]) -> BatchResult:
+    """Do a stage's work, which writes into `out`, inside its MLflow run."""
+    from timesearch.exclusive import exclusive
     from timesearch.tracking import stage_run
 
-    with stage_run(settings, stage) as record:
+    with exclusive(out), stage_run(settings, stage) as record:
         result = work()
         counts = {"made": len(result.done), "up_to_date": len(result.skipped), "failed": len(result.failures)}
         record.log_metrics({name: float(count) for name, count in counts.items()})
@@ -64,7 +65,7 @@ def download(params: ParamsOption = Path("params.yaml"), keep_going: KeepGoing =
     from timesearch.video.download import TRY_AGAIN, UNREACHABLE, run
 
     settings = load_settings(params)
-    result = _recorded(settings, "download", lambda: run(settings))
+    result = _recorded(settings, "download", settings.paths.videos, lambda: run(settings))
     away = any(failure.reason == UNREACHABLE for failure in result.failures)
     _close(result, "videos", settings.paths.videos, keep_going, later=away and TRY_AGAIN in os.environ)
 
@@ -90,7 +91,7 @@ def frames(
     if videos:
         result = cache_frames(_named(videos, SUFFIXES), settings.paths.frames, settings.frames)
     else:
-        result = _recorded(settings, "frames", lambda: run(settings))
+        result = _recorded(settings, "frames", settings.paths.frames, lambda: run(settings))
     _close(result, "frame caches", settings.paths.frames, keep_going)
 
 
@@ -120,7 +121,7 @@ def features(
         caches = _named(frames, {".frames"}, strip=".frames")
         result = cache_features(caches, settings.paths.features, encoder, settings.features)
     else:
-        result = _recorded(settings, "features", lambda: run(settings, encoder))
+        result = _recorded(settings, "features", settings.paths.features, lambda: run(settings, encoder))
     _close(result, "feature caches", settings.paths.features, keep_going)
 
 

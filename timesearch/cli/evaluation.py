@@ -34,6 +34,7 @@ def evaluate(
     """Score predictions: searches, answers, intervals, comparisons. Without --predictions, the project's own."""
     from timesearch.evaluation import evaluate as stage
     from timesearch.evaluation.table import print_table
+    from timesearch.exclusive import exclusive
     from timesearch.settings import Settings, load_settings
 
     if not predictions:
@@ -51,9 +52,9 @@ def evaluate(
     options.thresholds = threshold or options.thresholds
     options.visual = options.visual if visual is None else visual
     files = stage.files_by_name(predictions)
-    with stage.held_judge(settings.judge) as judge:
+    with exclusive(out), stage.held_judge(settings.judge) as judge:
         methods = stage.evaluate_files(files, options, videos, judge, settings.seed)
-    outcome = stage.write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
+        outcome = stage.write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
     print_table(methods)
     note = "visual metrics need --videos" if options.visual and videos is None else ""
     _conclude(outcome, out, out / "failures.jsonl", note)
@@ -70,6 +71,7 @@ def report(
 ) -> None:
     """Write one HTML file with the table, the plots and every episode. Without --predictions, the project's own."""
     from timesearch.evaluation.evaluate import files_by_name
+    from timesearch.exclusive import exclusive
     from timesearch.report import build
     from timesearch.settings import load_settings
 
@@ -79,12 +81,14 @@ def report(
             settings.paths.results = results
         if frames is not None:
             settings.paths.frames = frames
-        target = build.write_results_report(settings, out)
+        with exclusive(settings.paths.results):
+            target = build.write_results_report(settings, out)
     elif results is None:
         raise RequestError("--results is missing: name the folder that `timesearch evaluate --out` wrote")
     else:
         target = out or results / "report.html"
-        build.write_report(files_by_name(predictions), results / "evaluation", target, frames)
+        with exclusive(results):
+            build.write_report(files_by_name(predictions), results / "evaluation", target, frames)
     say(f"report: {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 

@@ -17,12 +17,13 @@ def models(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Bring the encoder and the base policy."""
+    from timesearch.exclusive import exclusive
     from timesearch.models import run
     from timesearch.settings import load_settings
     from timesearch.tracking import stage_run
 
     settings = load_settings(params)
-    with stage_run(settings, "models"):
+    with exclusive(settings.paths.models), stage_run(settings, "models"):
         made = run(settings, rebuild)
     which = " and ".join(str(folder) for folder in made) or "nothing, all is up to date"
     say(f"models: made {which}; next: timesearch frames")

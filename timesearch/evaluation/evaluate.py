@@ -19,6 +19,7 @@ from timesearch.errors import RequestError
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores, Scorer, Videos, read_predictions
 from timesearch.evaluation.summary import compare, headline, plain, plot_data, summarise
 from timesearch.evaluation.table import markdown_table, method_order, print_table
+from timesearch.exclusive import exclusive
 from timesearch.files import atomic_path, write_json, write_jsonl, write_text
 from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
 from timesearch.progress import console, progress_bar
@@ -242,6 +243,7 @@ def run(settings: Settings) -> BatchResult:
 
     Raises:
         RequestError: there are no predictions.
+        TemporaryError: another process works in `results`.
     """
     from timesearch.report.build import write_results_report
     from timesearch.tracking import stage_run
@@ -251,7 +253,7 @@ def run(settings: Settings) -> BatchResult:
     others = {path.stem for path in (results / "predictions").glob("*.jsonl")} - files.keys() - {"failures"}
     if others:
         console.print(f"not scored, as infer.baselines does not name them: predictions of {', '.join(sorted(others))}")
-    with stage_run(settings, "evaluate") as record, held_judge(settings.judge) as judge:
+    with exclusive(results), stage_run(settings, "evaluate") as record, held_judge(settings.judge) as judge:
         methods = evaluate_files(files, settings.evaluate, settings.paths.videos, judge, settings.seed)
         failures = results / "evaluation" / "failures.jsonl"
         outcome = write_evaluation(methods, results, settings.evaluate, settings.seed, failures=failures)

@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 
 from timesearch.batch import BatchResult, Failure, write_failures
 from timesearch.errors import RequestError
+from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, json_digest, write_json, write_jsonl
 from timesearch.progress import Bar, console, progress_bar
 from timesearch.retrieval.selection import Method, select_frames
@@ -64,7 +65,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
     Raises:
         RequestError: an unknown method, a checkpoint, encoder or sample file that is missing, a checkpoint that cannot
             play search episodes, or one served model that would have to play for several checkpoints.
-        TemporaryError: the policy's server does not answer.
+        TemporaryError: the policy's server does not answer, or another process works in `results/predictions`.
     """
     methods = list(methods or [*settings.infer.baselines, trained_method(settings)])
     checkpoints = {method: checkpoint_of(method, settings) for method in methods}
@@ -77,7 +78,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
     samples = read_samples(settings.paths.test_samples)
     folder = settings.paths.results / "predictions"
     result = BatchResult()
-    with stage_run(settings, "infer") as tracked, ExitStack() as files:
+    with exclusive(folder), stage_run(settings, "infer") as tracked, ExitStack() as files:
         journals = {
             method: files.enter_context(_Journal(folder, method, samples, _fingerprint(method, checkpoint, settings)))
             for method, checkpoint in checkpoints.items()
@@ -111,7 +112,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
                         asyncio.run(play(jobs, policy, encoder, settings, record))
         for method, journal in journals.items():
             _report(tracked, settings, method, journal.finish())
-    write_failures(folder / "failures.jsonl", result.failures)
+        write_failures(folder / "failures.jsonl", result.failures)
     return result
 
 

@@ -209,7 +209,8 @@ def cache_features(
         encoder: embeds the frames.
         settings: batch size, workers and Ray cluster.
     """
-    from timesearch.batch import exclusive, run_batch
+    from timesearch.batch import run_batch
+    from timesearch.exclusive import exclusive
 
     with exclusive(out):
         work = functools.partial(_cache_one, frames=frames, out=out, encoder=encoder, batch_size=settings.batch_size)

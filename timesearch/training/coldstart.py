@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError, RequestError
+from timesearch.exclusive import exclusive
 from timesearch.files import json_digest, write_jsonl
 from timesearch.messages import Block, Message, final_answer, tool_frames
 from timesearch.progress import console, progress_bar
@@ -49,7 +50,13 @@ def run(settings: Settings) -> Path:
     Raises:
         RequestError: no policy or one that does not fit, no usable sample, no teacher where one is asked for, or no
             usable trace.
+        TemporaryError: another process works in the folder.
     """
+    with exclusive(settings.paths.coldstart):
+        return _run(settings)
+
+
+def _run(settings: Settings) -> Path:
     import torch
 
     from timesearch.retrieval.features import default_encoder

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timesearch.errors import RequestError
+from timesearch.exclusive import exclusive
 from timesearch.files import write_jsonl
 from timesearch.judge.client import make_judge
 from timesearch.messages import final_answer
@@ -61,9 +62,15 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
 
     Raises:
         RequestError: no sample that could be played, or no policy.
+        TemporaryError: another process works in `out`.
     """
     if settings.infer.model is None and not policy.is_dir():
         raise RequestError(f"{policy} is missing: name a checkpoint by --policy")
+    with exclusive(out):
+        return _curate(settings, policy, out, easy_frames, hard_frames)
+
+
+def _curate(settings: Settings, policy: Path, out: Path, easy_frames: int, hard_frames: int) -> Curation:
     samples, unfit = load_training_samples(settings)
     easy = _play(settings, policy, out / "easy", samples, "uniform", easy_frames)
     solved = _solved(easy, settings)

@@ -7,6 +7,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+from timesearch.exclusive import contents
 from timesearch.files import file_digest, write_json
 from timesearch.progress import console
 from timesearch.search.prompts import Prompts
@@ -44,14 +45,21 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
     if unfinished:
         names = (folder.with_name(f"{folder.name}.unfinished-{number}") for number in count(1))
         aside = next(name for name in names if not name.exists())
-        folder.rename(aside)
+        aside.mkdir()
+        # One by one, as the folder itself is held; what makes it an unfinished run goes last, in case of a kill.
+        for path in sorted(contents(folder), key=lambda path: path.name == "checkpoints"):
+            path.rename(aside / path.name)
         console.print(
             f"{folder} held an unfinished run of other settings, prompts, samples or another policy (its run.json "
             f"lists them): it is now {aside}; delete that if nothing needs it",
             markup=False,
             highlight=False,
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in contents(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
     write_json(mark, identity)
 
 

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from timesearch.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.exclusive import exclusive
 from timesearch.processes import start_guarded, stop
 from timesearch.settings import Settings, Train
 
@@ -41,9 +42,21 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
 
     Raises:
         RequestError: what cannot be started as it is.
-        TemporaryError: a training process was killed, or something that it needs did not answer.
+        TemporaryError: a training process was killed, something that it needs did not answer, or another training
+            works in the folder.
         TimeSearchError: a training process failed.
     """
+    # Of the processes of one training the first holds the folder: the one that starts the others, else rank 0.
+    first = _HELD not in os.environ and int(os.environ.get("RANK", node_rank)) == 0
+    with exclusive(settings.paths.train) if first else nullcontext() as lock:
+        return _run(settings, node_rank, main_address, [] if lock is None else [lock])
+
+
+_HELD = "TIMESEARCH_FOLDER_HELD"
+"""Set in the environment of training processes whose folder is held by who started them."""
+
+
+def _run(settings: Settings, node_rank: int, main_address: str | None, locks: Sequence[int]) -> Path:
     from timesearch.training.data import load_training_samples
 
     if "RANK" in os.environ:
@@ -58,9 +71,10 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
         params = folder / "params.yaml"
         params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         if train.launcher == "single":
-            _run_processes(train.processes, params, folder)
+            _run_processes(train.processes, params, folder, locks)
         else:
-            launcher = start_guarded(launch_command(train, node_rank, main_address, params), env=_environment())
+            command = launch_command(train, node_rank, main_address, params)
+            launcher = start_guarded(command, env=_environment(), pass_fds=locks)
             if _wait([launcher]) is not None:
                 raise _failure("accelerate launch", launcher.returncode, "its messages are above")
     return settings.paths.train
@@ -124,10 +138,10 @@ def _config(launcher: str) -> Path:
 
 def _environment() -> dict[str, str]:
     """An environment in which a process computes with one thread, unless it was told otherwise."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
+    return {"OMP_NUM_THREADS": "1", **os.environ, _HELD: "1"}
 
 
-def _run_processes(count: int, params: Path, folder: Path) -> None:
+def _run_processes(count: int, params: Path, folder: Path, locks: Sequence[int]) -> None:
     """Start `count` processes on this CPU, wait for them, and stop all once one fails."""
     shared = {
         **_environment(),
@@ -144,7 +158,7 @@ def _run_processes(count: int, params: Path, folder: Path) -> None:
         for rank, log in enumerate(logs):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             output = None if rank == 0 else stack.enter_context(log.open("wb"))
-            processes.append(start_guarded(command, stdout=output, env={**shared, **own}))
+            processes.append(start_guarded(command, stdout=output, env={**shared, **own}, pass_fds=locks))
             stack.callback(stop, processes[-1])
         failed = _wait(processes)
     if failed is not None:

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from timesearch.batch import BatchResult, Made, exclusive, run_batch
+from timesearch.batch import BatchResult, Made, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
+from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, inside, json_digest
 from timesearch.samples import Sample, read_samples
 from timesearch.settings import Download, Settings

@@ -308,7 +308,8 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
         out: folder of the caches; what failed is listed in its `failures.jsonl`.
         settings: sampling, size, quality and workers.
     """
-    from timesearch.batch import exclusive, run_batch
+    from timesearch.batch import run_batch
+    from timesearch.exclusive import exclusive
 
     with exclusive(out):
         at_once = max(1, min(settings.workers, len(videos)))
