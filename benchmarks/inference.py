@@ -62,9 +62,8 @@ from timesearch.retrieval.features import make_feature_cache
 from timesearch.samples import Prediction, Sample
 from timesearch.search.checkpoint import load_processor
 from timesearch.search.engine_openai import OpenAIPolicy
-from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import Step, run_episode
-from timesearch.search.policy import tool_schemas
+from timesearch.search.search import Search
 from timesearch.servers import model_server
 from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache
@@ -205,9 +204,7 @@ async def measure(
     waiting = iter(samples)
 
     async def player() -> None:
-        environment = SearchEnvironment(
-            settings.search, RandomEncoder(), settings.paths.frames, settings.paths.features, encoded=True
-        )
+        search = Search(settings.search, RandomEncoder(), settings.paths.frames, settings.paths.features, encoded=True)
         for sample in waiting:
             began = time.perf_counter()
 
@@ -215,7 +212,7 @@ async def measure(
                 if step.kind == "turn" and step.number == 1:
                     first.append(time.perf_counter() - began)
 
-            ended.append(await run_episode(environment, policy, sample, settings.search, watch, reanswer=False))
+            ended.append(await run_episode(search, policy, sample, watch, reanswer=False))
 
     await policy.connect()
     before = computed_by(policy._urls[0])
@@ -258,7 +255,7 @@ class UniqueTokens:
     def __init__(self, model: str, settings: Settings) -> None:
         self._processor = load_processor(model)
         self._settings = settings
-        self._tools = tool_schemas(SearchEnvironment(settings.search, RandomEncoder(), "", ""))
+        self._tools = Search(settings.search, RandomEncoder(), "", "").schemas
         self.tokenizer = tokenizer = self._processor.tokenizer
         self._pad, self._end = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|im_end|>"])
         self._opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]

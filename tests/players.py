@@ -15,8 +15,8 @@ from scripted import OracleEncoder, _write_caches, make_settings
 from timesearch.messages import Message, text_of
 from timesearch.pocket.world import make_scene, question
 from timesearch.samples import Sample
-from timesearch.search.environment import SearchEnvironment
 from timesearch.search.policy import Reply
+from timesearch.search.search import Search
 from timesearch.settings import Settings
 
 WORLD = "guess-proof"
@@ -56,9 +56,9 @@ def build_library(root: Path, videos: int, questions: int = 1) -> Settings:
     return settings
 
 
-def open_environment(settings: Settings, encoded: bool = False) -> SearchEnvironment:
+def new_search(settings: Settings, encoded: bool = False) -> Search:
     paths = settings.paths
-    return SearchEnvironment(settings.search, OracleEncoder(), paths.frames, paths.features, encoded)
+    return Search(settings.search, OracleEncoder(), paths.frames, paths.features, encoded)
 
 
 def search_turn(query: str = "star", thought: str = "Look.", **arguments: Any) -> str:

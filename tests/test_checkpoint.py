@@ -12,9 +12,9 @@ from PIL import Image
 from timesearch.errors import RequestError
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.search.checkpoint import check_fit, examine, keep_small_frames, load_model, load_processor
-from timesearch.settings import Search
+from timesearch.settings import SearchSettings
 
-SEARCH = Search(total_video_tokens=16, max_frames=4, min_tokens=4, max_tokens=4, patch=32, max_turns=4)
+SEARCH = SearchSettings(total_video_tokens=16, max_frames=4, min_tokens=4, max_tokens=4, patch=32, max_turns=4)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import write_jsonl
-from timesearch.messages import tool_frames
+from timesearch.messages import searched_seconds
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import train_encoder
 from timesearch.pocket.lessons import Corpus, Episodes, Reading
@@ -28,7 +28,7 @@ from timesearch.rewards import score_episode
 from timesearch.samples import read_samples
 from timesearch.search.checkpoint import load_model
 from timesearch.search.episode import without_pixels
-from timesearch.settings import ColdStart, Frames, Judge, Models, Paths, Search, Settings, Tracking
+from timesearch.settings import ColdStart, Frames, Judge, Models, Paths, SearchSettings, Settings, Tracking
 from timesearch.training.coldstart import Recorded, read_traces, run
 from timesearch.training.supervised import IGNORED, UNKNOWN, Collator, Example, Plan, fine_tune, images_of
 from timesearch.video.download import run as download
@@ -51,7 +51,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         paths=paths,
         models=Models(encoder="pocket", policy=str(root / "models" / "policy")),
         frames=Frames(factor=32, min_pixels=4096, max_pixels=4096),
-        search=Search(
+        search=SearchSettings(
             max_turns=4,
             max_frames_per_turn=2,
             total_video_tokens=16,
@@ -152,7 +152,7 @@ def test_traces_behave_as_stated(corpus: Corpus):
         sample = next(s for s in corpus.samples if example.name.startswith(s.id))
         scores = score_episode(example.messages, sample.answer, sample.type, None)
         assert scores["format"] == 1.0
-        kinds["search" if tool_frames(example.messages) else "guess"] += 1
+        kinds["search" if searched_seconds(example.messages) else "guess"] += 1
     assert 2 <= kinds["guess"] <= 18
 
 
@@ -287,7 +287,7 @@ def test_recorded_episodes_serve_as_traces(project: Settings, corpus: Corpus, tm
     traces, failures = read_traces(tmp_path / "traces.jsonl", corpus.samples)
     assert len(traces) == 1
     assert [failure.reason for failure in failures] == ["wrong_answer", "ill_formed", "unknown_sample", "not_answered"]
-    recorded = Recorded(traces, corpus.environment, "system", 10, 0.0, 0)
+    recorded = Recorded(traces, corpus.search, "system", 10, 0.0, 0)
     again = recorded[0]
     first = [
         np.asarray(b["image"])
@@ -300,7 +300,7 @@ def test_recorded_episodes_serve_as_traces(project: Settings, corpus: Corpus, tm
         np.asarray(b["image"]) for m in again.messages[1:] if m["role"] == "tool" for b in m["content"] if "image" in b
     ]
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-    kinds = {Recorded(traces, corpus.environment, "s", 10, 1.0, 0)[n].messages[-1]["content"] for n in range(8)}
+    kinds = {Recorded(traces, corpus.search, "s", 10, 1.0, 0)[n].messages[-1]["content"] for n in range(8)}
     assert kinds == {f"<answer>{sample.answer}</answer>", f"<answer>{UNKNOWN}</answer>"}
     assert Collator(processor)([again])["labels"].max() > 0
 

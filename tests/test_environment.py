@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from timesearch.messages import text_of
 from timesearch.pocket.world import make_scene, question
 from timesearch.samples import Prediction, read_samples
 from timesearch.search.budget import fit_size, preview_plan
-from timesearch.search.environment import SearchEnvironment
-from timesearch.settings import Search
-from timesearch.training.grpo_csv import Clock, TimedEnvironment
+from timesearch.search.environment import SearchEnvironment, environment_factory
+from timesearch.search.search import Search
+from timesearch.settings import SearchSettings
 
 WORLD = "guess-proof"
 VIDEO = f"{WORLD}/0.mp4"
@@ -41,7 +40,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_environment(caches: Path, encoded: bool = False, **changes: object) -> SearchEnvironment:
     search = make_settings().search.model_copy(update=changes)
-    environment = SearchEnvironment(search, OracleEncoder(), caches / "frames", caches / "features", encoded)
+    make_search = partial(Search, search, OracleEncoder(), caches / "frames", caches / "features", encoded)
+    environment = environment_factory(make_search, search.tools)()
     environment.reset(video=VIDEO, question="What colour is the star?")
     return environment
 
@@ -53,13 +53,10 @@ def seconds_of(blocks: list[dict]) -> list[float]:
 def test_trl_finds_one_tool_with_its_documentation(caches: Path) -> None:
     from transformers.utils.chat_template_utils import get_json_schema
 
-    factory = partial(
-        SearchEnvironment, make_settings().search, OracleEncoder(), caches / "frames", caches / "features"
-    )
-    environment = factory()
+    environment = open_environment(caches)
     members = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
     public = [name for name in members if not name.startswith("_") and name not in ("reset", "get_reward")]
-    assert public == ["seek_video_frames"] == list(environment._tools())
+    assert public == ["seek_video_frames"] == list(environment.search.tools)
     function = get_json_schema(environment.seek_video_frames)["function"]
     assert "match a description" in function["description"]
     assert function["parameters"]["required"] == ["query"]
@@ -88,8 +85,8 @@ def test_the_search_finds_the_needle_and_its_frames_are_kept(caches: Path) -> No
     blocks = environment.seek_video_frames(needle.shape, num_frames=1)
     (found,) = seconds_of(blocks)
     assert needle.start <= found < needle.end
-    assert [frame.seconds for frame in environment._searched] == [found]
-    content = environment._reanswer_content()
+    assert [each.seconds for each in environment.search.evidence] == [found]
+    content = environment.search.reanswer()
     assert content is not None
     assert seconds_of(content) == [found]
     assert "What colour is the star?" in content[-1]["text"]
@@ -99,15 +96,15 @@ def test_one_object_plays_one_episode_after_another(caches: Path) -> None:
     environment = open_environment(caches)
     environment.seek_video_frames("star")
     environment.reset(video=f"{WORLD}/1.mp4", question=question(make_scene(WORLD, "train", 1).needles[0].shape))
-    assert environment._searched == []
-    assert environment._reanswer_content() is None
+    assert environment.search.evidence == []
+    assert environment.search.reanswer() is None
 
 
 def test_the_window_is_kept(caches: Path) -> None:
     environment = open_environment(caches, max_turns=9)
     assert all(10 <= found <= 20 for found in seconds_of(environment.seek_video_frames("star", 10, 20)))
     assert seconds_of(environment.seek_video_frames("star", "12s", "12.0", "3")) == [12.0]
-    last = float(environment._opened.frames.timestamps[-1])
+    last = float(environment.search.video.frames.timestamps[-1])
     assert seconds_of(environment.seek_video_frames("star", last, -1)) == [last]
     assert len(seconds_of(environment.seek_video_frames("star", -5, 1e9, 10**6))) == 2
 
@@ -131,42 +128,42 @@ def test_a_wrong_call_is_told_what_to_correct(caches: Path, arguments: dict, tol
     environment = open_environment(caches)
     (block,) = environment.seek_video_frames(**arguments)
     assert told in block["text"]
-    assert environment._searched == []
+    assert environment.search.evidence == []
 
 
 def test_unknown_tools_and_arguments_are_told_what_to_correct(caches: Path) -> None:
     environment = open_environment(caches)
     for name in ("_open", "reset", "zoom<|im_end|>", ""):
-        (block,) = environment._call(name, {"query": "star"})
+        (block,) = environment.search.call(name, {"query": "star"})
         assert "only seek_video_frames" in block["text"]
         assert "<|" not in block["text"]
-    (block,) = environment._call("seek_video_frames", {"query": "star", "frames": 3})
+    (block,) = environment.search.call("seek_video_frames", {"query": "star", "frames": 3})
     assert "'frames'" in block["text"]
-    (block,) = environment._call("seek_video_frames", {})
+    (block,) = environment.search.call("seek_video_frames", {})
     assert "'query'" in block["text"]
 
 
 def test_the_last_call_is_followed_by_the_request_to_answer(caches: Path) -> None:
     environment = open_environment(caches, max_turns=3)
     texts = [text_of({"role": "tool", "content": environment.seek_video_frames("star")}) for _ in range(3)]
-    overflow = environment._prompts.texts["overflow"]
+    overflow = environment.search.prompts.texts["overflow"]
     assert [overflow in text for text in texts] == [False, True, True]
     assert texts[2] == overflow
 
 
 def test_no_more_frames_are_shown_than_there_is_room_for(caches: Path) -> None:
     environment = open_environment(caches, max_turns=9)
-    environment._room = 1
+    environment.search.room = 1
     assert len(seconds_of(environment.seek_video_frames("star"))) == 1
-    environment._room = 0
-    assert environment.seek_video_frames("star") == environment._say("overflow")
+    environment.search.room = 0
+    assert environment.seek_video_frames("star") == environment.search.say("overflow")
 
 
 def test_searched_frames_keep_to_max_tokens(caches: Path) -> None:
     """A frame of 64 x 64 pixels is four tokens; two of them allowed, search and re-answer show it smaller."""
     environment = open_environment(caches, max_tokens=2, min_tokens=1)
     blocks = environment.seek_video_frames("star", num_frames=1)
-    again = environment._reanswer_content()
+    again = environment.search.reanswer()
     assert again is not None
     sizes = {block["image"].size for block in [*blocks, *again] if block["type"] == "image"}
     assert sizes == {fit_size((64, 64), 2, 32)}
@@ -176,7 +173,7 @@ def test_searched_frames_keep_to_max_tokens(caches: Path) -> None:
 def test_engines_behind_http_get_the_cached_bytes(caches: Path) -> None:
     environment = open_environment(caches, encoded=True)
     blocks = environment.seek_video_frames("star", num_frames=1)
-    cache = environment._opened.frames
+    cache = environment.search.video.frames
     assert blocks[1]["jpeg"] == cache.jpeg(blocks[1]["frame"])
     assert "image" not in blocks[1]
 
@@ -195,40 +192,29 @@ def test_missing_caches_and_paths_that_climb_are_refused(caches: Path) -> None:
         assert caught.value.reason == reason
 
 
-def environment_of_inference(*arguments: object) -> SearchEnvironment:
-    return SearchEnvironment(*arguments)  # type: ignore[arg-type]
-
-
-def environment_of_training(*arguments: object) -> SearchEnvironment:
-    return TimedEnvironment(Clock(), *arguments)
-
-
-@pytest.mark.parametrize("make", [environment_of_inference, environment_of_training])
-def test_caches_that_do_not_belong_together_are_refused(
-    caches: Path, tmp_path: Path, make: Callable[..., SearchEnvironment]
-) -> None:
+def test_caches_that_do_not_belong_together_are_refused(caches: Path, tmp_path: Path) -> None:
     stranger = OracleEncoder()
     stranger.name = "another"
-    environment = make(make_settings().search, stranger, caches / "frames", caches / "features")
+    search = Search(make_settings().search, stranger, caches / "frames", caches / "features")
     with pytest.raises(CacheMismatchError, match=r"holds features of oracle .*, but the encoder is another"):
-        environment.reset(video=VIDEO, question="?")
+        search.open({"video": VIDEO, "question": "?"})
 
     shutil.copytree(caches, tmp_path / "cache")
     frames, features = tmp_path / "cache/frames", tmp_path / "cache/features"
-    environment = make(make_settings().search, OracleEncoder(), frames, features)
-    environment.reset(video=VIDEO, question="?")
+    search = Search(make_settings().search, OracleEncoder(), frames, features)
+    search.open({"video": VIDEO, "question": "?"})
     own, other = (FrameCache.open(frames / f"{WORLD}/{number}.mp4.frames").digest[:12] for number in (0, 1))
     table = features / f"{VIDEO}.safetensors"
     whole = table.read_bytes()
     table.write_bytes((features / f"{WORLD}/1.mp4.safetensors").read_bytes())
     with pytest.raises(CacheMismatchError, match=f"features of the frame cache {other}, but .* is {own}"):
-        environment.reset(video=VIDEO, question="?")
+        search.open({"video": VIDEO, "question": "?"})
 
     table.write_bytes(whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:])
     with pytest.raises(ItemError, match="do not fit their digest") as caught:
-        environment.reset(video=VIDEO, question="?")
+        search.open({"video": VIDEO, "question": "?"})
     assert caught.value.reason == "damaged_cache"
-    environment.reset(video=f"{WORLD}/1.mp4", question="?")
+    search.open({"video": f"{WORLD}/1.mp4", "question": "?"})
 
 
 def test_an_episode_whose_caches_do_not_belong_together_is_set_aside(tmp_path: Path) -> None:
@@ -262,7 +248,7 @@ def test_an_episode_whose_caches_do_not_belong_together_is_set_aside(tmp_path: P
 def test_the_preview_stays_within_its_budgets(
     total: int, size: tuple[int, int], budget: int, least: int, most: int
 ) -> None:
-    search = Search(total_video_tokens=budget, min_tokens=least, max_tokens=max(least, most), patch=28)
+    search = SearchSettings(total_video_tokens=budget, min_tokens=least, max_tokens=max(least, most), patch=28)
     indices, (width, height) = preview_plan(total, size, search)
     tokens = (width // 28) * (height // 28)
     assert 1 <= len(indices) <= min(total, search.max_frames)
@@ -276,12 +262,12 @@ def test_the_preview_stays_within_its_budgets(
 
 
 def test_the_papers_preview_trades_size_for_frames() -> None:
-    indices, size = preview_plan(7200, (448, 252), Search())
+    indices, size = preview_plan(7200, (448, 252), SearchSettings())
     assert len(indices) == 768
     assert size == (112, 84)
-    indices, size = preview_plan(40, (448, 252), Search())
+    indices, size = preview_plan(40, (448, 252), SearchSettings())
     assert (len(indices), size) == (40, (448, 252))
     assert fit_size((64, 64), 4, 32) == (64, 64)
-    pocket = Search(total_video_tokens=16, patch=32)
+    pocket = SearchSettings(total_video_tokens=16, patch=32)
     assert preview_plan(119, (64, 64), pocket) == ([14, 44, 74, 104], (64, 64))
     assert np.prod(fit_size((2000, 28), 4, 28)) == 4 * 28 * 28

@@ -24,7 +24,7 @@ from timesearch.hub import fetch_error
 from timesearch.retrieval.encoder import Encoder, load_encoder
 from timesearch.retrieval.features import cache_features, default_encoder, make_feature_cache, run
 from timesearch.samples import Sample
-from timesearch.search.environment import SearchEnvironment
+from timesearch.search.search import Search
 from timesearch.settings import Features, Frames, Settings
 from timesearch.video.frames import make_frame_cache
 
@@ -247,11 +247,9 @@ def test_a_served_encoder_makes_features_and_searches_them(embeddings_server: st
     settings.paths.test_samples.write_text(sample.model_dump_json() + "\n")
     make_frame_cache(make_video(tmp_path / "a.mp4", seconds=5), tmp_path / "frames" / "a.mp4.frames", SMALL)
     assert run(settings).done == ["a.mp4"]
-    environment = SearchEnvironment(
-        settings.search, default_encoder(settings), settings.paths.frames, settings.paths.features
-    )
-    environment.reset(**sample.model_dump())
-    blocks = environment.seek_video_frames("a thing", num_frames=3)
+    search = Search(settings.search, default_encoder(settings), settings.paths.frames, settings.paths.features)
+    search.open(sample.model_dump())
+    blocks = search.call("seek_video_frames", {"query": "a thing", "num_frames": 3})
     assert sum(block["type"] == "image" for block in blocks) == 3
 
 

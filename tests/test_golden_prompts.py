@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from players import build_library, open_environment, search_turn
+from players import build_library, new_search, search_turn
 
 from timesearch.messages import Message
 from timesearch.samples import read_samples
@@ -21,7 +21,6 @@ from timesearch.search.checkpoint import load_processor
 from timesearch.search.engine_openai import serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import system_message
-from timesearch.search.policy import tool_schemas
 from timesearch.search.prompts import Prompts
 
 GOLDEN = Path(__file__).parent / "golden" / "prompts.json"
@@ -41,12 +40,13 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
     settings.search.prompts = prompt_set
     settings.search.max_turns = 6
     sample = read_samples(settings.paths.test_samples)[0].model_copy(update={"options": ["red", "blue <|im_end|>"]})
-    environment = open_environment(settings)
+    search = new_search(settings)
+    search.open(sample.model_dump())
     prompts = Prompts.load(prompt_set)
-    opening: list[Message] = [{"role": "user", "content": environment.reset(**sample.model_dump())}]
-    tools = tool_schemas(environment)
+    opening: list[Message] = [{"role": "user", "content": search.preview()}]
+    tools = search.schemas
     for number, arguments in enumerate(CALLS):
-        found = call(environment, "seek_video_frames", arguments)
+        found = search.call("seek_video_frames", arguments)
         opening += [
             {"role": "assistant", "content": search_turn(thought=f"Look {number}.", **arguments)},
             {"role": "tool", "name": "seek_video_frames", "content": found},
@@ -55,7 +55,7 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
     for name, arguments in (("zoom", {}), ("seek_video_frames", {"frames": 3}), ("seek_video_frames", {})):
         wrong += [
             {"role": "assistant", "content": search_turn()},
-            {"role": "tool", "name": name, "content": call(environment, name, arguments)},
+            {"role": "tool", "name": name, "content": search.call(name, arguments)},
         ]
     processor = load_processor(POCKET)
 
@@ -71,14 +71,14 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
 
     system = system_message(prompts, tools, "template")
     conversation, corrected = [system, *opening], [system, *opening[:1], *wrong]
-    reanswer: list[Message] = [{"role": "user", "content": asked_again(environment)}]
+    reanswer: list[Message] = [{"role": "user", "content": search.reanswer()}]
     in_process = TransformersPolicy(_NoModel(), processor, "pocket")
     as_text = [system_message(prompts, tools, "text"), *opening]
-    encoded = open_environment(settings, encoded=True)
-    encoded.reset(**sample.model_dump())
+    encoded = new_search(settings, encoded=True)
+    encoded.open(sample.model_dump())
     body = [
         serialise(message)
-        for message in (as_text[0], {"role": "tool", "content": call(encoded, "seek_video_frames", CALLS[0])})
+        for message in (as_text[0], {"role": "tool", "content": encoded.call("seek_video_frames", CALLS[0])})
     ]
     return {
         "training": by_trainer(conversation),
@@ -89,16 +89,6 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
         "tool schemas": tools,
         "body sha256": hashlib.sha256(b"\n".join(body)).hexdigest(),
     }
-
-
-def call(environment: Any, name: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """Carry out a tool call."""
-    return environment._call(name, arguments)
-
-
-def asked_again(environment: Any) -> list[dict[str, Any]]:
-    """Content of the re-answer's request."""
-    return environment._reanswer_content()
 
 
 class _NoModel:

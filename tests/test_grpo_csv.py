@@ -505,7 +505,7 @@ def test_a_fault_of_this_machine_stops_the_run(play: Callable[..., Any], monkeyp
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("disk gone")
 
-    monkeypatch.setattr("timesearch.search.environment.select_frames", broken)
+    monkeypatch.setattr("timesearch.search.tools.select_frames", broken)
     with pytest.raises(OSError, match="disk gone"):
         play([[CALL], [ANSWER]], steps=1)
 

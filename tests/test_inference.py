@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
-from players import Puppet, answer_turn, build_library, open_environment, script, search_turn
+from players import Puppet, answer_turn, build_library, new_search, script, search_turn
 from policy_server import Handler, Server
 from scripted import OracleEncoder
 
@@ -35,7 +35,7 @@ from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, _read, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
-from timesearch.search.policy import EngineError, tool_schemas, with_video_preview
+from timesearch.search.policy import EngineError, with_video_preview
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 
@@ -252,14 +252,15 @@ def in_process(project: Settings) -> TransformersPolicy:
 
 def conversation(settings: Settings, sample: Sample, encoded: bool = False) -> tuple[list[Message], list[dict]]:
     """A conversation with a search in it, and its tools."""
-    environment = open_environment(settings, encoded)
-    blocks = environment.reset(**sample.model_dump())
-    tools = tool_schemas(environment)
+    search = new_search(settings, encoded)
+    search.open(sample.model_dump())
+    blocks = search.preview()
+    tools = search.schemas
     return [
         system_message(Prompts.load(settings.search.prompts), tools, "template"),
         {"role": "user", "content": blocks},
         {"role": "assistant", "content": search_turn("star", " odd\n  thought ")},
-        {"role": "tool", "name": "seek_video_frames", "content": environment.seek_video_frames("star")},
+        {"role": "tool", "name": "seek_video_frames", "content": search.call("seek_video_frames", {"query": "star"})},
     ], tools
 
 
@@ -515,7 +516,7 @@ def test_an_engine_that_stays_away_becomes_a_recorded_error(settings: Settings) 
 
     async def episode() -> Prediction:
         try:
-            return await run_episode(open_environment(settings, encoded=True), policy, sample, settings.search)
+            return await run_episode(new_search(settings, encoded=True), policy, sample)
         finally:
             await policy.close()
 
@@ -535,7 +536,7 @@ def test_a_server_with_a_short_context_ends_the_search(
 
     async def episode() -> Prediction:
         try:
-            return await run_episode(open_environment(settings, encoded=True), policy, sample, settings.search)
+            return await run_episode(new_search(settings, encoded=True), policy, sample)
         finally:
             await policy.close()
 
@@ -795,9 +796,7 @@ def test_the_past_of_an_episode_comes_from_the_prefix_cache(settings: Settings, 
         policy = OpenAIPolicy([vllm], "tiny")
         await policy.connect()
         try:
-            return await run_episode(
-                open_environment(settings, encoded=True), Forced(policy, turns), sample, settings.search, reanswer=False
-            )
+            return await run_episode(new_search(settings, encoded=True), Forced(policy, turns), sample, reanswer=False)
         finally:
             await policy.close()
 

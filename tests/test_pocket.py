@@ -24,11 +24,11 @@ from timesearch.pocket.world import (
 )
 from timesearch.samples import read_samples
 from timesearch.search.budget import preview_plan
-from timesearch.settings import Frames, Search
+from timesearch.settings import Frames, SearchSettings
 from timesearch.video.frames import FrameCache, make_frame_cache
 
 FRAMES = Frames(factor=32, min_pixels=4096, max_pixels=4096)
-SEARCH = Search(total_video_tokens=4 * PREVIEW, min_tokens=4, max_tokens=4, max_frames=PREVIEW, patch=32)
+SEARCH = SearchSettings(total_video_tokens=4 * PREVIEW, min_tokens=4, max_tokens=4, max_frames=PREVIEW, patch=32)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, inside, json_digest, write_jsonl
-from timesearch.messages import final_answer, format_seconds, parse_turn, searched_seconds, tool_frames
+from timesearch.messages import Evidence, exchanges, final_answer, format_seconds, parse_turn, searched_seconds
 from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.training.data import usable_samples
 
@@ -140,5 +140,6 @@ def test_searched_frames_are_read_from_tool_messages_only() -> None:
         {"role": "assistant", "content": [{"type": "text", "text": "<answer>B</answer>"}]},
     ]
     assert searched_seconds(messages) == [12.5]
-    assert tool_frames(messages) == [(0, 12.5, image)]
+    (exchange,) = exchanges(messages)
+    assert (exchange.turn, exchange.evidence) == (1, (Evidence(seconds=12.5, frame=image.get("frame")),))
     assert final_answer(messages) == "B"

@@ -73,9 +73,9 @@ def test_a_question_streams_its_steps(site: str) -> None:
     listed = httpx.get(f"{site}/api/videos").json()
     assert [video["name"] for video in listed] == ["car.mp4", "notes.mp4"]
     events = dict(events_of(site, video=listed[0]["id"], question="What colour is the car?"))
-    assert list(events)[-6:] == ["video", "preview", "turn", "frames", "reanswer", "answer"]
-    assert len(events["frames"]["frames"]) == 3
-    found = events["frames"]["frames"][0]
+    assert list(events)[-6:] == ["video", "preview", "turn", "found", "reanswer", "answer"]
+    assert len(events["found"]["frames"]) == 3
+    found = events["found"]["frames"][0]
     assert 5 <= found["seconds"] <= 15
     picture = httpx.get(f"{site}/api/frames/{events['video']['cache']}/{found['frame']}")
     assert picture.content[:2] == b"\xff\xd8"

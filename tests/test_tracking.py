@@ -97,7 +97,7 @@ def test_runs_nest_and_a_resumed_stage_goes_on_in_its_run(
     assert sorted(spans) == sorted(
         [
             ("episode", "AGENT"),
-            ("turn 1: search 'ring'", "CHAT_MODEL"),
+            ("turn 1: seek_video_frames: ring", "CHAT_MODEL"),
             ("seek_video_frames", "TOOL"),
             ("turn 2: answer", "CHAT_MODEL"),
         ]

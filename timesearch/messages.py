@@ -85,6 +85,14 @@ def parse_turn(text: str) -> Turn:
     )
 
 
+def describe_call(call: ToolCall) -> str:
+    """A tool call in a few words, for people: ``seek_video_frames: heart, start_time 10, end_time 20``."""
+    if call.error:
+        return f"{call.name or 'call'} not understood: {call.error}"
+    given = (value if name == "query" else f"{name} {value}" for name, value in call.arguments.items())
+    return f"{call.name}: {', '.join(map(str, given))}".removesuffix(": ")
+
+
 def _parse_call(body: str) -> ToolCall:
     try:
         value = json.loads(body)
@@ -114,30 +122,87 @@ def final_answer(messages: Sequence[Message]) -> str | None:
     return parse_turn(text_of(assistant[-1])).answer if assistant else None
 
 
-def tool_frames(messages: Sequence[Message]) -> list[tuple[int, float, Block]]:
-    """The frames that tool messages showed, as (assistant turn from 0, seconds, image block), in order.
+@dataclass(frozen=True)
+class Evidence:
+    """Something of a video that a search found: a frame, or words."""
 
-    Frames shown twice are listed twice. An image without a time before it is left out.
+    video: str = ""
+    """Name of the video; empty in a trace, where it is the sample's."""
+    seconds: float | None = None
+    """When it is shown or said; None for words without a time."""
+    frame: int | None = None
+    """Index in the frame cache; None for words, and for frames of traces that others wrote."""
+    text: str | None = None
+    """The words; None for a frame."""
+    call: int = 0
+    """Number of the tool call that found it, from 1."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A tool call and what came back."""
+
+    turn: int
+    """Number of the assistant turn, from 1; 0 for what was given before the first."""
+    call: ToolCall | None
+    """None for what was given at once, and for a message that no call stands for."""
+    evidence: tuple[Evidence, ...]
+    said: str
+    """The words beside the evidence: what to do next, or what to correct."""
+    message: Message = field(compare=False, repr=False)
+
+
+def exchanges(messages: Sequence[Message]) -> list[Exchange]:
+    """Pair the tool messages of an episode with the calls that they answer, in order.
+
+    The first tool message after an assistant turn answers its first call, the second its second, and so on. Rewards,
+    evaluation, report, page, tracking and command line all read what a search did through this function.
     """
-    frames: list[tuple[int, float, Block]] = []
-    turn = -1
+    found: list[Exchange] = []
+    turn = 0
+    calls: list[ToolCall] = []
     for message in messages:
         if message["role"] == "assistant":
             turn += 1
-        if message["role"] != "tool" or isinstance(message.get("content"), str):
-            continue
-        seconds: float | None = None
-        for block in message.get("content") or []:
-            if block.get("type") == "text":
-                match = _SECONDS.fullmatch(block.get("text", ""))
-                seconds = float(match.group(1)) if match else None
-            elif block.get("type") in ("image", "image_url"):
-                if seconds is not None and math.isfinite(seconds):
-                    frames.append((turn, seconds, block))
-                seconds = None
-    return frames
+            calls = parse_turn(text_of(message)).calls
+        elif message["role"] == "tool":
+            seen = evidence_in(message)
+            of_evidence = {id(block) for _, blocks in seen for block in blocks}
+            content = message.get("content") or ""
+            rest = [] if isinstance(content, str) else [block for block in content if id(block) not in of_evidence]
+            said = content if isinstance(content, str) else text_of({"content": rest})
+            call = calls.pop(0) if calls else None
+            found.append(Exchange(turn, call, tuple(each for each, _ in seen), said.strip(), message))
+    return found
+
+
+def evidence_in(message: Message) -> list[tuple[Evidence, tuple[Block, ...]]]:
+    """What a tool message shows, in order, each with its blocks; what is shown twice is listed twice.
+
+    A frame is an image after a text block that holds nothing but its time; an image without one is left out. Words
+    are a text block with a field `seconds`.
+    """
+    content = message.get("content") or []
+    if isinstance(content, str):
+        return []
+    found: list[tuple[Evidence, tuple[Block, ...]]] = []
+    label: Block | None = None
+    seconds: float | None = None
+    for block in content:
+        kind, video = block.get("type"), block.get("video") or ""
+        if kind == "text" and "seconds" in block:
+            found.append((Evidence(video, block["seconds"], text=block.get("text", "")), (block,)))
+        elif kind == "text":
+            match = _SECONDS.fullmatch(block.get("text", ""))
+            label, seconds = block, float(match.group(1)) if match else None
+        elif kind in ("image", "image_url"):
+            if label is not None and seconds is not None and math.isfinite(seconds):
+                found.append((Evidence(video, seconds, frame=block.get("frame")), (label, block)))
+            label = seconds = None
+    return found
 
 
 def searched_seconds(messages: Sequence[Message]) -> list[float]:
-    """Times (s) of all frames that the tool returned, each time once, in increasing order."""
-    return sorted({seconds for _, seconds, _ in tool_frames(messages)})
+    """Times (s) of all frames that tools returned, each time once, in increasing order."""
+    times = (each.seconds for exchange in exchanges(messages) for each in exchange.evidence if each.text is None)
+    return sorted({seconds for seconds in times if seconds is not None})

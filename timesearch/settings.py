@@ -77,9 +77,12 @@ class Features(Section):
     ray_address: str | None = None
 
 
-class Search(Section):
-    """The search environment and its budgets, shared by training and inference (paper, Section 3.1)."""
+class SearchSettings(Section):
+    """The search, its tools and its budgets, shared by training and inference (paper, Section 3.1)."""
 
+    tools: list[str] = Field(
+        default_factory=lambda: ["seek_video_frames"], description="tools that the policy is offered, in this order"
+    )
     method: Literal["dpp", "topk", "uniform", "aks", "gated_logdet"] = "dpp"
     max_turns: int = Field(8, ge=1, description="assistant turns an episode, the answer included")
     max_frames_per_turn: int = Field(8, ge=1, description="frames that one tool call returns at most")
@@ -227,7 +230,7 @@ class Settings(Section):
     models: Models = Field(default_factory=Models)
     frames: Frames = Field(default_factory=Frames)
     features: Features = Field(default_factory=Features)
-    search: Search = Field(default_factory=Search)
+    search: SearchSettings = Field(default_factory=SearchSettings)
     coldstart: ColdStart = Field(default_factory=ColdStart)
     train: Train = Field(default_factory=Train)
     judge: Judge = Field(default_factory=Judge)

@@ -21,7 +21,7 @@ from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from timesearch.files import file_digest, write_text
-from timesearch.messages import parse_turn, text_of
+from timesearch.messages import ToolCall, describe_call, exchanges, parse_turn, text_of
 from timesearch.redaction import redact, redact_value
 from timesearch.samples import Prediction
 from timesearch.settings import Settings
@@ -400,13 +400,13 @@ def _turn_spans(root: LiveSpan, prediction: Prediction, chat: list[dict[str, Any
 
     turn = 0
     new: list[dict[str, Any]] = []
-    call: Mapping[str, Any] = {}
+    answered = iter(exchanges(prediction.prediction))
     for message, shown in zip(prediction.prediction, chat, strict=True):
         if message["role"] == "assistant":
             turn += 1
             said = parse_turn(text_of(dict(message)))
-            call = {"name": said.calls[0].name, **said.calls[0].arguments} if said.calls else {}
-            act = f"search {call.get('query', '')!r}" if call else "answer" if said.answer is not None else "no act"
+            calls = "; ".join(describe_call(call) for call in said.calls)
+            act = calls or ("answer" if said.answer is not None else "no act")
             span = mlflow.start_span_no_context(
                 f"turn {turn}: {act}"[:120], span_type="CHAT_MODEL", parent_span=root, inputs={"messages": new}
             )
@@ -417,8 +417,9 @@ def _turn_spans(root: LiveSpan, prediction: Prediction, chat: list[dict[str, Any
             continue
         new.append(shown)
         if message["role"] == "tool":
+            call = next(answered).call or ToolCall("", {})
             span = mlflow.start_span_no_context(
-                str(call.get("name") or "tool"), span_type="TOOL", parent_span=root, inputs=dict(call)
+                call.name or "tool", span_type="TOOL", parent_span=root, inputs=call.arguments
             )
             span.set_outputs(shown["content"])
             span.end()

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say
+from timesearch.messages import describe_call, exchanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from timesearch.inference.ask import Asker
-    from timesearch.messages import ToolCall
     from timesearch.samples import Prediction
     from timesearch.search.episode import Step
     from timesearch.search.policy import Policy
@@ -180,10 +180,12 @@ class _Live:
         elif step.kind == "turn" and step.turn is not None:
             self.line(f"turn {step.number}", step.turn.thought or step.text, "cyan")
             for call in step.turn.calls:
-                self.line("search", describe_call(call), "yellow")
-        elif step.kind == "frames":
-            told = "".join(block.get("text", "") for block in step.blocks)
-            self.line("found", _times(times) if times else told, "green")
+                self.line("call", describe_call(call), "yellow")
+        elif step.kind == "found":
+            (exchange,) = exchanges([{"role": "tool", "content": list(step.blocks)}])
+            words = [each.text for each in exchange.evidence if each.text is not None]
+            told = [*([_times(times)] if times else []), *words] or [exchange.said]
+            self.line("found", "; ".join(told), "green")
 
     def conclude(self, prediction: Prediction) -> None:
         """The answer, and the times that support it."""
@@ -204,17 +206,6 @@ class _Live:
 
 def _times(seconds: list[float]) -> str:
     return ", ".join(f"{time:.1f}s" for time in seconds)
-
-
-def describe_call(call: ToolCall) -> str:
-    """A tool call in a few words: the query and the window."""
-    if call.error:
-        return f"not understood: {call.error}"
-    query, start, end = (call.arguments.get(name) for name in ("query", "start_time", "end_time"))
-    if start is None and end is None:
-        return f"{query}"
-    open_end = end is None or (isinstance(end, int | float) and end < 0)
-    return f"{query}, {start or 0} s to {'the end' if open_end else f'{end} s'}"
 
 
 @app.command()

@@ -14,9 +14,9 @@ from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, json_digest
 from timesearch.messages import format_seconds
 from timesearch.samples import Prediction, Sample
-from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
+from timesearch.search.search import Search
 from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 
@@ -136,13 +136,11 @@ class Asker:
         """
         if not question.strip():
             raise RequestError("the question is empty: write what you want to know about the video")
-        environment = SearchEnvironment(
-            self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded
-        )
+        search = Search(self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded)
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
         sample = Sample.model_validate(row)
-        return await run_episode(environment, self._policy, sample, self._settings.search, watch)
+        return await run_episode(search, self._policy, sample, watch)
 
 
 @contextmanager

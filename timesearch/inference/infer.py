@@ -32,10 +32,10 @@ from timesearch.progress import Bar, console, progress_bar
 from timesearch.retrieval.selection import Method, select_frames
 from timesearch.rewards import rule_judge, score_episode
 from timesearch.samples import Prediction, Sample, read_samples
-from timesearch.search.environment import SearchEnvironment
 from timesearch.search.episode import answer_from_frames, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
+from timesearch.search.search import Search
 from timesearch.settings import Settings
 from timesearch.tracking import stage_run
 from timesearch.video.frames import VERSION as FRAMES_FORMAT
@@ -279,11 +279,11 @@ async def play(
     waiting = iter(sorted(jobs, key=lambda job: job.sample.video))
 
     async def player() -> None:
-        environment = SearchEnvironment(
+        search = Search(
             settings.search, encoder, settings.paths.frames, settings.paths.features, encoded=policy.encoded
         )
         for job in waiting:
-            record(job, await _one(job, environment, policy, settings))
+            record(job, await _one(job, search, policy, settings))
 
     try:
         await policy.connect()
@@ -296,20 +296,20 @@ async def play(
         await policy.close()
 
 
-async def _one(job: Job, environment: SearchEnvironment, policy: Policy, settings: Settings) -> Prediction:
+async def _one(job: Job, search: Search, policy: Policy, settings: Settings) -> Prediction:
     if job.method.startswith(("uniform", "one_shot")):
         choose = partial(_choose, method=job.method, sample=job.sample, count=settings.infer.uniform_frames)
-        return await answer_from_frames(environment, policy, job.sample, settings.search, choose)
-    return await run_episode(environment, policy, job.sample, settings.search)
+        return await answer_from_frames(search, policy, job.sample, choose)
+    return await run_episode(search, policy, job.sample)
 
 
-def _choose(environment: SearchEnvironment, method: str, sample: Sample, count: int) -> list[int]:
+def _choose(search: Search, method: str, sample: Sample, count: int) -> list[int]:
     """The frames of a baseline without search."""
-    features = environment._opened.features.features
+    features = search.video.features.features
     if method == "uniform":
         return select_frames(features, None, count, method="uniform")
-    selection = {f"one_shot_{name}": name for name in get_args(Method)}.get(method, environment._settings.method)
-    query = environment._encoder.encode_text([sample.question])[0]
+    selection = {f"one_shot_{name}": name for name in get_args(Method)}.get(method, search.settings.method)
+    query = search.encoder.encode_text([sample.question])[0]
     return select_frames(features, query, count, method=selection)
 
 

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from timesearch.errors import RequestError
 from timesearch.messages import Block, Message
 from timesearch.pocket.filesystem import parse_url
-from timesearch.pocket.policy import tool_schemas
 from timesearch.pocket.traces import Manners, reanswer, write_reanswer, write_trace
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, generator, question
 from timesearch.samples import Sample
-from timesearch.search.environment import SearchEnvironment
 from timesearch.search.prompts import Prompts
-from timesearch.settings import Search
+from timesearch.search.search import Search
+from timesearch.settings import SearchSettings
 from timesearch.training.supervised import Example
 
 if TYPE_CHECKING:
@@ -37,28 +36,24 @@ class Asked:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What `SearchEnvironment.reset` takes."""
+        """What `Search.open` takes."""
         return {"video": self.sample.video, "question": self.sample.question}
 
 
 @dataclass
 class Corpus:
-    """Pocket samples whose videos are cached, and the environment that searches them."""
+    """Pocket samples whose videos are cached, and the search over them."""
 
     samples: Sequence[Sample]
-    settings: Search
+    settings: SearchSettings
     encoder: Encoder
     frames: Path
     features: Path
 
     @cached_property
-    def environment(self) -> SearchEnvironment:
-        """Made where it is first used, so that each data process has its own."""
-        return self.new_environment()
-
-    def new_environment(self) -> SearchEnvironment:
-        """An environment over the corpus's caches."""
-        return SearchEnvironment(self.settings, self.encoder, self.frames, self.features)
+    def search(self) -> Search:
+        """A search over the corpus's caches, made where it is first used, so that each data process has its own."""
+        return Search(self.settings, self.encoder, self.frames, self.features)
 
     @cached_property
     def asked(self) -> list[Asked]:
@@ -77,7 +72,7 @@ class Corpus:
     @cached_property
     def tools(self) -> list[dict[str, Any]]:
         """Schemas of the tools."""
-        return tool_schemas()
+        return self.search.schemas
 
 
 def _ask(sample: Sample) -> Asked:
@@ -106,9 +101,9 @@ class Reading:
     def __getitem__(self, number: int) -> Example:
         rng = generator("reading", self._seed, number)
         asked = self._corpus.asked[int(rng.integers(len(self._corpus.asked)))]
-        environment = self._corpus.environment
-        environment._enter(asked.row)
-        visible = [asked.scene.visible(seconds) for seconds in environment._opened.frames.timestamps]
+        search = self._corpus.search
+        search.open(asked.row)
+        visible = [asked.scene.visible(seconds) for seconds in search.video.frames.timestamps]
         full = [i for i, event in enumerate(visible) if event is not None]
         empty = [i for i, event in enumerate(visible) if event is None]
         count = int(rng.integers(1, self._most + 1))
@@ -121,9 +116,9 @@ class Reading:
         content: list[Block] = []
         for turn in range(3):
             shape = str(rng.choice(absent if rng.random() < self._unknown else shown))
-            environment._question = question(shape)
-            content = content or environment._answer_content(indices)
-            asking = environment._answer_content([]) if turn else content
+            search.question = question(shape)
+            content = content or search.ask_from(search.frames(indices))
+            asking = search.ask_from([]) if turn else content
             answer = reanswer(asked.scene, shape, content, described=turn == 0)
             messages += [{"role": "user", "content": asking}, answer]
         return Example(f"{asked.sample.id}, reading {number}", messages)
@@ -185,14 +180,14 @@ class Episodes:
     def __getitem__(self, number: int) -> Example:
         rng = generator("episode", self._seed, number)
         asked = self._corpus.asked[int(rng.integers(len(self._corpus.asked)))]
-        environment = self._corpus.environment
+        search = self._corpus.search
         if rng.random() < self._reanswer_share:
             known = bool(rng.random() < 0.5)
-            pair = write_reanswer(environment, asked.row, asked.scene, asked.event, known, rng)
+            pair = write_reanswer(search, asked.row, asked.scene, asked.event, known, rng)
             if pair is not None:
                 return Example(f"{asked.sample.id}, re-answer {number}", pair)
         turns = self._corpus.settings.max_turns
-        trace = write_trace(environment, asked.row, asked.scene, asked.event, self._manners, rng, turns)
+        trace = write_trace(search, asked.row, asked.scene, asked.event, self._manners, rng, turns)
         tools = self._corpus.tools
         if rng.random() < self._reworded:
             function = {key: value for key, value in tools[0]["function"].items() if key != "return"}

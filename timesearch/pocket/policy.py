@@ -55,16 +55,6 @@ _CALL = (
 _WORDS = r" ?\p{L}+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}]+|\s"
 
 
-def tool_schemas() -> list[dict[str, Any]]:
-    """JSON schemas of the search environment's tools, as the chat template renders them."""
-    from transformers.utils import get_json_schema
-
-    from timesearch.search.environment import SearchEnvironment
-
-    schema = get_json_schema(SearchEnvironment.seek_video_frames)
-    return [schema]
-
-
 def make_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
     """Train the tokenizer on everything that a pocket episode can say."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -104,10 +94,12 @@ def tools_block() -> str:
     import jinja2
     from trl.chat_template_utils import qwen3_vl_chat_template
 
+    from timesearch.search.tools import schema_of, seek_video_frames
+
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     text = environment.from_string(qwen3_vl_chat_template).render(
-        messages=[{"role": "system", "content": ""}], tools=tool_schemas()
+        messages=[{"role": "system", "content": ""}], tools=[schema_of(seek_video_frames)]
     )
     return text.removeprefix("<|im_start|>system\n\n\n").removesuffix("<|im_end|>\n")
 

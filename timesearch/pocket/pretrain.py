@@ -126,14 +126,14 @@ def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, rep
     optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     rng = generator("align", seed)
-    environment = corpus.environment
+    search = corpus.search
     for step in range(1, steps + 1):
         pictures: list[Any] = []
         colours, shapes = [], []
         while len(pictures) < 112:
             asked = corpus.asked[int(rng.integers(len(corpus.asked)))]
-            environment._enter(asked.row)
-            frames = environment._opened.frames
+            search.open(asked.row)
+            frames = search.video.frames
             for event in asked.scene.events:
                 window = frames.window(event.start, event.end - 0.5)
                 pictures.append(frames[int(rng.choice(window))])

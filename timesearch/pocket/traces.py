@@ -1,6 +1,6 @@
 """Search episodes about pocket videos, written by a rule that knows the scene: what supervised training imitates.
 
-Every trace runs through the real search environment, so its frames are what the policy would have been shown. Traces
+Every trace runs through the real search, so its frames are what the policy would have been shown. Traces
 are imperfect on purpose, in stated shares: only some search well, others narrow the window to the wrong place, look for
 the wrong thing, or guess. A policy that imitates them has the skills and bad habits besides, which is what
 reinforcement learning can then mend.
@@ -19,7 +19,7 @@ from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
 
 if TYPE_CHECKING:
-    from timesearch.search.environment import SearchEnvironment
+    from timesearch.search.search import Search
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ COLD_STARTS: dict[str, Manners] = {"guess-proof": COLD_START, "demo": COLD_START
 
 
 def write_trace(
-    environment: SearchEnvironment,
+    search: Search,
     row: dict[str, Any],
     scene: Scene,
     target: Event,
@@ -76,8 +76,8 @@ def write_trace(
     """One episode about `target`.
 
     Args:
-        environment: holds the caches of the video; it is reset.
-        row: the sample's fields, given to `reset`.
+        search: over the caches of the video; it is opened anew.
+        row: the sample's fields.
         scene: the truth about the video.
         target: the event that is asked about.
         manners: how to behave, by chance.
@@ -87,7 +87,8 @@ def write_trace(
     Returns:
         The messages after the system message: user, assistant, tool, ..., assistant.
     """
-    messages: list[Message] = [{"role": "user", "content": environment.reset(**row)}]
+    search.open(row)
+    messages: list[Message] = [{"role": "user", "content": search.preview()}]
     habits = manners[target.shape]
     kinds = ["good", "narrow", "wrong", "guess"]
     kind = str(rng.choice(kinds, p=[habits.good, habits.narrow, habits.wrong, habits.guess]))
@@ -110,7 +111,7 @@ def write_trace(
         messages.append(turn)
         if "call" not in turn:
             break
-        found = environment.seek_video_frames(**turn["call"])
+        found = search.call("seek_video_frames", turn["call"])
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
         seen = describe(scene, found)
         if sees(scene, target, found):
@@ -129,7 +130,7 @@ def write_trace(
 
 
 def write_reanswer(
-    environment: SearchEnvironment,
+    search: Search,
     row: dict[str, Any],
     scene: Scene,
     target: Event,
@@ -139,8 +140,8 @@ def write_reanswer(
     """One example of the re-answer task: searched frames alone, the question, and the answer or "I don't know".
 
     Args:
-        environment: holds the caches of the video; it is reset.
-        row: the sample's fields, given to `reset`.
+        search: over the caches of the video; it is opened anew.
+        row: the sample's fields.
         scene: the truth about the video.
         target: the event that is asked about.
         known: whether the frames are to show it.
@@ -149,16 +150,16 @@ def write_reanswer(
     Returns:
         A user and an assistant message; None where the search did not give what `known` asks for.
     """
-    environment.reset(**row)
+    search.open(row)
     shown: list[Block] = []
     for _ in range(int(rng.integers(1, 4))):
         other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
         middle = float(rng.uniform(0, scene.duration))
         near: dict[str, Any] = {"start_time": max(0.0, middle - 20), "end_time": min(scene.duration, middle + 20)}
-        shown += environment.seek_video_frames(other, **(near if rng.random() < 0.5 else {}))
+        shown += search.call("seek_video_frames", {"query": other, **(near if rng.random() < 0.5 else {})})
     if known:
-        shown += environment.seek_video_frames(target.shape)
-    content = environment._reanswer_content()
+        shown += search.call("seek_video_frames", {"query": target.shape})
+    content = search.reanswer()
     if content is None or sees(scene, target, shown) != known:
         return None
     return [{"role": "user", "content": content}, reanswer(scene, target.shape, content)]

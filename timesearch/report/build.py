@@ -24,7 +24,7 @@ from timesearch.evaluation.episodes import read_predictions
 from timesearch.evaluation.evaluate import load_metrics, prediction_files
 from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
 from timesearch.files import atomic_path, inside
-from timesearch.messages import Message, parse_turn, text_of, tool_frames
+from timesearch.messages import Message, exchanges, parse_turn, text_of
 from timesearch.rewards import answer_letter
 from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
@@ -265,7 +265,7 @@ def _times(seconds: Sequence[float]) -> list[float]:
 
 
 def _turn(**told: Any) -> dict[str, Any]:
-    return {"number": 0, "thought": "", "text": "", "calls": [], "answer": None, "frames": [], **told}
+    return {"number": 0, "thought": "", "text": "", "calls": [], "answer": None, "frames": [], "words": [], **told}
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -290,10 +290,15 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 answer=turn.answer,
             )
         )
-    shown: list[float] = []
-    for number, seconds, _ in tool_frames(messages):
-        (turns[number]["frames"] if number >= 0 else shown).extend(_times([seconds]))
-    return [_turn(frames=shown), *turns] if shown else turns
+    given = _turn()
+    for exchange in exchanges(messages):
+        told = turns[exchange.turn - 1] if exchange.turn else given
+        for each in exchange.evidence:
+            if each.text is not None:
+                told["words"].append(each.text[:_TEXT_LIMIT])
+            elif each.seconds is not None:
+                told["frames"].extend(_times([each.seconds]))
+    return [given, *turns] if given["frames"] or given["words"] else turns
 
 
 def _plain_json(value: Any) -> Any:

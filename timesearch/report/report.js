@@ -374,10 +374,10 @@ function transcript(turn, picture) {
     const blank = pictured ? element("span", { class: "blank" }, "no picture") : null;
     return element("li", {}, url ? element("img", { src: url, alt: `frame at ${label}` }) : blank, label);
   })) : null;
-  const acts = turn.calls.length ? "searches" : turn.answer !== null ? "answers" : "says";
+  const acts = turn.calls.length ? "calls" : turn.answer !== null ? "answers" : "says";
   return element("div", { class: `turn ${turn.calls.length ? "searching" : ""}` }, element("h4", {}, turn.number ? `Turn ${turn.number} ${acts}` : "Frames given at once"),
     turn.thought ? element("p", { class: "said" }, turn.thought) : null, turn.text ? element("p", { class: "said note" }, turn.text) : null,
-    turn.calls.map(call), turn.answer !== null ? element("p", { class: "said" }, "→ ", element("strong", {}, turn.answer)) : null, frames);
+    turn.calls.map(call), turn.words.map((line) => element("p", { class: "said words" }, line)), turn.answer !== null ? element("p", { class: "said" }, "→ ", element("strong", {}, turn.answer)) : null, frames);
 }
 
 function openFromAddress() {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from timesearch.settings import Search
+from timesearch.settings import SearchSettings
 
 TIME_TOKENS = 12
 """Text tokens around a frame, at most: its time and the markers of an image."""
@@ -12,7 +12,7 @@ TEXT_TOKENS = 2048
 """Text tokens of a prompt, at most: system text, tools, question and options."""
 
 
-def preview_plan(total: int, size: tuple[int, int], settings: Search) -> tuple[list[int], tuple[int, int]]:
+def preview_plan(total: int, size: tuple[int, int], settings: SearchSettings) -> tuple[list[int], tuple[int, int]]:
     """Frames of the preview and their size: first as many frames as the budgets allow, then as large as they allow.
 
     Args:
@@ -48,31 +48,31 @@ def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
     return across * patch, down * patch
 
 
-def searched_size(size: tuple[int, int], settings: Search) -> tuple[int, int]:
+def searched_size(size: tuple[int, int], settings: SearchSettings) -> tuple[int, int]:
     """Width and height in which a cached frame of `size` is shown when it was searched."""
     return fit_size(size, settings.max_tokens, settings.patch)
 
 
-def preview_frames(settings: Search) -> int:
+def preview_frames(settings: SearchSettings) -> int:
     """Frames of a preview, at most."""
     return min(settings.max_frames, settings.total_video_tokens)
 
 
-def searched_frames(settings: Search) -> int:
+def searched_frames(settings: SearchSettings) -> int:
     """Frames that an episode searches, at most: the last turn is left for the answer."""
     return (settings.max_turns - 1) * settings.max_frames_per_turn
 
 
-def prompt_tokens(settings: Search) -> int:
+def prompt_tokens(settings: SearchSettings) -> int:
     """Tokens of a prompt, at most."""
     return settings.total_video_tokens + preview_frames(settings) * TIME_TOKENS + TEXT_TOKENS
 
 
-def search_tokens(settings: Search) -> int:
+def search_tokens(settings: SearchSettings) -> int:
     """Tokens of all searched frames of an episode, at most."""
     return searched_frames(settings) * (settings.max_tokens + TIME_TOKENS)
 
 
-def completion_tokens(settings: Search) -> int:
+def completion_tokens(settings: SearchSettings) -> int:
     """Tokens of an episode after its prompt, at most."""
     return search_tokens(settings) + settings.max_turns * settings.max_new_tokens

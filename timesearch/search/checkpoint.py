@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.errors import RequestError
 from timesearch.files import write_json
 from timesearch.search.budget import completion_tokens, prompt_tokens
-from timesearch.settings import Search
+from timesearch.settings import SearchSettings
 from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Finding:
     text: str
 
 
-def examine(checkpoint: Path | str, settings: Search) -> list[Finding]:
+def examine(checkpoint: Path | str, settings: SearchSettings) -> list[Finding]:
     """Say whether a checkpoint can play search episodes under these settings, without loading its weights.
 
     Args:
@@ -162,7 +162,7 @@ def examine(checkpoint: Path | str, settings: Search) -> list[Finding]:
     ]
 
 
-def check_fit(checkpoint: Path | str, settings: Search) -> None:
+def check_fit(checkpoint: Path | str, settings: SearchSettings) -> None:
     """Refuse a checkpoint of which `examine` finds something unfit.
 
     Raises:
@@ -173,7 +173,7 @@ def check_fit(checkpoint: Path | str, settings: Search) -> None:
         raise RequestError(f"{checkpoint} does not fit these parameters: {'; '.join(wrong)}")
 
 
-def _template(processor: Any, settings: Search) -> Iterator[Finding]:
+def _template(processor: Any, settings: SearchSettings) -> Iterator[Finding]:
     said = "<think> a  b </think>\n<tool_call>\n{}\n</tool_call>"
     messages = [
         {"role": "system", "content": "S"},
@@ -195,7 +195,7 @@ def _template(processor: Any, settings: Search) -> Iterator[Finding]:
     yield Finding("end of turn", bool(end) and text.count(str(end)) >= 4, f"turns end with {end}")
 
 
-def _vision(processor: Any, config: Any, settings: Search) -> Iterator[Finding]:
+def _vision(processor: Any, config: Any, settings: SearchSettings) -> Iterator[Finding]:
     ids = set(vision_token_ids(processor.tokenizer))
     image = getattr(config, "image_token_id", None)
     yield Finding("vision tokens", image in ids, f"{len(ids)} vision tokens are kept out of what the policy writes")
@@ -209,7 +209,7 @@ def _vision(processor: Any, config: Any, settings: Search) -> Iterator[Finding]:
         yield Finding("small frames", small == 1, f"a frame of {side} x {side} pixels is shown as {small} token(s)")
 
 
-def _context(config: Any, settings: Search) -> Iterator[Finding]:
+def _context(config: Any, settings: SearchSettings) -> Iterator[Finding]:
     context = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     if context is None:
         yield Finding("context", True, "the length of the context is not known")

@@ -251,7 +251,7 @@ def serialise(message: Message, suffix: str = "") -> bytes:
 
 def _block(block: Block) -> Block:
     if block["type"] == "text":
-        return block
+        return {"type": "text", "text": block["text"]}
     frames = block["frames"] if block["type"] == "video" else [block]
     kind = "video" if block["type"] == "video" else "image"
     data = ",".join(base64.b64encode(frame["jpeg"]).decode("ascii") for frame in frames)

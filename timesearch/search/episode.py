@@ -6,7 +6,7 @@ is kinder than training in two ways: a damaged call is repaired, or answered by 
 searches nor answers is asked once for the answer. In training TRL decides both: its `parse_response` takes a turn whose
 call is no JSON for plain text, and its tool loop ends an episode at the first turn without a call, from inside methods
 that offer no place to step in. A policy in training so gets no reward for a damaged call, which is what it should learn
-from; wrong arguments in a readable call are answered by the environment, here and there alike.
+from; wrong arguments in a readable call are answered by the search, here and there alike.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.messages import (
     Block,
     Message,
+    ToolCall,
     Turn,
+    exchanges,
     final_answer,
     neutralise,
     parse_turn,
     searched_seconds,
-    tool_frames,
 )
 from timesearch.samples import EpisodeError, Prediction, Sample, Usage
 from timesearch.search.budget import TIME_TOKENS, searched_size
-from timesearch.search.environment import SearchEnvironment
-from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools, tool_schemas
+from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools
 from timesearch.search.prompts import Prompts
-from timesearch.settings import Search
+from timesearch.search.search import Search
 
 CALLS_PER_TURN = 8
 """Calls of one turn that are carried out at most; the rest of them stay unanswered."""
@@ -45,14 +45,16 @@ MESSAGE_TOKENS = 96
 class Step:
     """Something that happened in an episode, for who watches it live.
 
-    `kind` is ``preview`` (blocks), ``turn`` (text and what it says), ``frames`` (blocks, call) or ``reanswer`` (text).
+    `kind` is ``preview`` (blocks), ``turn`` (text and what it says), ``found`` (blocks, and the call that they answer)
+    or ``reanswer`` (text).
     """
 
-    kind: Literal["preview", "turn", "frames", "reanswer"]
+    kind: Literal["preview", "turn", "found", "reanswer"]
     number: int = 0
     blocks: tuple[Block, ...] = ()
     text: str = ""
     turn: Turn | None = None
+    call: ToolCall | None = None
 
 
 Watch = Callable[[Step], None]
@@ -73,20 +75,18 @@ def system_message(prompts: Prompts, tools: list[dict[str, Any]], protocol: str)
 
 
 async def run_episode(
-    environment: SearchEnvironment,
+    search: Search,
     policy: Policy,
     sample: Sample,
-    settings: Search,
     watch: Watch | None = None,
     reanswer: bool = True,
 ) -> Prediction:
     """Let a policy search a sample's video and answer.
 
     Args:
-        environment: used by this episode alone while it runs.
+        search: used by this episode alone while it runs.
         policy: the engine.
         sample: the question.
-        settings: budgets, prompts and protocol.
         watch: is told of each step as it happens, in the event loop's thread.
         reanswer: ask again from the searched frames alone, for the completeness reward.
 
@@ -94,11 +94,11 @@ async def run_episode(
         The prediction. What belongs to this episode alone (a missing cache, an engine gone, a context too short) is
         recorded in its `error`, beside the messages so far.
     """
-    episode = _Episode(environment, policy, sample, settings, watch or (lambda step: None))
+    episode = _Episode(search, policy, sample, watch or (lambda step: None))
     error: EpisodeError | None = None
     try:
         await episode.search()
-        if reanswer and tool_frames(episode.messages):
+        if reanswer and any(exchange.evidence for exchange in exchanges(episode.messages)):
             await episode.answer_again()
     except (ItemError, CacheMismatchError) as raised:
         error = _as_data(raised)
@@ -106,18 +106,17 @@ async def run_episode(
 
 
 async def answer_from_frames(
-    environment: SearchEnvironment,
+    search: Search,
     policy: Policy,
     sample: Sample,
-    settings: Search,
-    choose: Callable[[SearchEnvironment], list[int]],
+    choose: Callable[[Search], list[int]],
 ) -> Prediction:
     """The baselines without search: frames chosen at once, and the re-answer's prompt.
 
-    `choose` gives the frames' indices after the environment has opened the video. They are recorded as the frames of
+    `choose` gives the frames' indices after the search has opened the video. They are recorded as the frames of
     one tool message, so that search metrics apply to them, followed by the answer.
     """
-    episode = _Episode(environment, policy, sample, settings, lambda step: None)
+    episode = _Episode(search, policy, sample, lambda step: None)
     error: EpisodeError | None = None
     try:
         await episode.answer_chosen(choose)
@@ -133,13 +132,10 @@ def _as_data(error: ItemError | CacheMismatchError) -> EpisodeError:
 class _Episode:
     """The state of one episode."""
 
-    def __init__(
-        self, environment: SearchEnvironment, policy: Policy, sample: Sample, settings: Search, watch: Watch
-    ) -> None:
+    def __init__(self, search: Search, policy: Policy, sample: Sample, watch: Watch) -> None:
         self.messages: list[Message] = []
-        self._environment, self._policy, self._sample = environment, policy, sample
-        self._settings, self._watch = settings, watch
-        self._prompts = Prompts.load(settings.prompts)
+        self._search, self._policy, self._sample = search, policy, sample
+        self._settings, self._watch = search.settings, watch
         self._usage = Usage()
         self._preview: list[float] = []
         self._turns = self._tool_calls = 0
@@ -147,12 +143,12 @@ class _Episode:
         self._reanswer: str | None = None
 
     async def search(self) -> None:
-        blocks = await asyncio.to_thread(self._environment.reset, **self._sample.model_dump())
+        blocks = await asyncio.to_thread(self._open)
         self._preview = [block["seconds"] for block in blocks if block["type"] == "image"]
         self._watch(Step("preview", blocks=tuple(blocks)))
-        tools = tool_schemas(self._environment)
+        tools = self._search.schemas
         self.messages = [
-            system_message(self._prompts, tools, self._settings.protocol),
+            system_message(self._search.prompts, tools, self._settings.protocol),
             {"role": "user", "content": blocks},
         ]
         offered = tools if self._settings.protocol == "template" else []
@@ -172,7 +168,11 @@ class _Episode:
                     return
                 else:
                     asked = True
-                    self.messages.append({"role": "user", "content": self._prompts.render("overflow")})
+                    self.messages.append({"role": "user", "content": self._search.prompts.render("overflow")})
+
+    def _open(self) -> list[Block]:
+        self._search.open(self._sample.model_dump())
+        return self._search.preview()
 
     async def _reply(self, session: Session) -> Reply:
         """The next turn; where the context overflows, the newest frames give way to the request to answer."""
@@ -183,7 +183,7 @@ class _Episode:
                 raise
             while self.messages[-1]["role"] == "tool":
                 self.messages.pop()
-            self.messages.append({"role": "tool", "content": self._prompts.render("overflow")})
+            self.messages.append({"role": "tool", "content": self._search.prompts.render("overflow")})
             self._limit = "context"
             reply = await session.reply(self.messages)
         self._usage.prefilled += reply.prompt_tokens - reply.cached_tokens
@@ -192,35 +192,35 @@ class _Episode:
         return Reply(neutralise(reply.text), reply.prompt_tokens, reply.cached_tokens, reply.generated_tokens)
 
     async def _carry_out(self, turn: Turn, reply: Reply, number: int) -> None:
-        environment = self._environment
+        search = self._search
         room = self._room(reply)
         for call in turn.calls[:CALLS_PER_TURN]:
-            environment._room = room
+            search.room = room
             if call.error:
-                blocks = environment._say("correction", problem=call.error)
+                blocks = search.correct(call.error)
             else:
-                blocks = await asyncio.to_thread(environment._call, call.name, call.arguments)
+                blocks = await asyncio.to_thread(search.call, call.name, call.arguments)
             self._tool_calls += 1
             if room is not None:
                 room = max(0, room - sum(block["type"] == "image" for block in blocks))
-            if environment._calls >= self._settings.max_turns - 1:
+            if search.spent:
                 self._limit = "turns"
-            elif environment._room == 0:
+            elif search.room == 0:
                 self._limit = "context"
             self.messages.append({"role": "tool", "name": call.name, "content": blocks})
-            self._watch(Step("frames", number, tuple(blocks)))
+            self._watch(Step("found", number, tuple(blocks), call=call))
 
     def _room(self, reply: Reply) -> int | None:
         """Frames that still fit into the context, beside the words around them and one more turn."""
         if self._policy.context is None or not reply.prompt_tokens:
             return None
-        width, height = searched_size(self._environment._opened.frames.size, self._settings)
+        width, height = searched_size(self._search.video.frames.size, self._settings)
         frame = (width // self._settings.patch) * (height // self._settings.patch) + TIME_TOKENS
         used = reply.prompt_tokens + reply.generated_tokens + MESSAGE_TOKENS + self._settings.max_new_tokens
         return max(0, (self._policy.context - used) // frame)
 
     async def answer_again(self) -> None:
-        content = await asyncio.to_thread(self._environment._reanswer_content)
+        content = await asyncio.to_thread(self._search.reanswer)
         if content is None:
             return
         async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
@@ -228,10 +228,10 @@ class _Episode:
         self._reanswer = parse_turn(reply.text).answer
         self._watch(Step("reanswer", text=reply.text))
 
-    async def answer_chosen(self, choose: Callable[[SearchEnvironment], list[int]]) -> None:
+    async def answer_chosen(self, choose: Callable[[Search], list[int]]) -> None:
         def look() -> list[Block]:
-            self._environment._enter(self._sample.model_dump())
-            return self._environment._answer_content(choose(self._environment))
+            self._search.open(self._sample.model_dump())
+            return self._search.ask_from(self._search.frames(choose(self._search)))
 
         blocks = await asyncio.to_thread(look)
         asking: list[Message] = [{"role": "user", "content": blocks}]

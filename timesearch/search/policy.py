@@ -8,17 +8,13 @@ is rendered: in training, in process, and in a server.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from timesearch.errors import ItemError
 from timesearch.messages import Block, Message
-
-if TYPE_CHECKING:
-    from timesearch.search.environment import SearchEnvironment
 
 
 @dataclass(frozen=True)
@@ -111,18 +107,6 @@ def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
     share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
     total = max(indices[-1] + 1, round(share * len(indices)))
     return {"fps": 10.0, "frames_indices": indices, "total_num_frames": total}
-
-
-def tool_schemas(environment: SearchEnvironment) -> list[dict[str, Any]]:
-    """The JSON schemas of an environment's tools, as TRL renders them in training."""
-    return [_schema(tool.__func__) for tool in environment._tools().values()]
-
-
-@cache
-def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
-    from transformers.utils.chat_template_utils import get_json_schema
-
-    return get_json_schema(tool)
 
 
 def describe_tools(tools: Sequence[dict[str, Any]]) -> str:

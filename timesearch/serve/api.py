@@ -30,6 +30,7 @@ from pydantic import BaseModel, Field
 from timesearch.errors import ItemError, RequestError, TimeSearchError
 from timesearch.files import atomic_path, inside
 from timesearch.inference.ask import Asker
+from timesearch.messages import describe_call, exchanges
 from timesearch.samples import Prediction
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
@@ -243,11 +244,14 @@ def step_data(step: Step) -> dict[str, Any]:
     frames = [
         {"frame": block["frame"], "seconds": block["seconds"]} for block in step.blocks if block["type"] == "image"
     ]
-    said = [block["text"] for block in step.blocks if block["type"] == "text"]
-    data: dict[str, Any] = {"turn": step.number, "frames": frames, "said": said[-1] if said else ""}
+    data: dict[str, Any] = {"turn": step.number, "frames": frames}
+    if step.kind == "found":
+        (exchange,) = exchanges([{"role": "tool", "content": list(step.blocks)}])
+        data["words"] = [each.text for each in exchange.evidence if each.text is not None]
+        data["said"] = exchange.said
     if step.turn is not None:
         data["thought"] = step.turn.thought or ("" if step.turn.calls else step.text)
-        data["calls"] = [{"arguments": call.arguments, "error": call.error} for call in step.turn.calls]
+        data["calls"] = [{"said": describe_call(call), "arguments": call.arguments} for call in step.turn.calls]
     return data
 
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from timesearch.errors import ItemError, RequestError
 from timesearch.exclusive import exclusive
 from timesearch.files import json_digest, write_jsonl
-from timesearch.messages import Block, Message, final_answer, tool_frames
+from timesearch.messages import Block, Message, evidence_in, final_answer, searched_seconds
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, format_reward
 from timesearch.samples import Sample, read_rows
 from timesearch.search.checkpoint import load_model, load_processor
-from timesearch.search.environment import SearchEnvironment
-from timesearch.search.policy import Policy, tool_schemas
+from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
+from timesearch.search.search import Search
 from timesearch.settings import ColdStart, Settings
 from timesearch.training.data import load_training_samples, require_trainable
 from timesearch.training.folder import prepare_run_folder, weights_of
@@ -126,9 +126,9 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     if not traces:
         first = f" The first: {rejected[0].message}" if rejected else ""
         raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
-    environment = SearchEnvironment(settings.search, encoder, paths.frames, paths.features)
+    search = Search(settings.search, encoder, paths.frames, paths.features)
     system = Prompts.load(settings.search.prompts).texts["system"]
-    return Recorded(traces, environment, system, count, options.reanswer_share, settings.seed), rejected
+    return Recorded(traces, search, system, count, options.reanswer_share, settings.seed), rejected
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ def read_traces(path: Path, samples: Sequence[Sample]) -> tuple[list[Trace], lis
 class Recorded:
     """Recorded episodes with their pixels put back, mixed with re-answer examples; a map from number to example.
 
-    The system and user message are the environment's own, so that recordings of other prompts serve too; frames come
+    The system and user message are the search's own, so that recordings of other prompts serve too; frames come
     from the frame cache, by the times that the recording names.
     """
 
     traces: Sequence[Trace]
-    environment: SearchEnvironment
+    search: Search
     system: str
     count: int
     reanswer_share: float
@@ -196,7 +196,7 @@ class Recorded:
     tools: list[dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tools = tool_schemas(self.environment)
+        self.tools = self.search.schemas
 
     def __len__(self) -> int:
         return self.count
@@ -210,9 +210,10 @@ class Recorded:
             pair = self._reanswer(trace, bool(rng.random() < 0.5), rng)
             if pair is not None:
                 return Example(f"{trace.sample.id}, re-answer {number}", pair)
+        self.search.open(trace.sample.model_dump())
         opening: list[Message] = [
             {"role": "system", "content": self.system},
-            {"role": "user", "content": self.environment.reset(**trace.sample.model_dump())},
+            {"role": "user", "content": self.search.preview()},
         ]
         rest = [message for message in trace.messages if message["role"] in ("assistant", "tool")]
         played = [self._with_pixels(message) for message in rest]
@@ -221,24 +222,24 @@ class Recorded:
     def _with_pixels(self, message: Message) -> Message:
         if message["role"] == "assistant" or isinstance(message.get("content"), str):
             return message
-        frames = self.environment._opened.frames
+        frames = self.search.video.frames
         blocks: list[Block] = []
-        at = {id(block): seconds for _, seconds, block in tool_frames([message])}
+        at = {id(block): each.seconds for each, of_it in evidence_in(message) for block in of_it}
         for block in message["content"]:
             if block["type"] == "text":
                 blocks.append(block)
-            elif id(block) in at:
-                blocks.append(self.environment._show([frames.nearest(at[id(block)])])[1])
+            elif (seconds := at.get(id(block))) is not None:
+                blocks.append(self.search.show(self.search.frames([frames.nearest(seconds)]))[1])
             else:
                 raise ItemError("a recorded image has no time before it", reason="image_mismatch")
         return {**message, "content": blocks}
 
     def _reanswer(self, trace: Trace, known: bool, rng: Any) -> list[Message] | None:
         """The re-answer to what the trace searched, or to frames far from the event; None where there are none."""
-        sample, environment = trace.sample, self.environment
-        environment._enter(sample.model_dump())
-        frames = environment._opened.frames
-        searched = sorted({frames.nearest(seconds) for _, seconds, _ in tool_frames(trace.messages)})
+        sample, search = trace.sample, self.search
+        search.open(sample.model_dump())
+        frames = search.video.frames
+        searched = sorted({frames.nearest(seconds) for seconds in searched_seconds(trace.messages)})
         indices = searched
         if not known:
             spans = [*sample.gt_spans, *((seconds, seconds) for seconds in sample.gt_seconds)]
@@ -254,7 +255,7 @@ class Recorded:
             return None
         answer = sample.answer if known else UNKNOWN
         return [
-            {"role": "user", "content": environment._answer_content(indices)},
+            {"role": "user", "content": search.ask_from(search.frames(indices))},
             {"role": "assistant", "content": f"<answer>{answer}</answer>"},
         ]
 

@@ -15,10 +15,10 @@ from timesearch.files import inside
 from timesearch.rewards import answer_letter
 from timesearch.samples import Sample, convert, read_rows, validate
 from timesearch.search.checkpoint import check_fit
-from timesearch.settings import Search, Settings
+from timesearch.settings import SearchSettings, Settings
 
 
-def require_trainable(policy: Path, search: Search) -> None:
+def require_trainable(policy: Path, search: SearchSettings) -> None:
     """Refuse what would otherwise show as a policy that learns nothing.
 
     Raises:

@@ -43,14 +43,15 @@ from trl.trainer.utils import RepeatSampler
 
 from timesearch.batch import write_failures
 from timesearch.errors import RequestError, TimeSearchError
-from timesearch.messages import Block, Message, final_answer, parse_turn, searched_seconds
+from timesearch.messages import Message, final_answer, parse_turn, searched_seconds
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import accuracy, score_episode
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, multiply_patches, vision_token_ids
-from timesearch.search.environment import SearchEnvironment
+from timesearch.search.environment import SearchEnvironment, environment_factory
 from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
+from timesearch.search.search import Search
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples, require_trainable
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
@@ -116,23 +117,6 @@ class Episode:
         return searched_seconds(self.messages)
 
 
-class TimedEnvironment(SearchEnvironment):
-    """The search environment of training; opening a video and showing its preview counts as decoding."""
-
-    def __init__(self, clock: Clock, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._clock = clock
-
-    def reset(self, **row: Any) -> list[Block]:
-        """`SearchEnvironment.reset`, timed."""
-        with self._clock("decode"):
-            return super().reset(**row)
-
-    def _call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
-        with self._clock("decode"):
-            return super()._call(name, arguments)
-
-
 class _Tools(dict[str, Any]):
     """Tools of one environment: any call reaches it, so that a wrong one is answered as it is in inference.
 
@@ -151,7 +135,8 @@ class _Tools(dict[str, Any]):
     def __getitem__(self, name: str) -> Callable[..., Any]:
         def call(**arguments: Any) -> Any:
             try:
-                return self._environment._call(name, arguments)
+                with self._environment.timer():
+                    return self._environment.search.call(name, arguments)
             except Exception as error:
                 self.fault = error
                 raise
@@ -415,7 +400,7 @@ class GRPOCSVTrainer(GRPOTrainer):
         with its question only, and its answer is dropped: where generation is collective (ZeRO-3, tensor parallel, a
         vLLM server) every process must bring the same number of rollouts.
         """
-        contents = [environment._reanswer_content() for environment in self.environments]
+        contents = [environment.search.reanswer() for environment in self.environments]
         conversations = [
             [{"role": "user", "content": content or [{"type": "text", "text": row["question"]}]}]
             for content, row in zip(contents, self._rows, strict=True)
@@ -520,9 +505,8 @@ def run(settings: Settings) -> Path:
 
     clock = Clock()
     encoder = default_encoder(settings)
-    environment = partial(
-        TimedEnvironment, clock, settings.search, encoder, settings.paths.frames, settings.paths.features
-    )
+    make_search = partial(Search, settings.search, encoder, settings.paths.frames, settings.paths.features)
+    environment = environment_factory(make_search, settings.search.tools, partial(clock, "decode"))
     system = system_message(Prompts.load(settings.search.prompts), [], "template")["content"]
     with ExitStack() as stack:
         callbacks = []

@@ -67,13 +67,6 @@ function mark(frame, kind) {
   made.addEventListener("click", (event) => { event.stopPropagation(); look(frame.frame); });
 }
 
-function describe({ arguments: given, error }) {
-  if (error) return `search not understood: ${error}`;
-  const { start_time: start = null, end_time: end = null } = given;
-  const until = end === null || Number(end) < 0 ? "the end" : `${end} s`;
-  return `search “${given.query}”${start === null && end === null ? "" : ` from ${start ?? 0} s to ${until}`}`;
-}
-
 function markWindow({ arguments: given }) {
   const end = video.times.at(-1);
   const from = Number(given.start_time ?? 0), to = Number(given.end_time ?? -1);
@@ -98,11 +91,12 @@ const on = {
   turn({ thought, calls }) {
     const step = add(get("steps"), "li");
     if (thought) add(step, "p", "thought", thought);
-    calls.forEach((call) => { add(step, "p", "call", describe(call)); markWindow(call); });
+    calls.forEach((call) => { add(step, "p", "call", call.said); markWindow(call); });
   },
-  frames({ frames, said }) {
+  found({ frames, words, said }) {
     const step = get("steps").lastElementChild;
-    if (!frames.length) return add(step, "p", "wrong", said);
+    words.forEach((line) => add(step, "p", "words", line));
+    if (!frames.length) return words.length ? undefined : add(step, "p", "wrong", said);
     const row = add(step, "div", "frames");
     frames.forEach((frame) => {
       mark(frame, "found");

@@ -1,0 +1,190 @@
+"""A search: the question, the opened videos, what may still be spent, and what was seen (paper, Section 3.1).
+
+`Search.call` carries out what a policy asks for. It counts calls, answers wrong ones by what to correct, and says when
+the budget is spent; a tool (`timesearch.search.tools`) only returns what it found. Training, inference, baselines and
+the writers of traces all use this one object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.messages import Block, Evidence, format_seconds, neutralise
+from timesearch.search.budget import preview_plan, searched_size
+from timesearch.search.prompts import Prompts
+from timesearch.search.tools import WrongCallError, offered, schema_of, signature_of
+from timesearch.search.videos import Video, open_video
+from timesearch.settings import SearchSettings
+
+if TYPE_CHECKING:
+    from timesearch.retrieval.encoder import Encoder
+
+
+class Search:
+    """One question at a time, and the tools that look for its answer.
+
+    An image block is ``{"type": "image", "image": PIL, "frame": index in the frame cache, "seconds": time}``.
+
+    Args:
+        settings: budgets, prompts, tools and the selection method.
+        encoder: embeds queries in the space of the feature caches.
+        frames: folder of frame caches.
+        features: folder of feature caches.
+        encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``:
+            for engines behind HTTP, which decode for themselves.
+
+    Attributes:
+        question: the question with its options, free of control tokens.
+        videos: the opened videos by name, in the order in which the row names them.
+        evidence: all that tools found, in order of the calls.
+        calls: tool calls so far.
+        room: frames that still fit into the policy's context; None where that is not known.
+
+    Raises:
+        RequestError: an unknown prompt set or tool.
+    """
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        encoder: Encoder,
+        frames: Path | str,
+        features: Path | str,
+        encoded: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.encoder = encoder
+        self.prompts = Prompts.load(settings.prompts)
+        self.tools = {tool.__name__: tool for tool in offered(settings.tools)}
+        self._frames, self._features, self._encoded = Path(frames), Path(features), encoded
+        self._forget()
+
+    def _forget(self) -> None:
+        self.videos: dict[str, Video] = {}
+        self.question = ""
+        self.evidence: list[Evidence] = []
+        self.calls = 0
+        self.room: int | None = None
+
+    def open(self, row: dict[str, Any]) -> None:
+        """Open the video of a sample, and forget the search before.
+
+        Args:
+            row: a sample's fields; `video`, `question` and `options` are used.
+
+        Raises:
+            ItemError: `unsafe_path`, `missing_cache` or `damaged_cache`.
+            CacheMismatchError: the features belong to other frames, or were made by another encoder.
+        """
+        self._forget()
+        name = row["video"]
+        self.videos[name] = open_video(name, self._frames, self._features, self.encoder, self._encoded)
+        self.question = neutralise(self.prompts.question(row["question"], row.get("options") or []))
+
+    @property
+    def video(self) -> Video:
+        """The opened video; the first of several."""
+        assert self.videos, "open comes before a search"
+        return next(iter(self.videos.values()))
+
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """JSON schemas of the tools, as TRL renders them in training."""
+        return [schema_of(tool) for tool in self.tools.values()]
+
+    @property
+    def spent(self) -> bool:
+        """Whether no further call will be carried out: the next turn has to answer."""
+        return self.calls >= self.settings.max_turns - 1
+
+    @property
+    def frames_left(self) -> int:
+        """Frames that one call may return at most."""
+        most = self.settings.max_frames_per_turn
+        return most if self.room is None else min(most, self.room)
+
+    def preview(self) -> list[Block]:
+        """Content of the user message: a time and an image for each preview frame, then the question."""
+        frames = self.video.frames
+        indices, size = preview_plan(len(frames), frames.size, self.settings)
+        duration = format_seconds(float(frames.timestamps[-1]))
+        return [*self.video.preview(indices, size), *self.say("user", question=self.question, duration=duration)]
+
+    def call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
+        """Carry out a tool call that a policy wrote.
+
+        Args:
+            name: of the tool.
+            arguments: as the policy wrote them; of any names and types.
+
+        Returns:
+            Content of the tool message: what was found, and a word on how to go on; or what to correct.
+
+        Raises:
+            ItemError: a cache was damaged or lost meanwhile.
+        """
+        tool = self.tools.get(name)
+        if tool is None:
+            known = " or ".join(self.tools)
+            return self.correct(f"there is no tool {neutralise(name)[:50]!r}, only {known}")
+        try:
+            signature_of(tool).bind(**arguments)
+        except TypeError as error:
+            return self.correct(neutralise(str(error))[:100])
+        self.calls += 1
+        if self.calls >= self.settings.max_turns or self.room == 0:
+            return self.say("overflow")
+        try:
+            found = [replace(each, call=self.calls) for each in tool(self, **arguments)]
+        except WrongCallError as error:
+            return [*self.correct(str(error)), *(self.say("overflow") if self.spent else [])]
+        self.evidence += found
+        return [*self.show(found), *self.say("overflow" if self.spent else "next", count=len(found))]
+
+    def correct(self, problem: str) -> list[Block]:
+        """The answer to a call that cannot be carried out."""
+        return self.say("correction", problem=problem)
+
+    def say(self, part: str, **values: object) -> list[Block]:
+        """A text of the prompt set, filled in."""
+        return [{"type": "text", "text": self.prompts.render(part, **values)}]
+
+    def frames(self, indices: Sequence[int]) -> list[Evidence]:
+        """Frames of the opened video, by index in its frame cache."""
+        times = self.video.frames.timestamps
+        return [Evidence(self.video.name, float(times[index]), frame=int(index)) for index in indices]
+
+    def show(self, found: Sequence[Evidence]) -> list[Block]:
+        """What was found as the policy sees it: each frame as a time and an image, words behind their time."""
+        blocks: list[Block] = []
+        for video, group in groupby(found, lambda each: each.video if each.frame is not None else None):
+            if video is None:
+                blocks += [_words(each) for each in group]
+            else:
+                opened = self.videos[video]
+                indices = [each.frame for each in group if each.frame is not None]
+                blocks += opened.show(indices, searched_size(opened.frames.size, self.settings))
+        return blocks
+
+    def ask_from(self, found: Sequence[Evidence]) -> list[Block]:
+        """Content of a request to answer the question from `found` alone."""
+        return [*self.show(found), *self.say("reanswer", question=self.question)]
+
+    def reanswer(self) -> list[Block] | None:
+        """`ask_from` all evidence, each piece once, in order of time; None where nothing was found."""
+        order = {name: position for position, name in enumerate(self.videos)}
+        pieces = sorted(
+            dict.fromkeys(replace(each, call=0) for each in self.evidence),
+            key=lambda each: (order.get(each.video, 0), each.seconds if each.seconds is not None else float("inf")),
+        )
+        return self.ask_from(pieces) if pieces else None
+
+
+def _words(found: Evidence) -> Block:
+    """A text block with `seconds` in it, by which readers of the trace know that it was found."""
+    time = "" if found.seconds is None else f"{format_seconds(found.seconds)} "
+    return {"type": "text", "text": time + neutralise(found.text or ""), "seconds": found.seconds}

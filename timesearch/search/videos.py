@@ -1,0 +1,96 @@
+"""The caches of one video, opened once for all episodes about it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timesearch.errors import ItemError
+from timesearch.files import inside
+from timesearch.messages import Block, format_seconds
+from timesearch.retrieval.features import FeatureCache
+from timesearch.video.frames import FrameCache
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from timesearch.retrieval.encoder import Encoder
+
+
+class Video:
+    """A video's frames and their features. Reads are safe from several threads.
+
+    Args:
+        name: path of the video below the videos folder, as samples write it.
+        frames: its frame cache.
+        features: its feature cache.
+        encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``.
+
+    Raises:
+        ItemError: `damaged_cache`.
+        CacheMismatchError: the features belong to other frames.
+    """
+
+    def __init__(self, name: str, frames: Path, features: Path, encoded: bool) -> None:
+        self.name = name
+        self.frames = FrameCache.open(frames)
+        self.features = FeatureCache.open(features)
+        self._encoded = encoded
+        self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
+        self.features.verify()
+        self.features.require_frames(self.frames)
+
+    def show(self, indices: Sequence[int], size: tuple[int, int]) -> list[Block]:
+        """A time and an image for each frame, scaled down to `size` (width, height, pixels) where that is another."""
+        if size == self.frames.size and self._encoded:
+            pixels: list[dict[str, Any]] = [{"jpeg": self.frames.jpeg(index)} for index in indices]
+        else:
+            images = self.frames.read(indices)
+            if size != self.frames.size:
+                images = [image.resize(size) for image in images]
+            pixels = [{"jpeg": _jpeg(image)} if self._encoded else {"image": image} for image in images]
+        blocks: list[Block] = []
+        for index, pixel in zip(indices, pixels, strict=True):
+            seconds = float(self.frames.timestamps[index])
+            blocks.append({"type": "text", "text": format_seconds(seconds)})
+            blocks.append({"type": "image", **pixel, "frame": index, "seconds": seconds})
+        return blocks
+
+    def preview(self, indices: Sequence[int], size: tuple[int, int]) -> list[Block]:
+        """`show`, made once for all questions about the video."""
+        key = (len(indices), size)
+        if key not in self._previews:
+            self._previews[key] = self.show(indices, size)
+        return self._previews[key]
+
+
+def open_video(name: str, frames: Path, features: Path, encoder: Encoder, encoded: bool = False) -> Video:
+    """Open the caches of the video `name` in the folders `frames` and `features`; the last few stay open.
+
+    Raises:
+        ItemError: `unsafe_path`, `missing_cache` or `damaged_cache`.
+        CacheMismatchError: the features belong to other frames, or were made by another encoder.
+    """
+    paths = (inside(frames, f"{name}.frames"), inside(features, f"{name}.safetensors"))
+    for path, stage in zip(paths, ("frames", "features"), strict=True):
+        if not path.is_file():
+            raise ItemError(f"{name}: {path} is missing: run the stage {stage!r} first", reason="missing_cache")
+    times = (paths[0].stat().st_mtime_ns, paths[1].stat().st_mtime_ns)
+    opened = _opened(name, *paths, times, encoded)
+    opened.features.require_encoder(encoder)
+    return opened
+
+
+@lru_cache(maxsize=8)
+def _opened(name: str, frames: Path, features: Path, times: tuple[int, int], encoded: bool) -> Video:
+    """The files' `times` (ns) are part of the key, so that a rebuilt cache is opened anew."""
+    return Video(name, frames, features, encoded)
+
+
+def _jpeg(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
