@@ -58,6 +58,7 @@ from rich.console import Console
 from timesearch.inference.infer import Job, play
 from timesearch.pocket.filesystem import encode
 from timesearch.pocket.world import SHAPES, make_scene, question
+from timesearch.protocol import Completion
 from timesearch.retrieval.features import make_feature_cache
 from timesearch.samples import Prediction, Sample
 from timesearch.search.checkpoint import load_processor
@@ -156,17 +157,15 @@ class Scripted(OpenAIPolicy):
         super().__init__([url], model)
         self._tokenizer, self._lock_step, self._salt = tokenizer, lock_step, uuid.uuid4().hex
 
-    async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
-        if body is not None:
-            text = turn_text(*turn_asked(body))
-            more = {
-                "cache_salt": uuid.uuid4().hex if self._lock_step else self._salt,
-                "structured_outputs": {"choice": [text]},
-                # The words, as a policy that was trained on them writes them, and not letter by letter.
-                "allowed_token_ids": [*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id],
-            }
-            body = body[:-1] + b", " + json.dumps(more).encode()[1:]
-        return await super()._send(method, url, path, body)
+    async def _complete(self, url: str, body: bytes) -> Completion:
+        text = turn_text(*turn_asked(body))
+        more = {
+            "cache_salt": uuid.uuid4().hex if self._lock_step else self._salt,
+            "structured_outputs": {"choice": [text]},
+            # The words, as a policy that was trained on them writes them, and not letter by letter.
+            "allowed_token_ids": [*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id],
+        }
+        return await super()._complete(url, body[:-1] + b", " + json.dumps(more).encode()[1:])
 
 
 @dataclass
@@ -397,18 +396,18 @@ def survive(policy: Scripted, samples: Sequence[Sample], settings: Settings, por
     answered: list[float] = []
     killed = 0.0
     before = (0, 0)
-    send = policy._send
+    complete = policy._complete
 
-    async def counted(method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
+    async def counted(url: str, body: bytes) -> Completion:
         nonlocal killed, before
-        response = await send(method, url, path, body)
+        completion = await complete(url, body)
         answered.append(time.perf_counter())
         if not killed and len(answered) > 1.5 * len(samples):
             killed, before = answered[-1], (len(answered), len(ended))
             os.kill(engine_process(port), signal.SIGKILL)
-        return response
+        return completion
 
-    policy._send = counted  # type: ignore[method-assign]
+    policy._complete = counted  # type: ignore[method-assign]
     settings.infer.concurrency = len(samples)
     jobs = [Job("grpo_csv", sample) for sample in samples]
     record: Callable[[Job, Prediction], None] = lambda job, row: ended.append((job.sample.id, str(row.outcome)))  # noqa: E731

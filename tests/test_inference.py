@@ -31,8 +31,9 @@ from timesearch.cli import main
 from timesearch.errors import RequestError, TemporaryError
 from timesearch.inference.infer import Job, play, run
 from timesearch.messages import Message
+from timesearch.protocol import Completion
 from timesearch.samples import Prediction, Sample, read_samples
-from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, _read, serialise
+from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
 from timesearch.search.policy import EngineError, with_video_preview
@@ -608,11 +609,13 @@ class Counting(OpenAIPolicy):
         super().__init__([f"http://127.0.0.1:{port}/v1" for port in ports], "tiny", retry_for=60)
         self.answers: Counter[int] = Counter()
 
-    async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
-        response = await super()._send(method, url, path, body)
-        if body is not None:
-            self.answers[response.request.url.port] += 1
-        return response
+    def _http(self) -> httpx.AsyncClient:
+        client = super()._http()
+        client.event_hooks = {"response": [self._count]}
+        return client
+
+    async def _count(self, response: httpx.Response) -> None:
+        self.answers[response.request.url.port] += response.request.method == "POST"
 
 
 def test_the_quicker_of_two_servers_gets_more(
@@ -658,10 +661,8 @@ def test_conversations_of_a_server_that_dies_go_on_at_the_other(
 def test_what_a_server_parsed_is_put_back_into_the_text() -> None:
     call = {"function": {"name": "seek_video_frames", "arguments": '{"query": "star"}'}}
     message = {"content": None, "reasoning_content": "Look.", "tool_calls": [call]}
-    reply = _read(httpx.Response(200, json={"choices": [{"message": message}]}))
-    assert reply.text == search_turn("star")
-    with pytest.raises(EngineError, match="without a message"):
-        _read(httpx.Response(200, json={"choices": []}))
+    completion = Completion.model_validate({"choices": [{"message": message}]})
+    assert completion.text() == search_turn("star")
 
 
 def test_a_message_is_sent_byte_for_byte_again(settings: Settings) -> None:
@@ -768,13 +769,18 @@ def test_both_engines_read_the_same_video(settings: Settings, in_process: Transf
     (expected,) = in_process.generate([request])
     read: list[int] = []
 
+    async def listen(response: httpx.Response) -> None:
+        await response.aread()
+        read.extend(response.json().get("prompt_token_ids") or [])
+
     class Listening(OpenAIPolicy):
-        async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
-            if body is not None:
-                body = body[:-1] + b', "return_token_ids": true}'
-            response = await super()._send(method, url, path, body)
-            read.extend(response.json().get("prompt_token_ids") or [])
-            return response
+        def _http(self) -> httpx.AsyncClient:
+            client = super()._http()
+            client.event_hooks = {"response": [listen]}
+            return client
+
+        async def _complete(self, url: str, body: bytes) -> Completion:
+            return await super()._complete(url, body[:-1] + b', "return_token_ids": true}')
 
     reply = asyncio.run(ask(Listening([vllm], "tiny", video_preview=True), encoded, tools))
     assert read == ids

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scratch_project import free_port
 
 from timesearch.errors import RequestError
-from timesearch.judge import JudgeClient, JudgeError, RuleJudge, make_judge
+from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError, RuleJudge, make_judge
 from timesearch.judge.agreement import LABELLED, cohen_kappa, measure, read_labelled
 from timesearch.judge.server import judge_server
 from timesearch.servers import ServerError
@@ -101,7 +101,7 @@ def test_passing_refusals_are_retried(tmp_path: Path, status: int) -> None:
 def test_a_refused_request_is_an_error_at_once(tmp_path: Path) -> None:
     judge = settings(tmp_path, "--refuse-first", "9", "--status", "400")
     with judge_server(judge):
-        with pytest.raises(JudgeError, match=r"refused \(400\)"):
+        with pytest.raises(JudgeRefusedError, match=r"refused \(400\)"):
             JudgeClient(judge).score("q", "a", "a")
         assert asked(judge)["asked"] == 1
 

@@ -59,7 +59,7 @@ def file_digest(path: Path | str) -> str:
 def json_digest(value: Any) -> str:
     """SHA-256, in hex, of a JSON value in canonical form."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
 
 
 def inside(root: Path | str, relative: str) -> Path:

@@ -149,7 +149,7 @@ async def request(
         BadReplyError: the reply is none of this kind.
         httpx.TransportError: no answer.
     """
-    with _named(url):
+    with _lasting_named():
         body = _Body(limit, timeout)
         try:
             async with (
@@ -176,7 +176,7 @@ def request_now(
     limit: int = MAX_REPLY,
 ) -> M:
     """`request` for a thread that waits for the reply."""
-    with _named(url):
+    with _lasting_named():
         body = _Body(limit, timeout)
         options: dict[str, Any] = {"headers": _JSON, "follow_redirects": True, "timeout": timeout}
         with client.stream(method, url, content=content, **options) as reply:
@@ -229,7 +229,7 @@ def _late(timeout: float) -> httpx.ReadTimeout:
 
 
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def _lasting_named() -> Iterator[None]:
     """What no later try can mend in an exchange becomes a `BadReplyError`."""
     import httpx
 
@@ -259,8 +259,7 @@ def _read(data: bytes, kind: type[M], limit: int) -> M:
     try:
         value = parse_json(data, limit)
     except UntrustedError as error:
-        shown = _said(data)
-        raise BadReplyError(f"no JSON ({error})" + (f": {shown}" if shown else "")) from None
+        raise BadReplyError(f"no JSON ({error}) but {_said(data[:_MAX_REFUSAL])[:100]!r}") from None
     if isinstance(value, dict) and value.get("error"):
         code = value["error"].get("code") if isinstance(value["error"], dict) else None
         raise RefusedError(code if type(code) is int and 400 <= code < 600 else 200, data[:_MAX_REFUSAL])
@@ -269,7 +268,8 @@ def _read(data: bytes, kind: type[M], limit: int) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise BadReplyError(f"JSON of another form ({field[:80]}: {first['msg'][:120]})") from None
+        wrong = first["msg"].partition(" or instance of")[0]
+        raise BadReplyError(f"JSON of another form ({field[:80]}: {wrong[:120]})") from None
 
 
 def _said(body: bytes) -> str:
@@ -287,5 +287,10 @@ def _said(body: bytes) -> str:
         _, found, rest = text.partition("<title>")
         title = rest.partition("</title>")[0] if found else ""
         text = f"a web page {title.strip()!r}" if title.strip() else "a web page"
+    return printable(text) or "an empty reply"
+
+
+def printable(text: str) -> str:
+    """The start of a foreign text in one line, fit for a terminal and without secrets."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 10 * _SHOWN]).split())
     return redact(line)[:_SHOWN]

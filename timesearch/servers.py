@@ -23,7 +23,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from timesearch.errors import RequestError, TemporaryError
+from timesearch.http import BadReplyError, RefusedError, check_address, printable, request_now, status_may_pass
 from timesearch.processes import start_guarded, stop
+from timesearch.protocol import ModelList
 from timesearch.redaction import redact
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ _RESTARTS = 3
 _TAIL_LINES = 20
 _SAY_EVERY = 15.0
 _LOOK_EVERY = 1.0
+_ANSWER_WITHIN = 5.0
 _MISSES = 3
 _MEMORY_MARKS = ("out of memory", "outofmemory", "cannot allocate memory", "no available memory", "less than desired")
 
@@ -47,8 +50,14 @@ class ServerError(TemporaryError):
 
 
 def authorisation() -> dict[str, str]:
-    """The header with the key of a server that wants one."""
-    key = os.environ.get("OPENAI_API_KEY")
+    """The header with the key of a server that wants one.
+
+    Raises:
+        RequestError: the key has characters that no header can have.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RequestError("OPENAI_API_KEY holds characters that no key has: set it again")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
@@ -82,14 +91,22 @@ def model_server(
         The base URL.
 
     Raises:
-        RequestError: the port is taken by something else, another model is served, or the key is refused.
+        RequestError: `url` is no address, the port is taken by something else, another model is served, or the key is
+            refused.
         ServerError: the server does not come up; the text ends with the last lines of its log.
     """
+    check_address(url)
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80)
     here = _is_here(host)
     section, shown = setting.partition(".")[0], redact(url)
-    served = _models(url)
+    try:
+        served = _models(url)
+    except _OtherProgramError as error:
+        raise RequestError(
+            f"port {port} on {host} is taken by a program that is not a model server (it {error}): "
+            f"stop it, or set another address in {setting}"
+        ) from error
     if served is not None:
         _check_model(setting, url, model, served)
     elif not start:
@@ -155,7 +172,7 @@ class _Server:
         """
         began = time.monotonic()
         next_word = began + _SAY_EVERY
-        while (served := _models(self._url)) is None:
+        while (served := self._listed()) is None:
             now = time.monotonic()
             if self._process is None:
                 self.start()
@@ -194,6 +211,13 @@ class _Server:
                 restarts += 1
             if self._stopping.is_set():
                 return
+
+    def _listed(self) -> list[str] | None:
+        """What the server lists; one that still loads may answer with anything."""
+        try:
+            return _models(self._url)
+        except _OtherProgramError:
+            return None
 
     def _answers(self) -> bool:
         try:
@@ -252,33 +276,46 @@ def _fill(part: str, values: dict[str, str]) -> str:
     return part
 
 
+class _OtherProgramError(RequestError):
+    """What answers is no model server; the text ends a sentence that begins with "it"."""
+
+
 def _models(url: str) -> list[str] | None:
-    """Names that ``/v1/models`` lists; None if no model server answers there in health.
+    """Names that ``/v1/models`` lists; None if nothing answers there, or a server that is not in health.
 
     Raises:
-        RequestError: the server wants another key.
+        RequestError: the server wants another key, or is no model server.
     """
     import httpx
 
     base = url.rstrip("/")
-    with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        health = httpx.get(f"{base.removesuffix('/v1')}/health", headers=authorisation(), timeout=5)
-        if health.status_code >= 500:
-            return None
-        listed = httpx.get(f"{base}/models", headers=authorisation(), timeout=5)
-        if listed.status_code in (401, 403):
-            raise RequestError(
-                f"the server at {redact(url)} refuses ({listed.status_code}): set OPENAI_API_KEY to a key that it takes"
-            )
-        if listed.is_success:
-            return [str(entry["id"]) for entry in listed.json()["data"]]
+    with httpx.Client(headers=authorisation(), timeout=_ANSWER_WITHIN) as client, suppress(httpx.TransportError):
+        with (
+            suppress(httpx.RemoteProtocolError),
+            client.stream("GET", f"{base.removesuffix('/v1')}/health") as health,
+        ):
+            if status_may_pass(health.status_code):
+                return None
+        try:
+            listed = request_now(client, "GET", f"{base}/models", ModelList, timeout=_ANSWER_WITHIN)
+        except RefusedError as error:
+            if error.status in (401, 403):
+                raise RequestError(
+                    f"the server at {redact(url)} refuses ({error.status}): set OPENAI_API_KEY to a key that it takes"
+                ) from error
+            if status_may_pass(error.status):
+                return None
+            raise _OtherProgramError(f"answers with {error.status}: {error}") from error
+        except BadReplyError as error:
+            raise _OtherProgramError(f"gave {error}") from error
+        return [entry.id for entry in listed.data]
     return None
 
 
 def _check_model(setting: str, url: str, model: str, served: list[str]) -> None:
     if model not in served:
         raise RequestError(
-            f"the server at {redact(url)} serves {', '.join(served) or 'nothing'}, not {model}: "
+            f"the server at {redact(url)} serves {printable(', '.join(served)) or 'nothing'}, not {model}: "
             f"stop it, or set another address in {setting}"
         )
 

@@ -1,22 +1,25 @@
 """Scores of open-ended answers.
 
 The paper's judge is Qwen2.5-72B-Instruct behind vLLM, asked for one bit (arXiv 2511.05489, Section 4.1). Here it
-answers through structured output, a choice of ``0`` and ``1``, so that no answer has to be parsed; every verdict is
-kept on disk under all that it depends on, so that a run repeated is a run with the same scores.
+answers through structured output, a choice of ``0`` and ``1``; a server that refuses this field is asked without it.
+Every verdict is kept on disk under all that it depends on, so that a run repeated is a run with the same scores.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timesearch.errors import TemporaryError
+from timesearch.errors import RequestError, TemporaryError
 from timesearch.files import json_digest
+from timesearch.http import BadReplyError, RefusedError, check_address, printable, request, tries
+from timesearch.protocol import Completion
 from timesearch.redaction import redact
 from timesearch.rewards import rule_judge
 from timesearch.servers import authorisation
@@ -30,11 +33,15 @@ Triple = tuple[str, str, str]
 
 _PROMPT = Path(__file__).with_name("prompt.txt")
 _MARK = re.compile(r"\{(question|reference|candidate)\}")
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+_MAX_TOKENS = 8
 
 
 class JudgeError(TemporaryError):
-    """The judge cannot be asked: it is away for longer than `retry_for`, or refuses the request."""
+    """The judge is away for longer than `retry_for`."""
+
+
+class JudgeRefusedError(RequestError):
+    """The judge refuses a request or gives no verdict, and would again."""
 
 
 class RuleJudge:
@@ -52,12 +59,17 @@ class RuleJudge:
 class JudgeClient:
     """A language model behind the OpenAI protocol as the judge.
 
-    Failures that pass (refused connections, time-outs, 429 and 5xx) are retried with growing, jittered pauses for
-    `settings.retry_for` seconds: a judge that is restarted costs time, not scores.
+    Failures that pass (`timesearch.http.may_pass`) are retried with growing, jittered pauses for `settings.retry_for`
+    seconds: a judge that is restarted costs time, not scores.
+
+    Raises:
+        RequestError: `settings.url` is no address.
     """
 
     def __init__(self, settings: Judge) -> None:
+        check_address(settings.url)
         self._settings = settings
+        self._structured = True
         self._prompt = _PROMPT.read_text(encoding="utf-8")
         self._verdicts = Verdicts(settings.cache)
 
@@ -65,7 +77,8 @@ class JudgeClient:
         """Score one candidate; not to be called inside a running event loop.
 
         Raises:
-            JudgeError: the judge stays away, or refuses the request.
+            JudgeError: the judge stays away.
+            JudgeRefusedError: it refuses the request, or answers with something else than a verdict.
         """
         return asyncio.run(self.score_many([(question, reference, candidate)]))[0]
 
@@ -78,7 +91,8 @@ class JudgeClient:
             1.0 or 0.0 for each, in the order of `triples`.
 
         Raises:
-            JudgeError: the judge stays away, or refuses the request.
+            JudgeError: the judge stays away.
+            JudgeRefusedError: it refuses the request, or answers with something else than a verdict.
         """
         import httpx
 
@@ -96,58 +110,79 @@ class JudgeClient:
                     self._verdicts.put(self._key(triple), verdict)
 
                 ended = await asyncio.gather(*map(one, missing), return_exceptions=True)
-            for error in ended:
-                if error is not None:
-                    raise error
+            if errors := [error for error in ended if error is not None]:
+                raise min(errors, key=lambda error: isinstance(error, TemporaryError))
         return [verdicts.get(triple, 0.0) for triple in triples]
 
     def _key(self, triple: Triple) -> str:
         return json_digest([*triple, self._settings.model, self._prompt])
 
     async def _ask(self, client: httpx.AsyncClient, triple: Triple) -> float:
-        import httpx
-        from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_delay, wait_random_exponential
-
-        def passes(error: BaseException) -> bool:
-            if isinstance(error, httpx.HTTPStatusError):
-                return error.response.status_code in _RETRIED
-            return isinstance(error, httpx.TransportError)
+        from tenacity import RetryError
 
         values = dict(zip(("question", "reference", "candidate"), triple, strict=True))
         prompt = _MARK.sub(lambda mark: values[mark[1]], self._prompt)
+        where = f"the judge at {redact(self._settings.url)}"
+        try:
+            completion = await self._complete(client, prompt)
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise JudgeError(
+                f"no judge at {redact(self._settings.url)} for {self._settings.retry_for:g} s "
+                f"({redact(str(cause) or repr(cause))}): see its log, or set judge.kind to rule"
+            ) from cause
+        except RefusedError as error:
+            raise JudgeRefusedError(f"{where} refused ({error.status}): {error}") from error
+        except BadReplyError as error:
+            raise JudgeRefusedError(
+                f"{where} gave {error}: judge.url must name a server of the OpenAI protocol"
+            ) from error
+        verdict = _verdict(completion)
+        if verdict is None:
+            raise JudgeRefusedError(f"{where} answered {_no_verdict(completion)}")
+        return verdict
+
+    async def _complete(self, client: httpx.AsyncClient, prompt: str) -> Completion:
+        from tenacity import AsyncRetrying
+
         body = {
             "model": self._settings.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0.0,
-            "max_tokens": 8,
-            "structured_outputs": {"choice": ["0", "1"]},
+            "max_tokens": _MAX_TOKENS,
         }
+        structured = self._structured
+        content = json.dumps(body | ({"structured_outputs": {"choice": ["0", "1"]}} if structured else {})).encode()
         url = f"{self._settings.url.rstrip('/')}/chat/completions"
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception(passes),
-                stop=stop_after_delay(self._settings.retry_for),
-                wait=wait_random_exponential(multiplier=0.5, max=10),
-            ):
+            async for attempt in AsyncRetrying(**tries(seconds=self._settings.retry_for)):
                 with attempt:
-                    response = await client.post(url, json=body)
-                    response.raise_for_status()
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise JudgeError(
-                f"no judge at {redact(url)} for {self._settings.retry_for:g} s ({redact(str(cause) or repr(cause))}): "
-                "see its log, or set judge.kind to rule"
-            ) from cause
-        except httpx.HTTPStatusError as error:
-            said = redact(error.response.text[:300].replace("\n", " "))
-            raise JudgeError(f"the judge at {redact(url)} refused ({error.response.status_code}): {said}") from error
-        answer = str(response.json()["choices"][0]["message"]["content"]).strip()
-        if answer not in ("0", "1"):
-            raise JudgeError(
-                f"the judge at {redact(url)} answered {answer[:40]!r} instead of 0 or 1: "
-                "use a server with structured outputs, such as vLLM"
-            )
-        return float(answer)
+                    completion = await request(
+                        client, "POST", url, Completion, content=content, timeout=self._settings.timeout
+                    )
+        except RefusedError as error:
+            if not structured or error.status not in (400, 422) or b"structured_outputs" not in error.body:
+                raise
+            self._structured = False
+            return await self._complete(client, prompt)
+        return completion
+
+
+def _verdict(completion: Completion) -> float | None:
+    """The one bit, after a thought, in quotes or in bold; a reasoning parser may have taken it for the thought."""
+    message = completion.message
+    said = message.said() if message.said().strip() else message.thought()
+    word = said.rpartition("</think>")[2].strip("\"'`*. \n\r\t")
+    return float(word) if word in ("0", "1") else None
+
+
+def _no_verdict(completion: Completion) -> str:
+    """The end of a sentence: what was said instead of a verdict, and what to do."""
+    message = completion.message
+    shown = f"{printable(message.said() or message.thought())[:60]!r} instead of 0 or 1"
+    if "<think>" in message.said() or (message.thought() and not message.said().strip()):
+        return f"{shown}: it thinks aloud, so serve it without thinking, or judge by another model (judge.model)"
+    return f"{shown}: use a server with structured outputs, such as vLLM, or set judge.kind to rule"
 
 
 class Verdicts:
@@ -156,17 +191,23 @@ class Verdicts:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def _open(self) -> sqlite3.Connection:
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self._path, timeout=30)
-        connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL)")
-        return connection
+        try:
+            with closing(sqlite3.connect(self._path, timeout=30)) as connection, connection:
+                connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+                yield connection
+        except sqlite3.Error as error:
+            raise RequestError(
+                f"{self._path} does not keep verdicts ({error}): move it away, or name another file in judge.cache"
+            ) from error
 
     def get(self, keys: dict[str, Triple]) -> dict[Triple, float]:
         """Known scores of the triples that `keys` maps to."""
         if not keys:
             return {}
-        with closing(self._open()) as connection:
+        with self._open() as connection:
             rows = [
                 (triple, connection.execute("SELECT score FROM verdicts WHERE key = ?", (key,)).fetchone())
                 for key, triple in keys.items()
@@ -175,7 +216,7 @@ class Verdicts:
 
     def put(self, key: str, score: float) -> None:
         """Keep a score."""
-        with closing(self._open()) as connection, connection:
+        with self._open() as connection:
             connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, score))
 
 

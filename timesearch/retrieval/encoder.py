@@ -19,13 +19,15 @@ import numpy as np
 
 from timesearch.errors import RequestError, TemporaryError
 from timesearch.files import file_digest, json_digest
+from timesearch.http import BadReplyError, M, RefusedError, check_address, may_pass, request_now, tries
 from timesearch.hub import fetch_error
+from timesearch.protocol import Embeddings, ModelList
 from timesearch.redaction import redact
 from timesearch.servers import authorisation
 from timesearch.threads import use_fitting_threads
+from timesearch.untrusted import MAX_BYTES
 
 if TYPE_CHECKING:
-    import httpx
     from PIL.Image import Image
 
 _QUERIES_HELD = 8192
@@ -230,8 +232,9 @@ class ServedEncoder:
     def __init__(self, url: str, model: str | None = None) -> None:
         import httpx
 
+        check_address(url)
         self._url = url.rstrip("/")
-        self._client = httpx.Client(headers=authorisation(), timeout=120)
+        self._client = httpx.Client(headers=authorisation())
         self.name = model or self._only_model()
         self.pretrained = "served"
         self.preprocessing = "server"
@@ -243,44 +246,54 @@ class ServedEncoder:
         return ServedEncoder, (self._url, self.name)
 
     def _only_model(self) -> str:
+        listed = self._send("GET", "/models", ModelList).data
+        if not listed:
+            raise RequestError(f"the embeddings server at {redact(self._url)} lists no model: name one")
+        return listed[0].id
+
+    def _send(self, method: str, path: str, kind: type[M], body: dict[str, Any] | None = None) -> M:
         import httpx
+        from tenacity import Retrying
 
+        content = None if body is None else json.dumps({"model": self.name, **body}).encode()
+        retrying = Retrying(**tries(count=4 if body else 1), reraise=True)
         try:
-            models = self._client.get(f"{self._url}/models").raise_for_status().json()["data"]
-            return str(models[0]["id"])
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            raise RequestError(f"{redact(self._url)} is no embeddings server: its /models lists no model") from error
+            return retrying(
+                request_now,
+                self._client,
+                method,
+                self._url + path,
+                kind,
+                content=content,
+                timeout=120.0,
+                limit=MAX_BYTES,
+            )
+        except BadReplyError as error:
+            raise RequestError(f"{redact(self._url)} is no embeddings server: it gave {error}") from error
+        except RefusedError as error:
+            failure = TemporaryError if may_pass(error) else RequestError
+            raise failure(f"the embeddings server at {redact(self._url)} refuses ({error.status}): {error}") from error
+        except httpx.TransportError as error:
+            raise TemporaryError(
+                f"no embeddings server answers at {redact(self._url)} ({redact(str(error))})"
+            ) from error
 
-    def _failed(self, error: httpx.HTTPError) -> RequestError | TemporaryError:
-        if _passes(error):
-            return TemporaryError(f"no embeddings server answers at {redact(self._url)} ({redact(str(error))})")
-        return RequestError(f"the embeddings server at {redact(self._url)} refuses: {redact(str(error))}")
-
-    def _post(self, body: dict[str, Any]) -> list[list[float]]:
-        import httpx
-        from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
-
-        @retry(
-            retry=retry_if_exception(_passes),
-            stop=stop_after_attempt(4),
-            wait=wait_random_exponential(max=10),
-            reraise=True,
-        )
-        def post() -> list[list[float]]:
-            answer = self._client.post(f"{self._url}/embeddings", json={"model": self.name, **body})
-            rows = answer.raise_for_status().json()["data"]
-            return [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
-
-        try:
-            return post()
-        except httpx.HTTPError as error:
-            raise self._failed(error) from error
+    def _embed(self, body: dict[str, Any], count: int) -> list[list[float]]:
+        """The embeddings of `count` inputs, all of one length."""
+        rows = self._send("POST", "/embeddings", Embeddings, body).rows()
+        if len(rows) != count or len({len(row) for row in rows}) != 1:
+            raise RequestError(
+                f"the embeddings server at {redact(self._url)} gave {len(rows)} embeddings of "
+                f"{' and '.join(map(str, sorted({len(row) for row in rows})))} numbers for {count} inputs"
+            )
+        return rows
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embed queries as (n, D) float32 unit rows; each is asked for once."""
-        return self._queries.embed(texts, lambda missing: _unit_rows(np.array(self._post({"input": missing}))))
+        return self._queries.embed(texts, self._embed_texts)
+
+    def _embed_texts(self, texts: list[str]) -> np.ndarray:
+        return _unit_rows(np.array(self._embed({"input": texts}, len(texts))))
 
     def encode_images(self, images: Sequence[Image]) -> np.ndarray:
         """Embed RGB images as (n, D) float32 unit rows, several requests at once."""
@@ -297,16 +310,7 @@ class ServedEncoder:
 
     def _embed_image(self, url: str) -> list[float]:
         content = [{"type": "image_url", "image_url": {"url": url}}]
-        return self._post({"messages": [{"role": "user", "content": content}]})[0]
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether a failed request may succeed later."""
-    import httpx
-
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in (408, 425, 429) or error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
+        return self._embed({"messages": [{"role": "user", "content": content}]}, 1)[0]
 
 
 def _data_url(image: Image) -> str:

@@ -15,10 +15,11 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from timesearch.errors import RequestError, TemporaryError
+from timesearch.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
 from timesearch.messages import Block, Message
+from timesearch.protocol import Completion, ModelList
 from timesearch.redaction import redact
 from timesearch.search.policy import (
     ContextOverflowError,
@@ -33,7 +34,6 @@ from timesearch.servers import authorisation
 if TYPE_CHECKING:
     import httpx
 
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _TOO_LONG = ("maximum context length", "maximum model length", "max_model_len", "context window", "context_length")
 VIDEO_OPTIONS = ("--trust-request-mm-kwargs",)
 """Options of a vLLM that is shown previews as videos: it must let a request say when the frames were seen."""
@@ -81,8 +81,7 @@ class OpenAIPolicy:
         self._video_preview = video_preview
         self._urls = [url.rstrip("/") for url in urls]
         for url in self._urls:
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise RequestError(f"{redact(url)} is no address of a server: write it as http://HOST:PORT/v1")
+            check_address(url)
         self._sampling: dict[str, float] = SAMPLING
         self._temperature, self._timeout, self._retry_for, self._seed = temperature, timeout, retry_for, seed
         self._context = context
@@ -105,25 +104,26 @@ class OpenAIPolicy:
         by_vllm = True
         for url in self._urls:
             try:
-                response = await self._send("GET", url, "/models")
-                entries = {entry["id"]: entry for entry in response.json()["data"]}
+                listing = await self._send("GET", url, "/models", ModelList)
             except EngineError as error:
+                if isinstance(error.__cause__, BadReplyError):
+                    raise RequestError(
+                        f"what answers at {redact(url)} is no model server: it gave {error.__cause__}; "
+                        "a server's address usually ends with /v1"
+                    ) from error
                 raise (RequestError if error.reason == "refused" else TemporaryError)(str(error)) from error
-            except (ValueError, KeyError, TypeError) as error:
-                raise RequestError(
-                    f"what answers at {redact(url)} is no model server: its address usually ends with /v1"
-                ) from error
+            entries = {entry.id: entry for entry in listing.data}
             if not self.name and len(entries) == 1:
                 self.name = next(iter(entries))
             # `transformers serve` lists what lies in the hub's cache, and loads whatever it is asked for.
             if self.name not in entries and (entries or not self.name):
-                listed = ", ".join(entries) or "nothing"
+                listed = printable(", ".join(entries)) or "nothing"
                 raise RequestError(
                     f"the server at {redact(url)} serves {listed}: name one of these (infer.model, --model)"
                 )
-            served = entries.get(self.name, {})
-            self._context = self._context or served.get("max_model_len")
-            by_vllm = by_vllm and served.get("owned_by") == "vllm"
+            served = entries.get(self.name)
+            self._context = self._context or (served.max_model_len if served else None)
+            by_vllm = by_vllm and served is not None and served.owned_by == "vllm"
         self._sampling = SAMPLING | (VLLM_SAMPLING if by_vllm else {})
 
     @asynccontextmanager
@@ -157,44 +157,43 @@ class OpenAIPolicy:
             )
         return self._client
 
-    async def _send(self, method: str, url: str, path: str, body: bytes | None = None) -> httpx.Response:
-        """Send a request until a server answers it; other servers are tried in turn."""
-        import httpx
-        from tenacity import AsyncRetrying, RetryError, retry_if_exception, stop_after_delay, wait_random_exponential
+    async def _complete(self, url: str, body: bytes) -> Completion:
+        """The reply to a request for a turn."""
+        return await self._send("POST", url, "/chat/completions", Completion, body)
 
-        def passes(error: BaseException) -> bool:
-            if isinstance(error, httpx.HTTPStatusError):
-                return error.response.status_code in _RETRIED
-            return isinstance(error, httpx.TransportError)
+    async def _send(self, method: str, url: str, path: str, kind: type[M], body: bytes | None = None) -> M:
+        """Send a request until a server answers it; other servers are tried in turn."""
+        from tenacity import AsyncRetrying, RetryError
 
         others = [other for other in self._urls if other != url] if body else []
         order = [url, *others]
+        target = url
         try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception(passes),
-                stop=stop_after_delay(self._retry_for),
-                wait=wait_random_exponential(multiplier=0.5, max=10),
-            ):
+            async for attempt in AsyncRetrying(**tries(seconds=self._retry_for)):
                 with attempt:
                     target = order[(attempt.retry_state.attempt_number - 1) % len(order)]
-                    response = await self._http().request(
-                        method, target + path, content=body, headers={"Content-Type": "application/json"}
+                    reply = await request(
+                        self._http(), method, target + path, kind, content=body, timeout=self._timeout
                     )
-                    response.raise_for_status()
         except RetryError as error:
             cause = error.last_attempt.exception()
             raise EngineError(
                 f"no policy server at {redact(', '.join(order))} for {self._retry_for:g} s "
                 f"({redact(str(cause) or repr(cause))}): see its log"
             ) from cause
-        except httpx.HTTPStatusError as error:
-            status, said = error.response.status_code, redact(error.response.text[:300].replace("\n", " "))
-            if status in (400, 413, 422) and any(mark in error.response.text for mark in _TOO_LONG):
-                raise ContextOverflowError(f"{self.name}: {said}") from error
+        except RefusedError as error:
+            status = error.status
+            if status in (400, 413, 422) and any(mark in error.body.decode(errors="replace") for mark in _TOO_LONG):
+                raise ContextOverflowError(f"{self.name}: {error}") from error
             # 401 or 404 in the middle of a run tells of the server, not of the request.
-            reason = "refused" if body is None or status in (400, 413, 422) else "engine"
-            raise EngineError(f"the policy server at {redact(url)} refused ({status}): {said}", reason) from error
-        return response
+            reason = "engine" if body is not None and status in (401, 403, 404) else "refused"
+            raise EngineError(f"the policy server at {redact(target)} refused ({status}): {error}", reason) from error
+        except BadReplyError as error:
+            raise EngineError(
+                f"the policy server at {redact(target)} gave {error}, instead of what the OpenAI protocol says",
+                "bad_reply",
+            ) from error
+        return reply
 
 
 class _OpenAISession:
@@ -222,8 +221,12 @@ class _OpenAISession:
             self._sent.append((message, self._serialise(message, position)))
         del self._sent[len(messages) :]
         body = self._head + b", ".join(part for _, part in self._sent) + self._tail
-        response = await self._policy._send("POST", self._url, "/chat/completions", body)
-        return _read(response)
+        completion = await self._policy._complete(self._url, body)
+        usage = completion.usage
+        if usage is None:
+            return Reply(completion.text())
+        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        return Reply(completion.text(), usage.prompt_tokens, min(cached, usage.prompt_tokens), usage.completion_tokens)
 
     def _serialise(self, message: Message, position: int) -> bytes:
         if message["role"] == "system":
@@ -256,22 +259,3 @@ def _block(block: Block) -> Block:
     kind = "video" if block["type"] == "video" else "image"
     data = ",".join(base64.b64encode(frame["jpeg"]).decode("ascii") for frame in frames)
     return {"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{kind}/jpeg;base64,{data}"}}
-
-
-def _read(response: httpx.Response) -> Reply:
-    """The assistant's text; thoughts and calls that the server has parsed out of it are put back."""
-    value = response.json()
-    try:
-        message = value["choices"][0]["message"]
-    except (KeyError, IndexError, TypeError):
-        raise EngineError(f"the policy server answered without a message: {response.text[:200]}", "refused") from None
-    thought, said = message.get("reasoning") or message.get("reasoning_content"), message.get("content")
-    parts = [*([f"<think>{thought}</think>"] if thought else []), *([said] if said else [])]
-    for call in message.get("tool_calls") or []:
-        function = call["function"]
-        written = f'{{"name": {json.dumps(function["name"])}, "arguments": {function["arguments"]}}}'
-        parts.append(f"<tool_call>\n{written}\n</tool_call>")
-    text = "\n".join(parts)
-    usage = value.get("usage") or {}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Reply(text, usage.get("prompt_tokens", 0), cached, usage.get("completion_tokens", 0))
