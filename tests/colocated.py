@@ -25,7 +25,7 @@ import torch
 import vllm.model_executor.layers.utils as layers
 from scripted import CALL, build_project, make_settings, use_oracle
 
-from timesearch.training import grpo_csv
+from timesearch.training import grpo_csv, train
 
 
 def plain_linear(layer: Any, remove_weight: bool) -> None:
@@ -69,6 +69,6 @@ if __name__ == "__main__":
     grpo_csv.score_episode = by_length  # type: ignore[assignment]
     seen: list[dict[str, float]] = []
     watch_engine(seen)
-    grpo_csv.run(make_settings(generation="vllm_colocate", steps=2, max_completion_length=200))
+    train.run(make_settings(generation="vllm_colocate", steps=2, max_completion_length=200))
     rows = [json.loads(line) for line in Path("runs/train/metrics.jsonl").read_text().splitlines()]
     print("RESULT " + json.dumps({"seen": seen, "rows": rows}))

@@ -196,6 +196,6 @@ if __name__ == "__main__":
     use_oracle()
     if len(sys.argv) > 3:
         script_trainer(json.loads(Path(sys.argv[3]).read_text()))
-    from timesearch.training.grpo_csv import run
+    from timesearch.training.train import run
 
     run(Settings.model_validate_json(Path(sys.argv[2]).read_text()))

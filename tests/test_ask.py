@@ -45,8 +45,8 @@ def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
     code, out, _ = run(video, "What colour is the car?", "--save", str(sheet))
     assert code == 0
     lines = [line.split(maxsplit=1)[0] for line in out.splitlines()]
-    assert lines == ["question", "preview", "turn", "search", "found", "turn", "answer", "seen", "saved"]
-    assert "red car, 0 s to 20 s" in out
+    assert lines == ["question", "preview", "turn", "call", "found", "turn", "answer", "seen", "saved"]
+    assert "seek_video_frames: red car, start_time 0, end_time 20" in out
     assert "the same answer" in out
     assert "\x1b[31m" not in out
     with Image.open(sheet) as picture:

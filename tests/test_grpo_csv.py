@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -27,7 +28,8 @@ from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_se
 from timesearch.errors import RequestError
 from timesearch.training.launch import load_trainer
 
-grpo_csv = load_trainer("transformers")
+train_stage = load_trainer("transformers")
+grpo_csv, rollouts = (importlib.import_module(f"timesearch.training.{name}") for name in ("grpo_csv", "rollouts"))
 from timesearch.training.replay import ReplayBuffer, idle_groups, put, refill, take  # noqa: E402
 from timesearch.training.watch import CollapseWarning  # noqa: E402
 
@@ -98,7 +100,7 @@ def play(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
     def run(turns: list[list[str]] | None, reanswer: str = ANSWER, **train: Any) -> Any:
         made = script(monkeypatch, turns, reanswer)
-        grpo_csv.run(make_settings(**train))
+        train_stage.run(make_settings(**train))
         return made[0]
 
     return run
@@ -106,7 +108,7 @@ def play(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 def script(monkeypatch: pytest.MonkeyPatch, turns: list[list[str]] | None, reanswer: str = ANSWER) -> list[Any]:
     made: list[Any] = []
-    trainer = grpo_csv.GRPOCSVTrainer
+    trainer = train_stage.GRPOCSVTrainer
     init, loss = trainer.__init__, trainer._compute_loss
 
     def scripted_init(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -160,13 +162,13 @@ def test_a_run_scores_episodes_and_writes_what_people_and_later_stages_read(
     play: Callable[..., Any], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[Any] = []
-    single_turn = grpo_csv.GRPOTrainer._generate_single_turn
+    single_turn = rollouts.GRPOTrainer._generate_single_turn
 
     def watched(self: Any, ids: Any, images: Any, *arguments: Any, **keywords: Any) -> Any:
         shown.append(images)
         return single_turn(self, ids, images, *arguments, **keywords)
 
-    monkeypatch.setattr(grpo_csv.GRPOTrainer, "_generate_single_turn", watched)
+    monkeypatch.setattr(rollouts.GRPOTrainer, "_generate_single_turn", watched)
     trainer = play(MIXED, steps=1, micro_batch=8, log_episodes_every=1)
     # The last turn is the re-answer: vLLM takes None for a rollout without images, and no empty list.
     assert [images is None for images in shown[-1]] == [not episode.searched for episode in trainer.episodes]
@@ -253,15 +255,15 @@ def test_samples_that_cannot_be_used_are_listed_and_left_out(project: Path, play
 
 def test_no_usable_sample_and_an_indivisible_batch_are_refused(project: Path) -> None:
     with pytest.raises(RequestError, match="does not divide"):
-        grpo_csv.run(make_settings(micro_batch=3))
+        train_stage.run(make_settings(micro_batch=3))
     (project / "data/train.jsonl").write_text('{"id": "a", "video": "a.mp4", "question": "?"}\n')
     with pytest.raises(RequestError, match="no sample fit for training"):
-        grpo_csv.run(make_settings())
+        train_stage.run(make_settings())
 
 
 def test_fewer_samples_than_a_step_takes_are_refused(project: Path) -> None:
     with pytest.raises(RequestError, match=r"a step takes 7 questions .* has 6 fit for training"):
-        grpo_csv.run(make_settings(prompts_per_step=7))
+        train_stage.run(make_settings(prompts_per_step=7))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def test_settings_that_do_not_go_together_are_refused(
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     settings = make_settings(micro_batch=1, **train)
     with pytest.raises(RequestError, match=says):
-        grpo_csv.grpo_config(settings, "runs/coldstart")
+        train_stage.grpo_config(settings, "runs/coldstart")
 
 
 def test_queries_go_to_the_encoder_of_the_features(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,10 +293,10 @@ def test_queries_go_to_the_encoder_of_the_features(project: Path, monkeypatch: p
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", load)
     settings = make_settings()
     with pytest.raises(InterruptedError, match="models/encoder"):
-        grpo_csv.run(settings)
+        train_stage.run(settings)
     settings.features.url = "http://embeddings/v1"
     with pytest.raises(InterruptedError, match="http://embeddings/v1"):
-        grpo_csv.run(settings)
+        train_stage.run(settings)
 
 
 # What is learned from
@@ -400,7 +402,7 @@ def test_the_same_seed_gives_the_same_weights(project: Path, monkeypatch: pytest
     for seed in (0, 0, 1):
         settings = make_settings()
         settings.seed = seed
-        grpo_csv.run(settings)
+        train_stage.run(settings)
         found.append(weights())
     assert largest_difference(found[0], found[1]) == 0.0
     assert largest_difference(found[0], found[2]) > 1e-4
@@ -417,7 +419,7 @@ def _score_by_length(messages: list[Any], *_: Any, **__: Any) -> dict[str, float
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
     settings = make_settings(steps=6, save_steps=2)  # an epoch has three steps
-    child = in_child(lambda: grpo_csv.run(settings))
+    child = in_child(lambda: train_stage.run(settings))
     checkpoint = project / "runs/train/checkpoints/checkpoint-4"
     deadline = time.monotonic() + 300
     while not (checkpoint / "trainer_state.json").is_file() and time.monotonic() < deadline:
@@ -427,12 +429,14 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, m
     assert not (project / "runs/train/model.safetensors").exists()
 
     settings.train.log_episodes_every = 1  # its pace only: the run goes on
-    grpo_csv.run(settings)
+    train_stage.run(settings)
     assert json.loads(Path("runs/train/episodes/step-00006.jsonl").read_text().splitlines()[0])
     assert not Path("runs/train/episodes/step-00001.jsonl").exists()
     resumed, rows = weights(), metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    grpo_csv.run(settings.model_copy(update={"paths": settings.paths.model_copy(update={"train": Path("runs/whole")})}))
+    train_stage.run(
+        settings.model_copy(update={"paths": settings.paths.model_copy(update={"train": Path("runs/whole")})})
+    )
     assert largest_difference(resumed, weights(Path("runs/whole"))) <= 1e-6
 
 
@@ -442,7 +446,7 @@ def test_two_processes_train_as_one_does(project: Path, monkeypatch: pytest.Monk
     def train(name: str, **train: Any) -> Callable[[], None]:
         settings = make_settings(learning_rate=1e-4, **train)
         settings.paths.train = Path("runs") / name
-        return lambda: grpo_csv.run(settings)
+        return lambda: train_stage.run(settings)
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -469,21 +473,21 @@ def test_an_image_that_is_lost_stops_the_run_and_names_the_sample(
     play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        grpo_csv.GRPOCSVTrainer, "_get_tool_suffix_ids", lambda self, messages: self._tokenizer("lost")["input_ids"]
+        train_stage.GRPOCSVTrainer, "_get_tool_suffix_ids", lambda self, messages: self._tokenizer("lost")["input_ids"]
     )
-    with pytest.raises(grpo_csv.ImageMismatchError, match=r"sample '\d': \d+ image tokens stand for \d+ images"):
+    with pytest.raises(rollouts.ImageMismatchError, match=r"sample '\d': \d+ image tokens stand for \d+ images"):
         play(MIXED, steps=1)
 
 
 def test_a_policy_cannot_write_image_tokens_and_a_written_one_stops_the_run(play: Callable[..., Any]) -> None:
-    with pytest.raises(grpo_csv.ImageMismatchError, match=r"sample '\d'"):
+    with pytest.raises(rollouts.ImageMismatchError, match=r"sample '\d'"):
         play([["<think>look <|image_pad|></think><answer>red</answer>"]], steps=1)
 
 
 def test_generation_suppresses_all_vision_tokens(project: Path) -> None:
     settings = make_settings()
-    kwargs = grpo_csv.grpo_config(settings, "runs/coldstart").generation_kwargs
-    tokenizer = grpo_csv.load_processor("runs/coldstart").tokenizer
+    kwargs = train_stage.grpo_config(settings, "runs/coldstart").generation_kwargs
+    tokenizer = train_stage.load_processor("runs/coldstart").tokenizer
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     assert set(kwargs["suppress_tokens"]) == set(tokenizer.convert_tokens_to_ids(list(names)))
 

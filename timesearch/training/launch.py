@@ -233,12 +233,12 @@ def hidden(*modules: str) -> Iterator[None]:
 
 
 def load_trainer(generation: str) -> Any:
-    """The module `grpo_csv`. TRL imports vLLM wherever it is installed, which costs 8 s: only where it is used."""
+    """The module of the stage. TRL imports vLLM wherever it is installed, which costs 8 s: only where it is used."""
     import importlib
 
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # environments are experimental there, and pinned here
     with hidden(*(() if generation.startswith("vllm") else ("vllm",))):
-        return importlib.import_module("timesearch.training.grpo_csv")
+        return importlib.import_module("timesearch.training.train")
 
 
 def _free_port() -> int:

@@ -20,7 +20,8 @@ from timesearch.search.episode import without_pixels
 
 if TYPE_CHECKING:
     from timesearch.tracking import Run
-    from timesearch.training.grpo_csv import Episode, GRPOCSVTrainer
+    from timesearch.training.grpo_csv import GRPOCSVTrainer
+    from timesearch.training.rollouts import Episode
 
 NAMES = {
     "reward": "reward",
