@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from synthetic import make_video
 import timesearch.cli.inference as commands
 from timesearch.cli import main
 from timesearch.inference.ask import Asker, contact_sheet, default_cache
+from timesearch.messages import Message, text_of
 from timesearch.search.policy import EngineError
 from timesearch.settings import Settings
 
@@ -107,15 +111,77 @@ def test_what_ends_a_question_is_said_in_one_sentence(tmp_path: Path, run) -> No
         assert says in err
 
 
-def test_what_is_no_video_is_refused_in_one_sentence(tmp_path: Path, run) -> None:
-    text = tmp_path / "notes.mp4"
-    text.write_text("These are notes, not a video.\n" * 50)
-    for video in (text, tmp_path / "absent.mp4"):
-        code, out, err = run(str(video), "What happens?")
-        assert code == 2
-        assert out == ""
-        assert len(err.strip().splitlines()) == 1
-        assert str(video) in err
+def test_one_question_that_fails_does_not_stop_the_next(tmp_path: Path, run) -> None:
+    video = str(make_video(tmp_path / "video.mp4", seconds=5))
+    _, policy = commands._open_asker()
+    speak = policy.speak
+
+    def fail_once(messages: Sequence[Message]) -> str:
+        if any("first" in text_of(message) for message in messages):
+            raise EngineError("the server refused", "refused")
+        return speak(messages)
+
+    policy.speak = fail_once
+    code, out, err = run(video, "The first?", "The second?")
+    assert (code, "answer    red" in out, "failed    the server refused" in out) == (1, True, True)
+    assert err == "timesearch: 1 of 2 questions got no answer, the last because the server refused\n"
+    code, out, _ = run(video, "The first?", "The second?", "--json")
+    assert [json.loads(line)["outcome"] for line in out.splitlines()] == ["failed", "answered"]
+
+
+def test_typed_questions_that_cannot_be_asked_are_said_and_passed(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = str(make_video(tmp_path / "video.mp4", seconds=5))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\0b\n" + "x" * 5000 + "\nWhat?\n\n"))
+    code, out, _ = run(video)
+    assert (code, out.count("answer    red")) == (0, 1)
+    assert "the question holds control characters" in out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"), encoding="utf-8"))
+    assert run(video)[::2] == (2, "timesearch: the questions are not UTF-8 text: write them so\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["notes.mp4", "What?"],
+        ["absent.mp4", "What?"],
+        [".", "What?"],
+        ["loop.mp4", "What?"],
+        ["pipe.mp4", "What?"],
+        ["a" * 300 + ".mp4", "What?"],
+        ["a/" * 3000 + "b.mp4", "What?"],
+        ["caf\udce9.mp4", "What?"],
+        ["video.mp4", ""],
+        ["video.mp4", "What?", " \n "],
+        ["video.mp4", "caf\udce9?"],
+        ["video.mp4", "half \ud83d?"],
+        ["video.mp4", "a\0b"],
+        ["video.mp4", "\x1b[31mred"],
+        ["video.mp4", "x" * 2**20],
+        ["video.mp4", "What?", *["--option=a"] * 27],
+        ["video.mp4", "What?", "--option=a", "--option="],
+        ["video.mp4", "What?", "--option=caf\udce9"],
+        ["video.mp4", "What?", "--option=" + "x" * 2**17],
+        ["video.mp4", "What?", "--save=."],
+        ["video.mp4", "What?", "--save=" + "a" * 300 + ".png"],
+        ["video.mp4", "What?", "--save=video.mp4/sheet.png"],
+    ],
+    ids=ascii,
+)
+def test_what_cannot_be_asked_is_refused_in_one_sentence(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_video(Path("video.mp4"), seconds=1)
+    Path("notes.mp4").write_text("These are notes, not a video.\n" * 50)
+    Path("loop.mp4").symlink_to("loop.mp4")
+    os.mkfifo("pipe.mp4")
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == "" or any("--save" in argument for argument in arguments)
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 6500  # a path may be as long as that
 
 
 def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:

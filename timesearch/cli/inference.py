@@ -98,11 +98,14 @@ def ask(
 ) -> None:
     """Answer questions about a video, and show the search as it happens."""
     from timesearch.errors import ItemError, TemporaryError
-    from timesearch.inference.ask import as_request, contact_sheet
+    from timesearch.inference.ask import as_request, check_question, contact_sheet
     from timesearch.search.policy import EngineError
+    from timesearch.untrusted import mend_text
     from timesearch.video.frames import FrameCache, cache_path
     from timesearch.video.probe import probe
 
+    for question in questions or ():
+        check_question(question, options or [])
     with as_request():
         probe(video)
     console = Console(stderr=as_json, highlight=False)
@@ -114,18 +117,22 @@ def ask(
 
     async def answer() -> None:
         await policy.connect()
+        asked, failed = 0, []
         try:
-            for question in questions or _typed(console):
+            for question in questions or _typed(console, options or []):
+                asked += 1
                 watch.line("question", question, "bold")
                 prediction = await asker.ask(name, question, options or [], watch)
-                if (error := prediction.error) is not None:
-                    passes = error.type == EngineError.reason
-                    raise TemporaryError(error.message) if passes else ItemError(error.message, error.type)
-                watch.conclude(prediction)
                 if as_json:
-                    typer.echo(
-                        json.dumps({**prediction.model_dump(mode="json"), "video": str(video)}, ensure_ascii=False)
-                    )
+                    row = {**prediction.model_dump(mode="json"), "video": str(video)}
+                    typer.echo(mend_text(json.dumps(row, ensure_ascii=False)))
+                if prediction.error is not None:
+                    if prediction.error.type == EngineError.reason:
+                        raise TemporaryError(prediction.error.message)
+                    failed.append(prediction.error)
+                    watch.line("failed", prediction.error.message, "red")
+                    continue
+                watch.conclude(prediction)
                 if save is not None and prediction.searched_seconds:
                     contact_sheet(FrameCache.open(cache_path(asker.frames, name)), prediction.searched_seconds, save)
                     watch.line("saved", str(save))
@@ -133,6 +140,9 @@ def ask(
                     watch.line("saved", "nothing, for no frame was found")
         finally:
             await policy.close()
+        if failed:
+            counted = f"{len(failed)} of {asked} questions got no answer, the last because "
+            raise ItemError(f"{counted if asked > 1 else ''}{failed[-1].message}", failed[-1].type)
 
     asyncio.run(answer())
 
@@ -155,15 +165,29 @@ def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | 
     return Asker(settings, policy, encoder, cache or default_cache()), policy
 
 
-def _typed(console: Console) -> Iterator[str]:
-    """Questions from the terminal, until an empty line or the end of input."""
+def _typed(console: Console, options: list[str]) -> Iterator[str]:
+    """Questions from the terminal, until an empty line or the end of input; what cannot be asked is said, and passed.
+
+    Raises:
+        RequestError: what comes is no UTF-8 text.
+    """
+    from timesearch.errors import RequestError
+    from timesearch.inference.ask import check_question
+
     while True:
         try:
             question = console.input("question  ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise RequestError("the questions are not UTF-8 text: write them so") from error
         if not question:
             return
+        try:
+            check_question(question, options)
+        except RequestError as error:
+            console.print(Text(str(error), "red"))
+            continue
         yield question
 
 

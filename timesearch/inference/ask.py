@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 import os
-import threading
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, json_digest
 from timesearch.messages import format_seconds
-from timesearch.samples import Prediction, Sample
+from timesearch.samples import LETTERS, Prediction, Sample
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
 from timesearch.settings import Settings
+from timesearch.stopping import NEVER, Stop
+from timesearch.untrusted import mend_text
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
+from timesearch.video.probe import Fingerprint
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
 
 Say = Callable[[str], None]
+QUESTION_CHARS = 4000
+OPTION_CHARS = 1000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
+"""Control characters, apart from those that break lines and indent."""
 
 
 def default_cache() -> Path:
@@ -78,6 +85,30 @@ def open_policy(settings: Settings, model: str | None, url: str | None) -> Polic
     )
 
 
+def check_question(question: str, options: Sequence[str] = ()) -> None:
+    """Refuse what no model should be asked.
+
+    Raises:
+        RequestError: the question or an option is empty, too long or no text, or there are too many options.
+    """
+    if not question.strip():
+        raise RequestError("the question is empty: write what you want to know about the video")
+    if len(options) > len(LETTERS):
+        raise RequestError(f"there are {len(options)} options, and letters for {len(LETTERS)}: leave some out")
+    for what, text, most in (
+        ("the question", question, QUESTION_CHARS),
+        *((f"option {LETTERS[number]}", option, OPTION_CHARS) for number, option in enumerate(options)),
+    ):
+        if not text.strip():
+            raise RequestError(f"{what} is empty: write it, or leave it out")
+        if len(text) > most:
+            raise RequestError(f"{what} is {len(text)} characters long: ask in at most {most}")
+        if "\ufffd" in mend_text(text):
+            raise RequestError(f"{what} holds a character that is cut in two or in another encoding: write it in UTF-8")
+        if _CONTROL.search(text):
+            raise RequestError(f"{what} holds control characters: leave them out")
+
+
 class Asker:
     """Answers questions about video files, whose caches it makes and keeps.
 
@@ -92,39 +123,92 @@ class Asker:
         self._settings, self._policy, self._encoder = settings, policy, encoder
         self.frames = cache / "frames"
         self._features = cache / "features" / encoder.digest[:16]
-        self._locks: dict[str, threading.Lock] = {}
+        self._ready: dict[str, tuple[Fingerprint, Fingerprint]] = {}
 
-    def prepare(self, video: Path, say: Say = lambda _: None) -> str:
+    def name_of(self, video: Path) -> str:
+        """The name under which the caches know a video as it is now.
+
+        Raises:
+            ItemError: there is no such file.
+        """
+        try:
+            stat = video.stat()
+        except (OSError, ValueError) as error:
+            raise ItemError(f"{video} cannot be read ({error})", reason="missing") from error
+        made_of = [str(video.absolute()), stat.st_size, stat.st_mtime_ns, transform_of(self._settings.frames)]
+        return f"{json_digest(made_of)[:24]}"
+
+    def is_known_ready(self, name: str) -> bool:
+        """Whether this process has found a video's caches to be whole, and they are as they were then: at once."""
+        with suppress(OSError):
+            return self._ready.get(name) == self._state(name)
+        return False
+
+    def is_ready(self, video: Path) -> bool:
+        """Whether a video's caches are whole; what was not seen before is read for that.
+
+        Raises:
+            ItemError: there is no such file.
+        """
+        from timesearch.retrieval.features import why_stale as why_features_stale
+
+        name = self.name_of(video)
+        frames, features = self._paths(name)
+        try:
+            state = self._state(name)
+            stale = why_stale(frames, video, self._settings.frames)
+            if stale is None:
+                stale = why_features_stale(features, FrameCache.open(frames), self._encoder)
+        except (OSError, ItemError):
+            return False
+        if stale is None:
+            self._ready[name] = state
+        return stale is None
+
+    def prepare(self, video: Path, say: Say = lambda _: None, stop: Stop = NEVER) -> str:
         """Cache a video's frames and features where that has not been done.
 
         Args:
             video: the file.
             say: told what takes time.
+            stop: gives it up.
 
         Returns:
             The name under which the caches know the video.
 
         Raises:
             ItemError: the file is no video that can be used.
+            RequestError: the caches cannot be written.
+            StoppedError: it was given up.
         """
         from timesearch.retrieval.features import make_feature_cache
         from timesearch.retrieval.features import why_stale as why_features_stale
 
+        name = self.name_of(video)
+        frames, features = self._paths(name)
+        stop.check()
         try:
-            stat = video.stat()
-        except OSError as error:
-            raise ItemError(f"{video} cannot be read ({error.strerror})", reason="missing") from error
-        made_of = [str(video.absolute()), stat.st_size, stat.st_mtime_ns, transform_of(self._settings.frames)]
-        name = f"{json_digest(made_of)[:24]}"
-        with self._locks.setdefault(name, threading.Lock()):
-            frames, features = cache_path(self.frames, name), self._features / f"{name}.safetensors"
             if why_stale(frames, video, self._settings.frames) is not None:
                 say(f"reading {video.name}")
-                make_frame_cache(video, frames, self._settings.frames)
+                make_frame_cache(video, frames, self._settings.frames, stop=stop)
             if why_features_stale(features, FrameCache.open(frames), self._encoder) is not None:
                 say(f"looking at {len(FrameCache.open(frames))} frames")
-                make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size)
+                make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size, stop)
+            self._ready[name] = self._state(name)
+        except OSError as error:
+            where = error.filename or self.frames.parent
+            raise RequestError(
+                f"the caches of {video.name} cannot be made ({error.strerror}, {where}): make room, or choose another "
+                "folder by --cache"
+            ) from error
         return name
+
+    def _paths(self, name: str) -> tuple[Path, Path]:
+        return cache_path(self.frames, name), self._features / f"{name}.safetensors"
+
+    def _state(self, name: str) -> tuple[Fingerprint, Fingerprint]:
+        frames, features = self._paths(name)
+        return Fingerprint.of(frames), Fingerprint.of(features)
 
     async def ask(
         self, name: str, question: str, options: Sequence[str] = (), watch: Watch | None = None
@@ -132,10 +216,9 @@ class Asker:
         """Search a prepared video for the answer.
 
         Raises:
-            RequestError: the question is empty.
+            RequestError: as `check_question`.
         """
-        if not question.strip():
-            raise RequestError("the question is empty: write what you want to know about the video")
+        check_question(question, options)
         search = Search(self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded)
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
@@ -156,7 +239,7 @@ def contact_sheet(frames: FrameCache, seconds: Sequence[float], target: Path, wi
     """Write a PNG with the frames at `seconds`, each under its time, four a row and `width` pixels wide.
 
     Raises:
-        RequestError: there are no frames.
+        RequestError: there are no frames, or the file cannot be written.
     """
     if not seconds:
         raise RequestError("no frame was searched, so there is no contact sheet to save")
@@ -172,5 +255,8 @@ def contact_sheet(frames: FrameCache, seconds: Sequence[float], target: Path, wi
         left, top = position % columns * width, position // columns * (height + band)
         sheet.paste(picture.resize((width, height)), (left, top + band))
         draw.text((left + 6, top + 3), format_seconds(time), fill="black", font_size=14)
-    with atomic_path(target) as partial:
-        sheet.save(partial, "PNG")
+    try:
+        with atomic_path(target) as partial:
+            sheet.save(partial, "PNG")
+    except OSError as error:
+        raise RequestError(f"{target} cannot be written ({error.strerror}): name another file by --save") from error

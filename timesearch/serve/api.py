@@ -15,37 +15,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
+import logging
 import re
 import socket
+import traceback
 from collections.abc import AsyncIterator, Sequence
+from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from timesearch.errors import ItemError, RequestError, TimeSearchError
-from timesearch.files import atomic_path, inside
-from timesearch.inference.ask import Asker
+from timesearch.inference.ask import Asker, check_question
 from timesearch.messages import describe_call, exchanges
 from timesearch.samples import Prediction
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
+from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of
+from timesearch.serve.preparing import Preparations
+from timesearch.serve.videos import Videos, file_name, is_named_like_a_video
+from timesearch.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.video.frames import FrameCache, cache_path
+from timesearch.video.probe import SUFFIXES
 
 _PAGE = Path(__file__).parent / "page"
-_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"})
 _LARGEST = 8 * 2**30
 """Bytes of a dropped video at most."""
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
+_LARGEST_QUESTION = 512 * 2**10
+"""Bytes of a question with its options at most: the longest of each, every letter as an escape, are 360 KB."""
+_WRITTEN_AT_ONCE = 2**20
+_SENTENCE = 500
+"""Characters of a refusal at most."""
+_JSON = re.compile(r"application/(?:[\w.-]+\+)?json")
+_CACHE_NAME = re.compile(r"[0-9a-f]{24}")
+_log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -66,70 +77,23 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address(host: str, port: int) -> str:
     """What to open in a browser for a server bound to `host`."""
-    name = socket.gethostname() if host in _EVERY_ADDRESS else host
+    name = socket.gethostname() if host in EVERY_ADDRESS else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}"
-
-
-def is_named(header: str, host: str) -> bool:
-    """Whether a request's `Host` names this machine, where the server is bound to `host`.
-
-    A foreign page can make a name of its own lead here (DNS rebinding), and its requests bear that name. An address
-    cannot be led elsewhere: a server at every address answers to any, and to the machine's own name.
-    """
-    parts = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::\d+)?", header)
-    if parts is None:
-        return False
-    name = (parts[1] or parts[2]).lower()
-    if name in ("127.0.0.1", "localhost", "::1", host.lower()):
-        return True
-    if host not in _EVERY_ADDRESS:
-        return False
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return name == socket.gethostname().lower()
 
 
 class Question(BaseModel):
     """What is asked about which video."""
 
     video: str
-    question: str = Field(max_length=4000)
-    options: list[str] = Field(default_factory=list, max_length=26)
-
-
-class Videos:
-    """The videos that may be asked about: those of the given folders, and those that were dropped."""
-
-    def __init__(self, folders: Sequence[Path], uploads: Path) -> None:
-        self.uploads = uploads
-        self._roots = {str(number): folder.resolve() for number, folder in enumerate((*folders, uploads))}
-
-    def all(self) -> list[dict[str, str]]:
-        """Identity and name of each, in order of name."""
-        found = [
-            {"id": f"{number}/{path.relative_to(root).as_posix()}", "name": path.relative_to(root).as_posix()}
-            for number, root in self._roots.items()
-            if root.is_dir()
-            for path in root.rglob("*")
-            if path.suffix.lower() in _SUFFIXES and path.is_file() and path.resolve().is_relative_to(root)
-        ]
-        return sorted(found, key=lambda video: video["name"])
-
-    def path(self, identity: str) -> Path:
-        """The file of a video; 404 for anything that is not below a folder that was given."""
-        number, _, relative = identity.partition("/")
-        try:
-            root = self._roots[number]
-            path = inside(root, relative).resolve()
-        except (KeyError, ValueError, ItemError) as error:
-            raise HTTPException(404, "there is no such video") from error
-        if not path.is_relative_to(root) or not path.is_file() or path.suffix.lower() not in _SUFFIXES:
-            raise HTTPException(404, "there is no such video")
-        return path
+    question: str
+    options: list[str] = Field(default_factory=list, max_length=1000)
 
 
 def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Path, host: str = "127.0.0.1") -> FastAPI:
     """The application.
+
+    Three kinds of work never wait for one another: small work on files goes to Starlette's threads, the steps of
+    episodes to asyncio's, and the preparation of videos to `Preparations`.
 
     Args:
         asker: prepares videos and answers.
@@ -139,24 +103,24 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
         host: the address it is bound to; requests must name it or this machine.
     """
     videos = Videos(folders, uploads)
+    preparations = Preparations(asker)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
+        preparations.close()
         await policy.close()
 
-    app = FastAPI(title="timesearch", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if not is_named(request.headers.get("host", ""), host):
-            return Response("requests must name this machine: its address, or the name that --host gives it", 400)
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            return Response("requests from other sites are refused", 403)
-        response: Response = await call_next(request)
-        response.headers.update(_HEADERS)
-        return response
+    app = FastAPI(
+        title="timesearch",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={StarletteHTTPException: _refuse, RequestValidationError: _refuse_parameter},
+    )
+    app.add_middleware(Guard, host=host)
 
     @app.get("/")
     def page() -> FileResponse:
@@ -174,67 +138,155 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
 
     @app.put("/api/videos/{name}")
     async def drop(name: str, request: Request) -> dict[str, str]:
-        safe = re.sub(r"[^\w.-]+", "_", Path(name).name).lstrip(".")
-        if Path(safe).suffix.lower() not in _SUFFIXES:
-            raise HTTPException(415, f"{name} is not named like a video ({', '.join(sorted(_SUFFIXES))})")
-        size = 0
-        with atomic_path(videos.uploads / safe) as partial, partial.open("wb") as file:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > _LARGEST:
-                    raise HTTPException(413, f"{name} is larger than {_LARGEST // 2**30} GiB")
-                await asyncio.to_thread(file.write, chunk)
-        return {"id": f"{len(folders)}/{safe}", "name": safe}
+        try:
+            safe = file_name(name)
+        except RequestError as error:
+            raise HTTPException(422, str(error)) from error
+        if not is_named_like_a_video(safe):
+            raise HTTPException(415, f"{safe} is not named like a video ({', '.join(sorted(SUFFIXES))})")
+        try:
+            partial = await run_in_threadpool(videos.new_partial)
+            try:
+                if not await _receive(body_of(request, safe, _LARGEST), partial):
+                    raise HTTPException(422, f"{safe} is empty (0 bytes)")
+                return await run_in_threadpool(videos.keep, partial, safe)
+            finally:
+                await run_in_threadpool(partial.unlink, missing_ok=True)
+        except OSError as error:
+            raise HTTPException(507, f"{safe} cannot be kept ({error.strerror}): make room in {uploads}") from error
 
     @app.post("/api/ask")
-    async def ask(asked: Question) -> StreamingResponse:
-        events = _answer(asker, videos.path(asked.video), asked)
+    async def ask(request: Request) -> StreamingResponse:
+        if not _JSON.fullmatch(request.headers.get("content-type", "").partition(";")[0].strip().lower()):
+            raise HTTPException(415, "the question must be sent as application/json")
+        body = b"".join([piece async for piece in body_of(request, "the question", _LARGEST_QUESTION)])
+        try:
+            asked = await run_in_threadpool(_read_question, body)
+            video = await run_in_threadpool(videos.path, asked.video)
+        except RequestError as error:
+            raise HTTPException(422, str(error)) from error
+        except ItemError as error:
+            raise HTTPException(404, str(error)) from error
+        events = _answer(asker, preparations, video, asked)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/api/frames/{name}/{index}")
     def frame(name: str, index: int) -> Response:
+        if not _CACHE_NAME.fullmatch(name):
+            raise HTTPException(404, "there is no such video")
         try:
-            cache = FrameCache.open(cache_path(asker.frames, name))
-        except ItemError as error:
+            cache = _open(asker, name)
+            if not 0 <= index < len(cache):
+                raise HTTPException(404, "there is no such frame")
+            picture = cache.jpeg(index)
+        except (OSError, ItemError) as error:
             raise HTTPException(404, "there is no such video") from error
-        if not 0 <= index < len(cache):
-            raise HTTPException(404, "there is no such frame")
-        return Response(cache.jpeg(index), media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
+        return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=86400"})
 
     return app
 
 
-async def _answer(asker: Asker, video: Path, asked: Question) -> AsyncIterator[str]:
-    """The events of one question, as they happen."""
-    loop = asyncio.get_running_loop()
+_SENTENCES = {404: "there is nothing at this address", 405: "this address does not take such a request"}
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """What is wrong with a request, as a sentence under ``detail``."""
+    assert isinstance(error, StarletteHTTPException)
+    default = error.detail == HTTPStatus(error.status_code).phrase
+    said = _SENTENCES.get(error.status_code, error.detail) if default else error.detail
+    return JSONResponse({"detail": mend_text(said)[:_SENTENCE]}, error.status_code, headers=error.headers)
+
+
+async def _refuse_parameter(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return JSONResponse({"detail": _describe(error.errors())}, 422)
+
+
+def _describe(errors: Sequence[Any]) -> str:
+    """The first of pydantic's errors, without what was sent."""
+    where = ".".join(str(part) for part in errors[0]["loc"])[:_SENTENCE]
+    return f"{where or 'the question'} cannot be read: {errors[0]['msg']}"
+
+
+def _read_question(body: bytes) -> Question:
+    """The question in a request's body.
+
+    Raises:
+        RequestError: it is no JSON, not of that form, or no question.
+    """
+    try:
+        asked = Question.model_validate(parse_json(body))
+    except UntrustedError as error:
+        raise RequestError(f"the question is no JSON that can be read ({error})") from error
+    except ValidationError as error:
+        raise RequestError(
+            _describe(error.errors(include_url=False, include_context=False, include_input=False))
+        ) from None
+    check_question(asked.question, asked.options)
+    return asked
+
+
+async def _receive(pieces: AsyncIterator[bytes], target: Path) -> int:
+    """Write a body to a file, a MiB at a time, off the event loop; gives its size in bytes."""
+    size = 0
+    with target.open("wb") as file:
+        held = bytearray()
+        async for piece in pieces:
+            held += piece
+            size += len(piece)
+            if len(held) >= _WRITTEN_AT_ONCE:
+                await run_in_threadpool(file.write, held)
+                held = bytearray()
+        await run_in_threadpool(file.write, held)
+    return size
+
+
+def _open(asker: Asker, name: str) -> FrameCache:
+    """A frame cache; those that were used last stay open."""
+    path = cache_path(asker.frames, name)
+    return _open_state(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _open_state(path: Path, modified_ns: int) -> FrameCache:
+    return FrameCache.open(path)
+
+
+async def _answer(asker: Asker, preparations: Preparations, video: Path, asked: Question) -> AsyncIterator[str]:
+    """The events of one question, as they happen; when the client leaves, the work for it ends."""
     events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
 
-    def say(text: str) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, ("status", {"text": text}))
+    def tell(kind: str, data: Any) -> None:
+        events.put_nowait((kind, data))
 
     async def work() -> None:
         try:
-            name = await asyncio.to_thread(asker.prepare, video, say)
-            cache = FrameCache.open(cache_path(asker.frames, name))
-            events.put_nowait(("video", {"cache": name, "times": cache.timestamps.tolist(), "size": cache.size}))
+            name = await preparations.prepared(video, lambda text: tell("status", {"text": text}))
+            cache = await run_in_threadpool(_open, asker, name)
+            tell("video", {"cache": name, "times": cache.timestamps.tolist(), "size": cache.size})
             prediction = await asker.ask(
-                name, asked.question, asked.options, lambda step: events.put_nowait((step.kind, step_data(step)))
+                name, asked.question, asked.options, lambda step: tell(step.kind, step_data(step))
             )
-            events.put_nowait(
-                ("answer", answer_data(prediction))
-                if prediction.error is None
-                else ("error", {"text": prediction.error.message})
-            )
+            if prediction.error is None:
+                tell("answer", answer_data(prediction))
+            else:
+                tell("error", {"text": prediction.error.message})
         except TimeSearchError as error:
-            events.put_nowait(("error", {"text": str(error)}))
+            tell("error", {"text": str(error)})
+        except Exception as error:  # one question that goes wrong must not be any other's trouble
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            _log.error("a question failed: %s: %.300s (%s, line %s)", type(error).__name__, error, *place[:2])
+            tell(
+                "error",
+                {"text": f"this question could not be answered ({type(error).__name__}): ask it in another way"},
+            )
         finally:
             events.put_nowait(None)
 
     task = asyncio.create_task(work())
     try:
         while (event := await events.get()) is not None:
-            yield f"event: {event[0]}\ndata: {json.dumps(event[1])}\n\n"
-        await task
+            yield f"event: {event[0]}\ndata: {mend_text(json.dumps(event[1], ensure_ascii=False))}\n\n"
     finally:
         task.cancel()
 

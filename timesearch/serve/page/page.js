@@ -140,7 +140,6 @@ async function ask() {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify({ video: get("video").value, question: get("question").value, options: choices }),
     });
-    if (response.status === 422) return tell("Ask a question of at most 4000 letters, with at most 26 choices.", true);
     if (!response.ok) return tell((await response.json()).detail, true);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
