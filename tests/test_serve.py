@@ -105,7 +105,7 @@ def site(footage: Path, huge: Path, log: Log, tmp_path_factory: pytest.TempPathF
 
     policy = Puppet(speak, encoded=True)
     app = make_app(Asker(settings, policy, MeanColour(), root / "cache"), policy, [folder], root / "uploads")
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -420,8 +420,7 @@ def test_any_json_gets_an_answer_or_a_sentence(
         segments | st.binary(max_size=12).map(lambda data: quote(data).encode()) | st.binary(max_size=6), max_size=5
     ),
     body=st.binary(max_size=300),
-    header=st.binary(max_size=40)
-    | st.sampled_from([JSON, b"Upgrade: websocket\r\nConnection: upgrade", b"Expect: 100-continue"]),
+    header=st.binary(max_size=40) | st.sampled_from([JSON, b"Expect: 100-continue"]),
 )
 @settings(max_examples=150, deadline=None)
 def test_any_request_gets_an_answer(site: str, method: str, path: list[bytes], body: bytes, header: bytes) -> None:
@@ -468,10 +467,10 @@ def test_a_long_video_is_prepared_once_and_holds_up_nobody_else(site: str) -> No
         client = leaving.enter_context(httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None)))
         asked = {"video": "0/huge.mp4", "question": "What?"}
         streams = [leaving.enter_context(client.stream("POST", f"{site}/api/ask", json=asked)) for _ in range(12)]
-        for stream in streams:
-            lines = stream.iter_lines()
+        heard = [stream.iter_lines() for stream in streams]  # kept, for a stream ends with what reads it
+        for lines in heard:
             assert any("reading huge.mp4" in line for line in lines)
-        assert len(readers_of("huge.mp4")) == 1
+        assert until(lambda: len(readers_of("huge.mp4")) == 1)
         assert httpx.put(f"{site}/api/videos/meanwhile.mp4", content=b"x" * 2**22, timeout=20).status_code == 200
         busy = statistics.median(answered() for _ in range(5))
         assert busy < 10 * idle  # it was 44 seconds to a tenth of one

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from timesearch.errors import ItemError, TemporaryError, TimeSearchError
 from timesearch.redaction import redact
+from timesearch.untrusted import mend_text
 
 app = typer.Typer(
     name="timesearch",
@@ -72,5 +73,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _stop(text: str, code: int) -> None:
-    _errors.print(redact(f"timesearch: {text}"), markup=False, highlight=False)
+    _errors.print(redact(mend_text(f"timesearch: {text}")), markup=False, highlight=False)
     raise SystemExit(code)

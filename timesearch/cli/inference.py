@@ -254,7 +254,7 @@ def serve(
     listener = listen(host, port)
     asker, policy = _open_asker(params, model, url, cache)
     page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
-    server = uvicorn.Server(uvicorn.Config(page, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
 
     async def answer() -> None:
         await policy.connect()

@@ -258,5 +258,6 @@ def contact_sheet(frames: FrameCache, seconds: Sequence[float], target: Path, wi
     try:
         with atomic_path(target) as partial:
             sheet.save(partial, "PNG")
-    except OSError as error:
-        raise RequestError(f"{target} cannot be written ({error.strerror}): name another file by --save") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{target} cannot be written ({why}): name another file by --save") from error
