@@ -175,7 +175,7 @@ async def measure(url: str) -> dict[str, Any]:
 
         await answered(client, "0/ready.mp4")
         figures: dict[str, Any] = {"idle": await several()}
-        loads = [asyncio.create_task(answered(client, "0/huge.mp4")) for _ in range(ASKERS)]
+        loads: list[asyncio.Task[Any]] = [asyncio.create_task(answered(client, "0/huge.mp4")) for _ in range(ASKERS)]
         loads += [asyncio.create_task(upload_again(client, f"{number}.mp4")) for number in range(UPLOADS)]
         await until(lambda: is_read("huge.mp4"))
         figures["preparing"] = await several()
