@@ -22,9 +22,9 @@ STAGES = ("download", "models", "frames", "features", "coldstart", "train", "inf
 
 _UNCHANGED = "didn't change, skipping"
 _HINTS = ("To track the changes", "git add", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")
-_EXITED = re.compile(r"exited with (-?\d+)")
-_PROGRESS = re.compile(r"^[\w -]+: (?P<done>\d+)/(?P<total>\d+)\b")
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_EXITED = re.compile(r"exited with (-?\d{1,9})")
+_PROGRESS = re.compile(r"^[\w -]++: (?P<done>\d{1,15})/(?P<total>\d{1,15})\b")
+_ANSI = re.compile(r"\x1b\[[0-9;?]*+[A-Za-z]")
 _TAIL_LINES = 12
 _INTERRUPTED = 130
 _TEMPORARY = 75

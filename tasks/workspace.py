@@ -33,7 +33,7 @@ _STATE = ("params.yaml", "dvc.yaml", "dvc.lock", *_DATA)
 """What says what a run is made of, besides its code."""
 _CODE = ("timesearch", "configs")
 """What a stage's command runs from its tree; flows and tasks are always the checkout's."""
-_PARAMETER = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+_PARAMETER = re.compile(r"[a-z_]++(\.[a-z_]++)*+")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timesearch.evaluation.qa import parse_choice
 from timesearch.messages import Message
 from timesearch.rewards import (
     accuracy,
@@ -19,6 +20,7 @@ from timesearch.rewards import (
     rule_judge,
     score_episode,
 )
+from timesearch.samples import LETTERS
 
 CALL = (
     '<think>where?</think>\n<tool_call>\n{"name": "seek_video_frames", "arguments": {"query": "a star"}}\n</tool_call>'
@@ -90,10 +92,30 @@ def test_completeness_decides_above_a_half() -> None:
 
 @pytest.mark.parametrize(
     ("text", "letter"),
-    [("B", "B"), (" b ", None), ("(B)", "B"), ("B. a dog", "B"), ("B) a dog", "B"), ("Bee", None), ("", None)],
+    [
+        *((text, "B") for text in ("B", " B\n", "(B)", "B.", "B:", "B)", "(B", "B. a dog", "B) a dog", "B: a dog")),
+        *((text, "B") for text in ("(B) a dog", "(B). a dog", "B. two\nlines", "B. a (B)", "B. C is wrong")),
+        *((text, None) for text in ("", " b ", "(b)", "Bee", "B a dog", "B or C", "B, C", "**B**", "[B]", "Answer: B")),
+        *((text, None) for text in ("(C) or (B)", "B. not (C)", "\u0392", "\uff22", "((B))", "B" * 100_000)),
+    ],
 )
 def test_letters(text: str, letter: str | None) -> None:
+    """The reference refuses ``(B)``, ``B)`` and ``B:``, which are how options are written, and takes ``B a dog`` and
+    ``B or C``, by which a policy could name several."""
     assert choice_letter(text) == letter
+
+
+said = st.lists(
+    st.one_of(st.sampled_from([*"ABCDEab(). ,:\n'", "a red car", "USA ", "(C) "]), st.text(max_size=3)), max_size=8
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(said, st.lists(st.text(min_size=1, max_size=8), max_size=26), st.integers(0, 25))
+def test_what_training_rewards_evaluation_counts_as_right(answer: str, options: list[str], right: int) -> None:
+    gold = LETTERS[right % (len(options) or 7)]
+    if accuracy(answer, gold, "multiple_choice") == 1.0:
+        assert parse_choice(answer, options) == gold
 
 
 @pytest.mark.parametrize(
@@ -104,10 +126,75 @@ def test_letters(text: str, letter: str | None) -> None:
         ("1s - 2s", [(1.0, 2.0)]),
         ('{"start_time": 3, "end_time": 4}', [(3.0, 4.0)]),
         ("no times", []),
+        ("secsec 1 secsec 2 ond 3", [(1.0, 2.0)]),
+        ("-1 to 2, 1.5.6 to 7", [(-1.0, 2.0), (5.6, 7.0)]),
+        ("9" * 8_000 + " to " + "9" * 8_000, []),
     ],
 )
 def test_intervals_in_words(text: str, pairs: list[tuple[float, float]]) -> None:
     assert parse_intervals(text) == pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ('{"start_time": 3, "end_time": 4}', [(3.0, 4.0)]),
+        ('```json\n{"start_time": 3, "end_time": 4}\n```', [(3.0, 4.0)]),
+        ("```\n[[3, 4], [5.5, 6]]\n```", [(3.0, 4.0), (5.5, 6.0)]),
+        ('It is ```JSON {"start_time": 3, "end_time": 4}``` there', [(3.0, 4.0)]),
+        ('```json\n[{"start_time": 3, "end_time": 4}, [5, 6]]', [(3.0, 4.0), (5.0, 6.0)]),
+        ("[3, 4]", [(3.0, 4.0)]),
+        ("```3 to 4```", [(3.0, 4.0)]),
+        ("[[3, 4], null, [5], [true, 6], [NaN, 7], 8]", [(3.0, 4.0)]),
+        ("[" * 100_000, []),
+        ("[[3, " + "9" * 5_000 + "]]", []),
+        ('{"start_time": "3"}', []),
+    ],
+)
+def test_intervals_in_json(text: str, pairs: list[tuple[float, float]]) -> None:
+    """The reference reads JSON objects, fenced or not, and no plain lists, which are what the prompts here ask for."""
+    assert parse_intervals(text) == pairs
+
+
+GROUNDING, WORDS, TIMES = "[[10, 20]]", "a red bus", '{"start_time": 10, "end_time": 20}'
+
+
+@pytest.mark.parametrize(
+    ("turn", "answer", "kind", "format", "right"),
+    [
+        # Grounding.
+        ("<think>t</think><answer>[[10, 20]]</answer>", GROUNDING, "grounding", 1, 1),
+        ("<think>t</think><answer>10 to 15 seconds</answer>", GROUNDING, "grounding", 1, 0.5),
+        (
+            '<think>t</think><answer>```json\n{"start_time": 10, "end_time": 20}\n```</answer>',
+            GROUNDING,
+            "grounding",
+            1,
+            1,
+        ),
+        # The reference gives 1 where both sides have no length: nothing was found there, so here it is 0.
+        ("<think>t</think><answer>[[10, 10]]</answer>", "[[10, 10]]", "grounding", 1, 0),
+        ("<think>t</think><answer>[[20, 10]]</answer>", GROUNDING, "grounding", 1, 0),
+        # Open-ended. The reference scores 0 from 100 characters on. Here the judge's server has that bound as a
+        # parameter (`judge.max_candidate_chars`: a longer answer scores 0, one of exactly 100 is asked about).
+        ("<think>t</think><answer>The red bus.</answer>", WORDS, "open_ended", 1, 1),
+        ("<think>t</think><answer>" + "x" * 100 + "</answer>", "x" * 100, "open_ended", 1, 1),
+        ("<think>t</think><answer>a red bus, or a blue one</answer>", WORDS, "open_ended", 1, 0),
+        # Tags inside a thought. The reference takes the first tag wherever it stands; here a thought is no act, or a
+        # policy that weighs an answer in its thought would be held to it.
+        ("<think>maybe <answer>C</answer></think><answer>B</answer>", "B", "multiple_choice", 0, 1),
+        ("<think>maybe <answer>B</answer></think><answer>C</answer>", "B", "multiple_choice", 0, 0),
+        ("<think>I could <tool_call>{}</tool_call></think><answer>B</answer>", "B", "multiple_choice", 0, 1),
+        ("<think>t</think><tool_call>{</tool_call><answer>B</answer>", "B", "multiple_choice", 0, 0),
+        ("<think>t</think><answer>A<answer>B</answer></answer>", "B", "multiple_choice", 0, 1),
+        # A right answer that a file gives in lower case or with its text.
+        ("<think>t</think><answer>B</answer>", "b", "multiple_choice", 1, 1),
+        ("<think>t</think><answer>(B) a cat</answer>", "B. a cat", "multiple_choice", 1, 1),
+    ],
+)
+def test_scores_of_all_kinds(turn: str, answer: str, kind: str, format: float, right: float) -> None:
+    scores = score_episode(episode(turn), answer, kind, None)
+    assert (scores["format"], scores["accuracy"]) == (format, right)
 
 
 def test_the_rule_judge_minds_words_only() -> None:

@@ -37,8 +37,8 @@ _LONGVIDEOBENCH_FIELDS = (
     *("id", "video_path", "question", "candidates", "correct_choice", "duration", "position", "gt_frame_index"),
     *(f"option{i}" for i in range(5)),
 )
-_OPTION_LETTER = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
+_OPTION_LETTER = re.compile(r"\s*+\(?([A-Z])\s*+[).:]\s*+")
+_CLOCK = re.compile(r"(?<!\d)(?:(\d++):)?(\d++):(\d++(?:\.\d++)?+)")
 
 
 def to_rows(row: Row, number: int) -> list[Row]:

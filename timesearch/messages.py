@@ -8,21 +8,27 @@ a tool message puts a text block such as ``12.5s`` before each image.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from timesearch.untrusted import MAX_DEPTH, UntrustedError, mend_text, parse_json
 
 Message = dict[str, Any]
 Block = dict[str, Any]
 
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+# A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-_CONTROL = re.compile(r"<\|(\w*)\|>")
-_SECONDS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*s\s*")
+_CONTROL = re.compile(r"<\|(\w*+)\|>")
+_SECONDS = re.compile(r"\s*+(\d++(?:\.\d++)?+)\s*+s\s*+")
+
+_REPAIRED_CHARS = 1000
+"""Length of a damaged call that is still repaired: twice the longest query. The repair takes quadratic time at worst,
+0.05 s at this length."""
+_REPAIRED_CALLS = 8
+"""Damaged calls of one turn that are repaired at most."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -33,9 +39,10 @@ def format_seconds(seconds: float) -> str:
 def neutralise(text: str) -> str:
     """Text in which nothing is a control token any more: ``<|image_pad|>`` becomes ``<image_pad>``.
 
-    Questions and model outputs go through this, because a tokenizer reads control tokens wherever they stand.
+    Questions and model outputs go through this, because a tokenizer reads control tokens wherever they stand. Halves of
+    surrogate pairs, which no tokenizer and no file takes, are replaced too.
     """
-    return _CONTROL.sub(r"<\1>", text)
+    return _CONTROL.sub(r"<\1>", mend_text(text))
 
 
 def text_of(message: Message) -> str:
@@ -48,7 +55,8 @@ def text_of(message: Message) -> str:
 
 def tagged_answers(text: str) -> list[str]:
     """What stands between ``<answer>`` and ``</answer>``, innermost where they nest, in order."""
-    return [answer.strip() for answer in _ANSWER.findall(text)]
+    closed = (part.rpartition("<answer>") for part in text.split("</answer>")[:-1])
+    return [answer.strip() for _, opened, answer in closed if opened]
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,14 @@ def parse_turn(text: str) -> Turn:
 
     A turn that calls a tool does not answer, whatever else it says: it has not seen the tool's frames yet.
     """
-    thought = _THINK.search(text)
-    spoken = text[thought.end() :] if thought else text
-    calls = [_parse_call(body) for body in _TOOL_CALL.findall(spoken)]
+    thought, closed, spoken = text.partition("<think>")[2].partition("</think>")
+    if not closed:
+        spoken = text
+    repairs = iter(range(_REPAIRED_CALLS))
+    calls = [_parse_call(body, repairs) for body in _TOOL_CALL.findall(spoken)]
     answers = [] if calls else tagged_answers(spoken)
     return Turn(
-        thought=thought.group(1).strip() if thought else None,
+        thought=thought.strip() if closed else None,
         calls=calls,
         answer=answers[-1] if answers else None,
     )
@@ -93,27 +103,36 @@ def describe_call(call: ToolCall) -> str:
     return f"{call.name}: {', '.join(map(str, given))}".removesuffix(": ")
 
 
-def _parse_call(body: str) -> ToolCall:
+def _parse_call(body: str, repairs: Iterator[int]) -> ToolCall:
+    """A call from the JSON that it was written as; each item of `repairs` allows one repair."""
     try:
-        value = json.loads(body)
-    except (json.JSONDecodeError, RecursionError):
-        import json_repair
-
-        try:
-            value = json_repair.loads(body[:10_000])
-        except (ValueError, RecursionError):
-            value = None
+        value = parse_json(body)
+    except UntrustedError:
+        value = _repaired(body) if next(repairs, None) is not None else None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return ToolCall("", {}, 'not a JSON object with "name" and "arguments"')
     arguments = value.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError:
+            arguments = parse_json(arguments)
+        except UntrustedError:
             arguments = None
     if not isinstance(arguments, dict):
         return ToolCall(value["name"], {}, '"arguments" must be a JSON object')
     return ToolCall(value["name"], arguments)
+
+
+def _repaired(body: str) -> Any:
+    """What a damaged JSON text means, where that is plain; else None."""
+    if len(body) > _REPAIRED_CHARS or sum(map(body.count, "{[(")) > MAX_DEPTH:
+        return None
+    import json_repair
+
+    try:
+        return parse_json(json_repair.repair_json(body))
+    except Exception:
+        # The library guesses, and stumbles over some texts in ways that it does not name (AssertionError and others).
+        return None
 
 
 def final_answer(messages: Sequence[Message]) -> str | None:

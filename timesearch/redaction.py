@@ -8,13 +8,15 @@ from typing import Any
 
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|AUTH_STRING", re.IGNORECASE)
-_USER_INFO = re.compile(r"(\w:/{1,2})[^/\s@'\"]+@")
+# Texts that are redacted may come from anywhere: each takes time in proportion to them (`tests/test_linear.py`).
+_USER_INFO = re.compile(r"(\w:/{1,2})[^/\s@'\"]++@")
 _QUERY = re.compile(
-    r"([?&;](?:[\w.-]*(?:token|secret|signature|password|api_?key|access_?key|credential)[\w.-]*|sig|key|auth)=)"
-    r"[^&;\s'\"#<>]+",
+    r"([?&;](?=[\w.-]++=[^&;\s'\"#<>])"
+    r"(?:[\w.-]*?(?:token|secret|signature|password|api_?key|access_?key|credential)[\w.-]*+|sig|key|auth)=)"
+    r"[^&;\s'\"#<>]++",
     re.IGNORECASE,
 )
-_HEADER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}")
+_HEADER = re.compile(r"\b(Bearer|Basic)\s++[A-Za-z0-9._~+/=-]{6,}+")
 _SHORTEST = 6
 """Values of secret variables below this length (such as ``1``) are words, not secrets."""
 

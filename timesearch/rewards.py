@@ -10,24 +10,31 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from string import ascii_letters
+from typing import Any
 
 from timesearch.messages import Message, final_answer, text_of
 from timesearch.samples import LETTERS
+from timesearch.untrusted import UntrustedError, parse_json
 
 Judge = Callable[[str, str], float]
 """(reference answer, candidate answer) -> score in [0, 1]"""
 
+# A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
 _TURN = re.compile(
-    r"\s*<think>(?:(?!</?(?:think|answer|tool_call)>).)*</think>\s*"
-    r"(?P<act><tool_call>(?:(?!</?(?:think|answer|tool_call)>).)*</tool_call>"
-    r"|<answer>(?:(?!</?(?:think|answer|tool_call)>).)*</answer>)\s*",
+    r"\s*+<think>(?:(?!</?(?:think|answer|tool_call)>).)*+</think>\s*+"
+    r"(?P<act><tool_call>(?:(?!</?(?:think|answer|tool_call)>).)*+</tool_call>"
+    r"|<answer>(?:(?!</?(?:think|answer|tool_call)>).)*+</answer>)\s*+",
     re.DOTALL,
 )
-_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*)?", re.DOTALL)
-_PAIR = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:s(?:ec(?:ond)?s?)?|,|-|to|\s)+\s*(-?\d+(?:\.\d+)?)")
+_LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*+)?", re.DOTALL)
+_BRACKETED = re.compile(r"\(([A-Z])\)")
+_NUMBER = r"-?(?<!\d)\d++(?:\.\d++)?+"
+"""A number from its first digit on: begun anew at each digit, a long number would be read as often as it has digits."""
+_PAIR = re.compile(rf"({_NUMBER})(?:s(?:ec(?:ond)?)?|,|-|to|\s)++({_NUMBER})")
 
 
 def format_reward(messages: Sequence[Message]) -> float:
@@ -40,9 +47,14 @@ def format_reward(messages: Sequence[Message]) -> float:
 
 
 def choice_letter(answer: str) -> str | None:
-    """The capital letter that an answer is, or begins with as an option does (``B``, ``(B)``, ``B. a dog``)."""
+    """The capital letter that an answer is, or begins with as an option does (``B``, ``(B)``, ``B. a dog``).
+
+    None also where the rest names another in brackets: ``(C) or (D)`` is no choice.
+    """
     match = _LETTER.fullmatch(answer.strip())
-    return match.group(1) if match else None
+    if match is None or {*_BRACKETED.findall(match[0])} - {match[1]}:
+        return None
+    return match[1]
 
 
 def answer_letter(answer: str, options: Sequence[str]) -> str | None:
@@ -60,36 +72,49 @@ def answer_letter(answer: str, options: Sequence[str]) -> str | None:
 def parse_intervals(text: str) -> list[tuple[float, float]]:
     """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20 seconds, 31-40``.
 
-    JSON may be one pair, a list of pairs, or the reference's ``{"start_time": 12.5, "end_time": 20}``.
+    JSON may be one pair, the reference's ``{"start_time": 12.5, "end_time": 20}``, or a list of either, alone or
+    between fences of three backticks.
     """
-    try:
-        value = json.loads(text, parse_int=float)
-    except (json.JSONDecodeError, RecursionError):
-        return [(float(start), float(end)) for start, end in _PAIR.findall(text)]
-    if isinstance(value, dict):
-        value = [value.get("start_time"), value.get("end_time")]
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(item, (int, float)) for item in value):
-        value = [value]
-    if not isinstance(value, list):
-        return []
-    pairs = [item for item in value if isinstance(item, list) and len(item) == 2]
-    return [(float(a), float(b)) for a, b in pairs if isinstance(a, (int, float)) and isinstance(b, (int, float))]
+    fenced = text.partition("```")[2].partition("```")[0].lstrip(ascii_letters)
+    for written in (text, fenced):
+        try:
+            return list(_pairs(parse_json(written)))
+        except UntrustedError:
+            pass
+    found = ((float(start), float(end)) for start, end in _PAIR.findall(text))
+    return [pair for pair in found if all(map(math.isfinite, pair))]
+
+
+def _pairs(value: Any) -> Iterator[tuple[float, float]]:
+    """The pairs in a JSON value: it is one itself, or a list of some."""
+    items = value if isinstance(value, list) and not all(map(_is_number, value)) else [value]
+    for item in items:
+        pair = [item.get("start_time"), item.get("end_time")] if isinstance(item, dict) else item
+        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)):
+            yield float(pair[0]), float(pair[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def interval_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
     """Intersection over union of the unions of two lists of [start, end] intervals; 0 where both are empty."""
     union_a, union_b = _union(a), _union(b)
-    shared = sum(
-        max(0.0, min(end_a, end_b) - max(start_a, start_b)) for start_a, end_a in union_a for start_b, end_b in union_b
-    )
+    shared, i, j = 0.0, 0, 0
+    while i < len(union_a) and j < len(union_b):
+        (start_a, end_a), (start_b, end_b) = union_a[i], union_b[j]
+        shared += max(0.0, min(end_a, end_b) - max(start_a, start_b))
+        i, j = (i + 1, j) if end_a < end_b else (i, j + 1)
     total = sum(end - start for start, end in union_a) + sum(end - start for start, end in union_b) - shared
-    return shared / total if total > 0 else 0.0
+    return shared / total if 0 < total < math.inf else 0.0
 
 
 def _union(intervals: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Disjoint intervals in order; those that are reversed, of no length or not finite cover nothing."""
     merged: list[tuple[float, float]] = []
-    for start, end in sorted((float(pair[0]), float(pair[1])) for pair in intervals):
-        if end <= start:
+    for start, end in sorted((float(pair[0]), float(pair[1])) for pair in intervals if pair[0] < pair[1]):
+        if math.isinf(end - start):
             continue
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
@@ -113,7 +138,7 @@ def accuracy(candidate: str | None, answer: str, question_type: str, judge: Judg
     if candidate is None or not candidate.strip():
         return 0.0
     if question_type == "multiple_choice":
-        return float(choice_letter(candidate) == choice_letter(answer) is not None)
+        return float(choice_letter(candidate) == answer_letter(answer, ()) is not None)
     if question_type == "grounding":
         return interval_iou(parse_intervals(candidate), parse_intervals(answer))
     return judge(answer, candidate)

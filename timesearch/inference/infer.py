@@ -30,7 +30,7 @@ from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, json_digest, write_json, write_jsonl
 from timesearch.progress import Bar, console, progress_bar
 from timesearch.retrieval.selection import Method, select_frames
-from timesearch.rewards import rule_judge, score_episode
+from timesearch.rewards import answer_letter, rule_judge, score_episode
 from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.search.episode import answer_from_frames, run_episode
 from timesearch.search.policy import Policy
@@ -333,9 +333,10 @@ def _record(
 
 def _rewards(prediction: Prediction, settings: Settings) -> dict[str, float]:
     """The training's rewards; what needs a judge's server is left to the stage `evaluate`."""
-    scores = score_episode(
-        prediction.prediction, prediction.answer, prediction.type, prediction.reanswer, judge=rule_judge
-    )
+    answer = prediction.answer
+    if prediction.type == "multiple_choice":
+        answer = answer_letter(answer, prediction.options) or ""
+    scores = score_episode(prediction.prediction, answer, prediction.type, prediction.reanswer, judge=rule_judge)
     if prediction.type == "open_ended" and settings.judge.kind == "server":
         return {"format": scores["format"]}
     return scores

@@ -225,8 +225,9 @@ class _Episode:
             return
         async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
             reply = await session.reply([{"role": "user", "content": content}])
-        self._reanswer = parse_turn(reply.text).answer
-        self._watch(Step("reanswer", text=reply.text))
+        text = neutralise(reply.text)
+        self._reanswer = parse_turn(text).answer
+        self._watch(Step("reanswer", text=text))
 
     async def answer_chosen(self, choose: Callable[[Search], list[int]]) -> None:
         def look() -> list[Block]:

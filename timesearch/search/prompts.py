@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from timesearch.errors import RequestError
+from timesearch.errors import ItemError, RequestError
 from timesearch.samples import LETTERS
 
 _SETS = Path(__file__).parent / "prompt_sets"
-_MARK = re.compile(r"\{(\w+)\}")
+_MARK = re.compile(r"\{(\w++)\}")
 _NAMES = ("system", "user", "next", "correction", "overflow", "reanswer")
 
 
@@ -45,5 +45,14 @@ class Prompts:
 
     @staticmethod
     def question(question: str, options: list[str]) -> str:
-        """The question with its lettered options, a line each."""
+        """The question with its lettered options, a line each.
+
+        Raises:
+            ItemError: `too_many_options`, more than there are letters.
+        """
+        if len(options) > len(LETTERS):
+            raise ItemError(
+                f"a question with {len(options)} options cannot be asked: there are {len(LETTERS)} letters for them",
+                reason="too_many_options",
+            )
         return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))])

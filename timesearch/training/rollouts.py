@@ -15,6 +15,7 @@ Private names of TRL that are used, each held by a test: `_generate`, `_generate
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from timesearch.errors import TimeSearchError
 from timesearch.messages import Block, Message, searched_seconds
 from timesearch.search.checkpoint import multiply_patches, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
+from timesearch.untrusted import UntrustedError, parse_json
 
 
 class ImageMismatchError(TimeSearchError):
@@ -108,6 +110,18 @@ class _Tools(dict[str, Any]):
         return call
 
 
+def _parsed_response(parse: Callable[..., dict[str, Any]], *arguments: Any, **keywords: Any) -> dict[str, Any]:
+    """A turn as the tokenizer's parser reads it, within the bounds of `parse_json`.
+
+    TRL takes a turn that raises ValueError here for plain text; of deep nesting and of half surrogate pairs it dies.
+    """
+    try:
+        parsed: dict[str, Any] = parse_json(json.dumps(parse(*arguments, **keywords)))
+    except RecursionError as error:
+        raise UntrustedError("nested too deeply") from error
+    return parsed
+
+
 class EpochSampler(RepeatSampler):
     """TRL's sampler with an order that follows from the epoch, so that a resumed run meets the questions it would have.
 
@@ -138,6 +152,7 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(**arguments)
         multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
+        self._tokenizer.parse_response = partial(_parsed_response, self._tokenizer.parse_response)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(

@@ -45,8 +45,9 @@ _MATRIX = (
 """ISO/IEC 11172-2, Section 2.4.3.2: the matrix for intra blocks, which ffmpeg takes for luma and chroma alike."""
 _COARSER = {"intra_matrix": 1.25, "chroma_intra_matrix": 2.8}
 """Factors of that matrix for luma and chroma: a quarter of the bytes for 0.006 of RGB SSIM (`benchmarks/caches.py`)."""
-_CUT_OFF = re.compile(r"partial file|File ended prematurely|\[in#0/(mov|matroska|avi)[^]]*] corrupt input packet")
-_SUMMARY = re.compile(r"\(video\): (\d+) packets read .*? (\d+) decode errors")
+_CUT_OFF = re.compile(r"partial file|File ended prematurely|\[in#0/(mov|matroska|avi)[^][]*+] corrupt input packet")
+_SUMMARY = re.compile(r"\(video\): (\d{1,15}) packets read \([^()]*+\)[^()]*? (\d{1,15}) decode errors")
+_SOURCE = re.compile(r"\[[^][]*+] ")
 
 
 def sample_jpegs(
@@ -131,7 +132,7 @@ class _Verdict:
                 verdict.packets = int(summary[1])
                 verdict.damaged += int(summary[2])
             elif "rror" in line:
-                verdict.last_error = re.sub(r"\[[^]]*] ", "", line).strip()
+                verdict.last_error = _SOURCE.sub("", line).strip()
         return verdict
 
     def check(self, video: Path) -> None:
