@@ -186,7 +186,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "neutralise": messages.neutralise,
     "tagged_answers": messages.tagged_answers,
     "final_answer": lambda text: messages.final_answer(assistant(text)),
-    "tool_frames": lambda text: messages.tool_frames([{"role": "tool", "content": [{"type": "text", "text": text}]}]),
+    "exchanges": lambda text: messages.exchanges([{"role": "tool", "content": [{"type": "text", "text": text}]}]),
     "format_reward": lambda text: rewards.format_reward(assistant(text)),
     "choice_letter": rewards.choice_letter,
     "parse_intervals": rewards.parse_intervals,
