@@ -217,6 +217,9 @@ def test_what_keeps_it_from_serving_is_said_in_one_sentence(
         for options, code, says in (
             (["--port", "0"], 75, "no policy server at http://127.0.0.1:1/v1"),
             (["--port", port], 2, f"cannot listen at 127.0.0.1, port {port} (address already in use)"),
+            ([str(tmp_path / "absent")], 2, "absent is no folder of videos that can be read"),
+            ([str(tmp_path / ("a" * 300))], 2, "File name too long"),
+            ([__file__], 2, "Not a directory"),
             (["--host", "203.0.113.1"], 2, "cannot listen at 203.0.113.1"),
             (["--host", "nowhere.invalid"], 2, "cannot listen at nowhere.invalid"),
         ):

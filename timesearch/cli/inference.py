@@ -248,9 +248,13 @@ def serve(
     """Ask about videos in the browser: a small page on this machine."""
     import uvicorn
 
-    from timesearch.inference.ask import default_cache
+    from timesearch.inference.ask import as_request, default_cache
     from timesearch.serve.api import address, listen, make_app
+    from timesearch.serve.videos import check_folder
 
+    for folder in folders or ():
+        with as_request():
+            check_folder(folder)
     listener = listen(host, port)
     asker, policy = _open_asker(params, model, url, cache)
     page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)

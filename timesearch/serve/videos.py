@@ -41,6 +41,20 @@ def file_name(said: str) -> str:
     return name
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what is no folder that can be read.
+
+    Raises:
+        ItemError: `unreadable`, with the reason.
+    """
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise ItemError(
+            f"{folder} is no folder of videos that can be read ({error.strerror})", reason="unreadable"
+        ) from error
+
+
 class Videos:
     """The videos that may be asked about.
 
