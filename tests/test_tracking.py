@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from scratch_project import free_port, wait_for
 
 from timesearch import tracking
+from timesearch.judge import make_judge
 from timesearch.redaction import redact, redact_value
 from timesearch.samples import EpisodeError, Prediction
-from timesearch.settings import Settings, Tracking
+from timesearch.settings import Judge, Settings, Tracking
 from timesearch.tracking import PARENT_RUN, parent_run, stage_run
 
 EPISODE = Prediction(
@@ -153,6 +154,73 @@ def test_a_server_that_stays_away_is_said_without_its_password_and_the_work_is_d
     assert "work goes on" in said[0]
     assert "the last records of this run (train) are not in it" in said[1]
     assert "planted" not in caplog.text
+
+
+def test_what_mlflow_never_takes_blocks_nothing_and_is_named_once(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store of files that refuses; a metric's name that no MLflow takes; runs and experiments that were deleted."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "_RETRY_AFTER", 600.0)
+    caplog.set_level(logging.WARNING, "timesearch.tracking")
+
+    def said() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.name == "timesearch.tracking"]
+        caplog.clear()
+        return lines
+
+    client = MlflowClient(settings.tracking.uri)
+    experiment = client.create_experiment("timesearch", "/proc/no-place-for-files")
+    (tmp_path / "plot.csv").write_text("a,b\n")
+    keep = tmp_path / "run"
+    with stage_run(settings, "train", keep=keep) as run:
+        for step in range(6):
+            run.log_metrics({"reward": float(step)}, step=step)
+            run.log_artifact(tmp_path / "plot.csv", "plots")
+        run.log_metrics({"no\nname": 1.0})
+        run.set_tags({"said": "last"})
+    done = client.get_run(str(run.id))
+    assert [metric.step for metric in client.get_metric_history(str(run.id), "reward")] == list(range(6))
+    assert (done.info.status, done.data.tags["said"]) == ("FINISHED", "last")
+    (line,) = said()
+    assert "did not take 7 records of this run (train), the first of them plots/plot.csv: " in line
+
+    client.delete_run(str(run.id))
+    with stage_run(settings, "train", keep=keep) as again:
+        assert again.id not in (None, run.id)
+        client.delete_experiment(experiment)
+        again.log_metrics({"reward": 1.0})
+        again.log_metrics({"reward": 2.0})
+    (line,) = said()
+    assert "the run was deleted, or its experiment" in line
+
+    with stage_run(settings, "train") as third:
+        assert third.id is None
+    (line,) = said()
+    assert f"was deleted: restore it (mlflow experiments restore --experiment-id {experiment})" in line
+
+
+@pytest.mark.parametrize(
+    "copy", [".dvc/tmp/exps/tmpabc", ".dvc/tmp/exps/standalone/tmpabc", ".dvc/tmp/exps/tmpabc/sub"]
+)
+def test_a_run_in_dvcs_copy_is_recorded_in_the_project(
+    copy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dvc exp run --temp` and `--queue` remove the copy with all that is in it."""
+    (tmp_path / copy).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / copy)
+    settings = Settings()
+    assert tracking.tracking_uri(settings) == f"sqlite:///{tmp_path}/mlflow.db"
+    settings.tracking.uri = "http://127.0.0.1:5000"
+    assert tracking.tracking_uri(settings) == "http://127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////elsewhere/mlflow.db")
+    assert tracking.tracking_uri(settings) == "sqlite:////elsewhere/mlflow.db"
+    make_judge(Judge(kind="server"))._verdicts.put("key", 1.0)
+    assert (tmp_path / "cache" / "judge.sqlite").is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.tracking_uri(Settings()) == "sqlite:///mlflow.db"
 
 
 @pytest.fixture

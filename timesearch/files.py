@@ -62,6 +62,17 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
 
 
+def project_folder() -> Path:
+    """The folder of the project that runs here.
+
+    `dvc exp run --temp` and `--queue` run in a copy under ``.dvc/tmp/exps`` of the project, which is removed with all
+    that DVC does not know of: what is to outlast it goes into the project itself.
+    """
+    here = Path.cwd()
+    copies = [folder for folder in here.parents if folder.parts[-3:] == (".dvc", "tmp", "exps")]
+    return copies[0].parents[2] if copies else here
+
+
 def inside(root: Path | str, relative: str) -> Path:
     """Join `relative` to `root`.
 

@@ -1,7 +1,8 @@
 """What a run did, recorded in MLflow: a parent run for a flow, a run for each stage, a trace for a sampled episode.
 
-MLflow is a record, never a condition: what cannot be written at once is kept in order and tried again, it is said once,
-and the computing goes on.
+MLflow is a record, never a condition: while it is away, what cannot be written is kept in order and tried again, it is
+said once, and the computing goes on. What an MLflow that answers does not take is set aside, tried once more at the
+end, and then named; where the experiment or the run was deleted, nothing is waited for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from timesearch.files import file_digest, write_text
+from timesearch.files import file_digest, project_folder, write_text
+from timesearch.http import status_may_pass
 from timesearch.messages import ToolCall, describe_call, exchanges, parse_turn, text_of
 from timesearch.redaction import redact, redact_value
 from timesearch.samples import Prediction
@@ -41,6 +44,8 @@ _LAST_CHANCE = 60.0
 """Seconds that an ended run waits for an MLflow that does not answer."""
 _PATIENCE = 120.0
 """Seconds that the start of a run waits for its id, and its end for the last records, while MLflow does not fail."""
+_WASTED = 10.0
+"""Seconds spent on records that are not taken after which no further file is tried: each may take that long."""
 _SHARED_SECTIONS = {
     "coldstart": ("search",),
     "train": ("search", "judge"),
@@ -50,8 +55,23 @@ _SHARED_SECTIONS = {
 
 
 def tracking_uri(settings: Settings) -> str:
-    """The MLflow store: `MLFLOW_TRACKING_URI` where it is set, else the settings' own."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
+    """The MLflow store: `MLFLOW_TRACKING_URI` where it is set, else the settings' own; a file is under the project."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.tracking.uri
+    store, project = _sqlite_file(uri), project_folder()
+    return uri if store is None or project == Path.cwd() else f"sqlite:///{project / store}"
+
+
+class _GoneError(Exception):
+    """MLflow will not take this run, however often it is asked; the text says why."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Something to be written: what it is, in words, and whether it goes to the store of files."""
+
+    what: str
+    write: Callable[[MlflowClient], object]
+    is_file: bool = False
 
 
 class Run:
@@ -64,12 +84,15 @@ class Run:
         self._uri = tracking_uri(settings)
         self._client: MlflowClient | None = None
         self._experiment = ""
-        self._pending: Queue[Callable[[MlflowClient], object] | None] = Queue()
+        self._pending: Queue[_Record | None] = Queue()
+        self._refused: list[_Record] = []
+        self._refusal = ""
+        self._wasted = 0.0
         self._settled = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
-        self._away = self._lost = False
-        self._do(lambda client: self._open(client, tags))
+        self._away = self._lost = self._gone = False
+        self._do("its beginning", lambda client: self._open(client, tags))
         self._writer = threading.Thread(target=self._write, name="mlflow", daemon=True)
         self._writer.start()
         self._settled.wait(_PATIENCE)
@@ -82,18 +105,18 @@ class Run:
     def log_params(self, params: Mapping[str, Any], prefix: str = "") -> None:
         """Record parameters, nested mappings under dotted names."""
         flat = {name: redact(str(value))[:6000] for name, value in _flatten(params, prefix)}
-        self._do(lambda client: self._log_params(client, flat))
+        self._do("parameters", lambda client: self._log_params(client, flat))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record numbers; with `step`, as points of a curve."""
         now = int(time.time() * 1000)
         values = {name: float(value) for name, value in metrics.items()}
-        self._do(lambda client: self._log_metrics(client, values, now, step or 0))
+        self._do("metrics", lambda client: self._log_metrics(client, values, now, step or 0))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record tags."""
         clean = {name: redact(value) for name, value in tags.items()}
-        self._do(lambda client: [client.set_tag(str(self._id), *tag) for tag in clean.items()])
+        self._do("tags", lambda client: [client.set_tag(str(self._id), *tag) for tag in clean.items()])
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Record a file, or all files of a folder, under `folder` of the run's artifacts; texts lose their secrets."""
@@ -101,12 +124,14 @@ class Run:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         for file in files:
             inner = file.relative_to(path).parent if path.is_dir() else Path()
-            self._do(partial(self._log_file, file=file, folder=(Path(folder or "") / inner).as_posix()))
+            target = Path(folder or "") / inner
+            write = partial(self._log_file, file=file, folder=target.as_posix())
+            self._do((target / file.name).as_posix(), write, is_file=True)
 
     def log_text(self, text: str, name: str) -> None:
         """Record a text file under the artifact path `name`."""
         clean = redact(text)
-        self._do(lambda client: client.log_text(str(self._id), clean, name))
+        self._do(name, lambda client: client.log_text(str(self._id), clean, name), is_file=True)
 
     def log_episode(self, prediction: Prediction, frames: Path | str | None = None, name: str = "episode") -> None:
         """Record an episode as a trace with one span a turn, the frames that it saw shown small.
@@ -116,38 +141,78 @@ class Run:
             frames: root of the frame caches that the shown frames are read from; None records their times only.
             name: what the trace is called in the list of traces.
         """
-        self._do(lambda client: self._trace(client, prediction, Path(frames) if frames else None, name))
+        root = Path(frames) if frames else None
+        self._do("an episode", lambda client: self._trace(client, prediction, root, name))
 
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED, once what is pending is written."""
-        self._do(lambda client: client.set_terminated(str(self._id), status))
+        self._do("its end", lambda client: client.set_terminated(str(self._id), status))
         self._pending.put(None)
         self._deadline = time.monotonic() + _LAST_CHANCE
         self._closing.set()
         self._writer.join(_PATIENCE)
         if self._writer.is_alive() or self._lost:
             logger.warning("MLflow did not come back: the last records of this run (%s) are not in it", self._name)
+        elif self._refused and not self._gone:
+            logger.warning(
+                "MLflow at %s did not take %d records of this run (%s), the first of them %s: %s; the others are in it",
+                redact(self._uri),
+                len(self._refused),
+                self._name,
+                redact(self._refused[0].what),
+                self._refusal,
+            )
 
-    def _do(self, operation: Callable[[MlflowClient], object]) -> None:
-        self._pending.put(operation)
+    def _do(self, what: str, write: Callable[[MlflowClient], object], is_file: bool = False) -> None:
+        self._pending.put(_Record(what, write, is_file))
 
     def _write(self) -> None:
-        """Write what is pending, in order; what fails is tried again, for a while also when the run has ended."""
-        while (operation := self._pending.get()) is not None:
-            while not self._try(operation):
-                if time.monotonic() > self._deadline:
-                    self._lost = True
-                    return
-                if self._closing.wait(_RETRY_AFTER):
-                    time.sleep(min(_RETRY_AFTER, 1.0))
+        """Write what is pending, in order, and then once more what was set aside."""
+        if self._go_through(iter(self._pending.get, None)):
+            aside, self._refused = self._refused, []
+            self._go_through(aside)
 
-    def _try(self, operation: Callable[[MlflowClient], object]) -> bool:
+    def _go_through(self, records: Iterable[_Record | None]) -> bool:
+        """Write records; False where MLflow stayed away."""
+        for record in records:
+            assert record is not None
+            if record.is_file and self._wasted > _WASTED:
+                self._refused.append(record)
+            elif not self._settle(record):
+                return False
+        return True
+
+    def _settle(self, record: _Record) -> bool:
+        """Write a record or set it aside, waiting while MLflow is away; False where it did not come back."""
+        while not self._gone and not self._try(record):
+            if time.monotonic() > self._deadline:
+                self._lost = True
+                return False
+            if self._closing.wait(_RETRY_AFTER):
+                time.sleep(min(_RETRY_AFTER, 1.0))
+        return True
+
+    def _try(self, record: _Record) -> bool:
+        """Write a record, or set it aside where MLflow answers and does not take it; False while MLflow is away."""
+        began = time.monotonic()
         try:
             self._client = self._client or self._connect()
-            operation(self._client)
+            record.write(self._client)
         except Exception as error:  # MLflow's stores raise errors of many libraries, and none may stop the work
+            where = redact(self._uri)
+            try:
+                answers = self._takes_records(error)
+            except _GoneError as gone:
+                logger.warning("MLflow at %s: %s; this run (%s) is not recorded", where, gone, self._name)
+                self._gone = True
+                self._settled.set()
+                return True
+            if answers:
+                self._refused.append(record)
+                self._refusal = _first(error)
+                self._wasted += time.monotonic() - began
+                return True
             if not self._away:
-                where = redact(self._uri)
                 logger.warning("MLflow at %s: %s; work goes on, records are kept and retried", where, _first(error))
             self._away = True
             self._settled.set()
@@ -156,6 +221,28 @@ class Run:
             logger.warning("MLflow is back: what was kept is written")
         self._away = False
         self._settled.set()
+        return True
+
+    def _takes_records(self, error: Exception) -> bool:
+        """Whether MLflow is there for other records of this run, though one of them ended in `error`.
+
+        Raises:
+            _GoneError: it will take none.
+        """
+        if isinstance(error, _GoneError):
+            raise error
+        if self._client is None or self._id is None:
+            if _lasts(error):
+                raise _GoneError(_first(error))
+            return False
+        try:
+            run = self._client.get_run(self._id)
+        except Exception as failure:
+            if _lasts(failure):
+                raise _GoneError(_first(failure)) from failure
+            return False
+        if run.info.lifecycle_stage == "deleted":
+            raise _GoneError("the run was deleted, or its experiment: restore it there, or start another")
         return True
 
     def _connect(self) -> MlflowClient:
@@ -180,13 +267,18 @@ class Run:
                 if found is None:
                     raise
                 self._experiment = found.experiment_id
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise _GoneError(
+                f"the experiment {name!r} was deleted: restore it (mlflow experiments restore --experiment-id "
+                f"{found.experiment_id}), or name another in tracking.experiment"
+            )
         return client
 
     def _open(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
-        if self._id is None:
-            self._id = client.create_run(self._experiment, run_name=self._name, tags=dict(tags)).info.run_id
-        else:
+        if self._id is not None and _is_active(client, self._id):
             client.update_run(self._id, status="RUNNING")
+        else:
+            self._id = client.create_run(self._experiment, run_name=self._name, tags=dict(tags)).info.run_id
 
     def _log_params(self, client: MlflowClient, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -347,6 +439,27 @@ def _flatten(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield from _flatten(item, dotted)
         else:
             yield dotted, item
+
+
+def _lasts(error: Exception) -> bool:
+    """Whether MLflow answered with a refusal that no later try changes, or what answers is no MLflow."""
+    from mlflow import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    return not status_may_pass(error.get_http_status_code()) or "not in a valid JSON format" in str(error)
+
+
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    """Whether a run that is to go on is there; it may have been deleted, or be of another store."""
+    from mlflow import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.get_http_status_code() == 404:
+            return False
+        raise
 
 
 def _first(error: Exception) -> str:

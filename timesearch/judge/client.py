@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timesearch.errors import RequestError, TemporaryError
-from timesearch.files import json_digest
+from timesearch.files import json_digest, project_folder
 from timesearch.http import BadReplyError, RefusedError, check_address, printable, request, tries
 from timesearch.protocol import Completion
 from timesearch.redaction import redact
@@ -71,7 +71,7 @@ class JudgeClient:
         self._settings = settings
         self._structured = True
         self._prompt = _PROMPT.read_text(encoding="utf-8")
-        self._verdicts = Verdicts(settings.cache)
+        self._verdicts = Verdicts(project_folder() / settings.cache)
 
     def score(self, question: str, reference: str, candidate: str) -> float:
         """Score one candidate; not to be called inside a running event loop.
