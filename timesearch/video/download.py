@@ -22,6 +22,7 @@ from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, inside, json_digest
+from timesearch.http import may_pass, status_of, tries
 from timesearch.samples import Sample, read_samples
 from timesearch.settings import Download, Settings
 
@@ -78,14 +79,10 @@ def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4
     """
     import aiohttp
     from huggingface_hub.errors import HTTPError
-    from tenacity import RetryError, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+    from tenacity import RetryError, Retrying
 
     try:
-        for attempt in Retrying(
-            retry=retry_if_exception(_may_pass),
-            stop=stop_after_attempt(retries + 1),
-            wait=wait_random_exponential(multiplier=0.5, max=30),
-        ):
+        for attempt in Retrying(**tries(count=retries + 1, longest=30.0, passes=_may_pass)):
             with attempt:
                 _fetch_once(source, target, sha256)
     except RetryError as error:
@@ -93,7 +90,7 @@ def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4
         raise ItemError(f"{source}: {last} (tried {retries + 1} times)", reason=UNREACHABLE) from last
     except (FileNotFoundError, PermissionError, aiohttp.ClientError, HTTPError, ValueError, ImportError) as error:
         cause = _cause(error)
-        status = _status(cause)
+        status = status_of(cause)
         if status in (401, 403) or isinstance(cause, PermissionError):
             raise ItemError(f"{source} may not be read: check your credentials", reason="forbidden") from error
         if status == 404 or isinstance(cause, FileNotFoundError):
@@ -111,19 +108,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another try may help: breaks and overload, not absence, refusal or a full disk."""
-    import aiohttp
-    from huggingface_hub.errors import HTTPError
-
-    error = _cause(error)
-    status = _status(error)
-    if status is not None:
-        return status in (408, 425, 429) or status >= 500
-    return isinstance(error, (aiohttp.ClientError, HTTPError, TimeoutError, ConnectionError, _ShortRead))
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that a server refused with: aiohttp's errors hold it, the model hub's hold the response."""
-    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return may_pass(_cause(error)) or isinstance(error, _ShortRead)
 
 
 class _ShortRead(Exception):
