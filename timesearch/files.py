@@ -13,6 +13,9 @@ from typing import Any
 
 from timesearch.errors import ItemError
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""Bytes of a file's name and of its path on Linux."""
+
 
 @contextmanager
 def atomic_path(target: Path | str) -> Iterator[Path]:
@@ -77,10 +80,17 @@ def inside(root: Path | str, relative: str) -> Path:
     """Join `relative` to `root`.
 
     Raises:
-        ItemError: `unsafe_path`, if the result would lie outside `root` (``..`` or an absolute path).
+        ItemError: `unsafe_path`, if the result would lie outside `root` (``..`` or an absolute path), or `relative` is
+            no name that a file can have.
     """
     base = Path(root).absolute()
     joined = Path(os.path.normpath(base / relative))
+    try:
+        written = os.fsencode(joined)
+    except UnicodeEncodeError:
+        written = b"\0"
+    if b"\0" in written or len(written) > _LONGEST_PATH or max(map(len, written.split(b"/"))) > _LONGEST_NAME:
+        raise ItemError(f"{relative[:80]!r} is no name that a file can have: shorten it", reason="unsafe_path")
     if joined == base or not joined.is_relative_to(base):
         raise ItemError(f"{relative!r} leads out of {root}: name a path inside it", reason="unsafe_path")
     return joined

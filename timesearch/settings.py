@@ -252,6 +252,9 @@ def load_settings(path: Path | str = "params.yaml") -> Settings:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    except (RecursionError, ValueError) as error:  # other bytes, a long number, no date
+        wrong = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
+        raise RequestError(f"{path} is not YAML in UTF-8: {wrong}") from error
     try:
         return Settings.model_validate(values or {})
     except ValidationError as error:
