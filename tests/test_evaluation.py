@@ -514,3 +514,54 @@ def test_no_prediction_breaks_the_evaluation(tmp_path_factory: pytest.TempPathFa
     metrics, reasons = score(tmp_path_factory.mktemp("fuzz"), rows)
     assert metrics["episodes"] + len(reasons.get("duplicate_id", [])) + len(reasons.get("invalid_row", [])) == len(rows)
     json.dumps(metrics, allow_nan=False)
+
+
+def test_times_and_spans_that_are_none_of_the_video_are_named(tmp_path: Path) -> None:
+    base = {"video": "a.mp4", "question": "?", "duration": 100, "searched_seconds": [50]}
+    rows = [
+        base | {"id": "half-past", "gt_spans": [[40, 60], [240, 260]]},
+        base | {"id": "over-end", "gt_spans": [[90, 130]]},
+        base | {"id": "reversed", "gt_spans": [[60, 40]]},
+        base | {"id": "nan", "gt_spans": [[math.nan, 60], [40, 60]]},
+        base | {"id": "seconds", "gt_seconds": [50, 250]},
+        base | {"id": "unknown length", "duration": math.nan, "gt_seconds": [50]},
+        base | {"id": "negative length", "duration": -1, "gt_seconds": [50]},
+        base | {"id": "letters", "options": [str(number) for number in range(27)]},
+        base | {"id": "huge", "gt_frame_index": [10**30]},
+        base | {"id": "name", "video": "x" * 300 + ".mp4", "gt_frame_index": [12.0]},
+        base | {"id": "nul", "video": "a\0.mp4"},
+        base | {"id": ""},
+    ]
+    (tmp_path / "videos").mkdir()
+    metrics, reasons = score(tmp_path, rows, videos=tmp_path / "videos", visual=False)
+    assert reasons["bad_ground_truth"] == ["half-past", "over-end", "reversed", "nan", "seconds"]
+    assert reasons["invalid_row"] == ["negative length", "letters", "huge", "nul", "line 12"]
+    assert reasons["unknown_frame_rate"] == ["name"]
+    assert (metrics["episodes"], metrics["span_coverage"]) == (7, 1.0)
+
+
+def test_a_frame_number_stands_for_the_time_at_which_it_is_shown(tmp_path: Path) -> None:
+    from fractions import Fraction
+
+    import av
+
+    (tmp_path / "videos").mkdir()
+    with av.open(str(tmp_path / "videos" / "vfr.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in (*range(0, 2000, 100), *range(2000, 30_000, 2000)):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), time // 120, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    row = {"id": "a", "video": "vfr.mp4", "question": "?", "searched_seconds": [22.0]}
+    metrics, reasons = score(
+        tmp_path,
+        [row | {"gt_frame_index": [30]}, row | {"id": "b", "gt_frame_index": [30, 34, -1]}],
+        videos=tmp_path / "videos",
+        visual=False,
+        thresholds=[0.1],
+    )
+    assert metrics["temporal_f1"] == 1.0
+    assert reasons == {"bad_ground_truth": ["b"]}

@@ -282,6 +282,165 @@ def test_options_lose_their_letters_only_where_all_have_them(value: Any, options
     assert options_of(value) == options
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("A) one\nand more\nB) two\nC) three", ["one and more", "two", "three"]),
+        ("A. one B. two C. three", ["one", "two", "three"]),
+        ("(A) 168 (B) 167 (C) 15 (D) 416", ["168", "167", "15", "416"]),
+        ("(A)168(B)167\n(C)15(D)416", ["168", "167", "15", "416"]),
+        ("[a] one; [b] two; [c] three", ["one", "two", "three"]),
+        ("a) one\nb) two", ["one", "two"]),
+        ("A: one, B: two", ["one", "two"]),
+        ("A) see B) below\nB) two", ["see B) below", "two"]),
+        ("(A) 1 (B) as in (A) above (C) 3", ["1", "as in (A) above", "3"]),
+        ("168\n167\n15\n416", ["168", "167", "15", "416"]),
+        ('["168", "167"]', ["168", "167"]),
+        ([168.0, 167, "15"], ["168", "167", "15"]),
+        (["A. one B. two"], ["one", "two"]),
+        ({"a": "one", "b": "two", "c": None}, ["one", "two"]),
+        ({str(number): f"o{number}" for number in range(11)}, [f"o{number}" for number in range(11)]),
+    ],
+)
+def test_options_in_all_forms(text: Any, options: list[str]) -> None:
+    assert options_of(text) == options
+    row = {"video_id": "t", "video_path": "t.mp4", "question": "Q?", "options": text, "answer": "B"}
+    (told,) = to_rows({**row, "keyframe_timestamps": []}, 1)
+    assert told["options"] == options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "A. one B two C three",
+        "A. one\nB. two C. three",
+        "A) one\nC) three",
+        "(A) x (B) y (B) z (C) w",
+        "(A) (B) both",
+        "one of many",
+        ["B. one", "A. two"],
+        ["one", None, "three"],
+        ["one", {"text": "two"}],
+        {"A": "one", "C": "three"},
+        {"A": "one", "B": None, "C": "three"},
+        {"first": "one", "second": "two"},
+        [str(number) for number in range(27)],
+    ],
+)
+def test_options_that_can_be_read_in_two_ways_or_none_are_named(tmp_path: Path, options: Any) -> None:
+    row = {"video_id": "t", "video_path": "t.mp4", "question": "Q?", "options": options, "answer": "B"}
+    write_jsonl(tmp_path / "rows.jsonl", [{**row, "id": "odd", "keyframe_timestamps": []}, TSTAR])
+    failures: list[Any] = []
+    assert len(list(read_predictions(tmp_path / "rows.jsonl", failures.append))) == 1
+    assert [(failure.item, failure.reason) for failure in failures] == [("odd", "invalid_row")]
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("00:15-01:19", [(15, 79)]),
+        ("00:15-00:20, 00:40-00:50", [(15, 20), (40, 50)]),
+        ("00:15-00:20,00:40-00:50", [(15, 20), (40, 50)]),
+        ("0:10 – 0:20; 1:00 to 1:05 and 2:00", [(10, 20), (60, 65), (120, 120)]),
+        ("01:02:03.5-01:02:04,25", [(3723.5, 3724.25)]),
+        ("75:30-76:00", [(4530, 4560)]),
+        ("", []),
+        (None, []),
+        ("00:75-01:80", None),
+        ("1:60:00-2:00:00", None),
+        ("15-20", None),
+        ("about 00:15", None),
+        ("00:15-", None),
+        ("00:15 00:20-x", None),
+        ("1:2:3:4", None),
+        ("9" * 100_000, None),
+        ("0:1" * 50_000, None),
+    ],
+)
+def test_spans_in_all_forms(tmp_path: Path, text: Any, spans: list[Any] | None) -> None:
+    row = {"key": "k", "uid": "u", "question": "Q?\n(A) 1\n(B) 2", "answer": "A", "time_reference": text}
+    if spans is None:
+        with pytest.raises(RequestError, match="not a "):
+            read_one(tmp_path, row)
+    else:
+        assert read_one(tmp_path, row)[0].gt_spans == spans
+
+
+@pytest.mark.parametrize(
+    ("question", "asked", "options"),
+    [
+        ("Two lines\nof question?\n(A) 1\n(B) 2", "Two lines\nof question?", ["1", "2"]),
+        ("How much?\n(A) 168 (B) 167", "How much?", ["168", "167"]),
+        ("Who is it, A. or B.?", "Who is it, A. or B.?", []),
+        ("A. Smith asks: how much?\n(A) 1\n(B) 2", "A. Smith asks: how much?", ["1", "2"]),
+        ("Two lines\nof question?\n168\n167", "Two lines\nof question?", ["168", "167"]),
+    ],
+)
+def test_the_options_behind_a_question(tmp_path: Path, question: str, asked: str, options: list[str]) -> None:
+    row = {"key": "k", "uid": "u", "question": question, "answer": "A", "time_reference": ""}
+    (sample,) = read_one(tmp_path, row)
+    assert (sample.question, sample.options) == (asked, options)
+
+
+@pytest.mark.parametrize("choice", [1, 1.0, "1"])
+def test_numbers_as_floats_and_texts(tmp_path: Path, choice: Any) -> None:
+    row = {**LONGVIDEOBENCH, "correct_choice": choice, "position": "[250.0, 500]"}
+    ego = {**HAYSTACK_EGO4D, "frame_indexes_video": [300.0, "330"], "answer": "D"}
+    first, second = read_one(tmp_path, row, ego)
+    assert (first.answer, first.gt_frame_index, second.gt_frame_index) == ("B", [250, 500], [300, 330])
+    for odd in ({**row, "correct_choice": 5}, {**row, "position": [2.5]}, {**ego, "frame_indexes_video": [10**30]}):
+        with pytest.raises(RequestError, match="line 1"):
+            read_one(tmp_path, odd)
+
+
+def test_an_option_in_the_middle_that_is_none_keeps_its_letter(tmp_path: Path) -> None:
+    row = {name: value for name, value in LONGVIDEOBENCH.items() if name != "candidates"}
+    row |= {f"option{i}": option for i, option in enumerate(["a", "N/A", "c", "N/A", "N/A"])}
+    (sample,) = read_one(tmp_path, row)
+    assert (sample.options, sample.answer) == (["a", "N/A", "c"], "C")
+
+
+_METADATA = {"frame_rate": 30.0, "video_duration": 608.93}
+_ROWS = [{**HAYSTACK_EGO4D, "video_id": name, "video_metadata": _METADATA} for name in ("a", "b")]
+_COLUMNS = {name: [row[name] for row in _ROWS] for name in HAYSTACK_EGO4D}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(_COLUMNS),
+        json.dumps(_COLUMNS, indent=4),
+        json.dumps({column: dict(enumerate(values)) for column, values in _COLUMNS.items()}),
+        json.dumps(_ROWS),
+        json.dumps(_ROWS, indent=1),
+        "[" + ",\n".join(map(json.dumps, _ROWS)) + "]",
+        json.dumps({"data": _ROWS}),
+        json.dumps({"version": 1, "data": _ROWS}, indent=2),
+        "\r\n".join(map(json.dumps, _ROWS)),
+        "\n\n" + "\n\n".join(map(json.dumps, _ROWS)) + "\n\n",
+    ],
+)
+def test_json_in_all_forms(tmp_path: Path, text: str, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert [sample.video for sample in read_samples(tmp_path / name)] == ["a.mp4", "b.mp4"]
+
+
+def test_one_object_over_many_lines_is_one_row_and_a_cut_list_is_said(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(HAYSTACK_EGO4D, indent=4))
+    assert len(read_samples(tmp_path / "one.json")) == 1
+    (tmp_path / "cut.json").write_text(json.dumps(_ROWS, indent=4)[:-20])
+    with pytest.raises(RequestError, match=r"not JSON \(.*JSON lines, a JSON list"):
+        read_samples(tmp_path / "cut.json")
+    (tmp_path / "packed.jsonl").write_bytes(b"\x1f\x8b\x08\x00")
+    (tmp_path / "rows.parquet").write_bytes(b"no table")
+    (tmp_path / "damaged.jsonl").write_bytes(b"PAR1" + b"\x00" * 40)
+    for name, words in (("packed.jsonl", "compressed"), ("rows.parquet", "no Parquet"), ("damaged.jsonl", "damaged")):
+        with pytest.raises(RequestError, match=words):
+            read_samples(tmp_path / name)
+
+
 def test_an_own_row_is_left_alone() -> None:
     row = {"id": "a", "video": "a.mp4", "question": "What?", "meta": {"question_type": "x"}}
     assert to_rows(row, 1) == [row]

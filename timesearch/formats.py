@@ -16,17 +16,22 @@ LVBench                ``key``, and ``qa``: one row a video, one entry a questio
 =====================  ==============================================================================================
 
 Fields that a sample has no place for stay in its `meta`, where evaluation finds the groups to report by.
+
+What can be read in two ways, or in none, is an `UnreadableError` that says so: a guess would let a right letter stand
+for another option, and nobody would see it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from timesearch.messages import tagged_answers
-from timesearch.samples import LETTERS, Prediction
+from timesearch.samples import LETTERS, Prediction, UnreadableError
+from timesearch.untrusted import UntrustedError, parse_json
 
 Row = dict[str, Any]
 
@@ -37,8 +42,12 @@ _LONGVIDEOBENCH_FIELDS = (
     *("id", "video_path", "question", "candidates", "correct_choice", "duration", "position", "gt_frame_index"),
     *(f"option{i}" for i in range(5)),
 )
-_OPTION_LETTER = re.compile(r"\s*+\(?([A-Z])\s*+[).:]\s*+")
-_CLOCK = re.compile(r"(?<!\d)(?:(\d++):)?(\d++):(\d++(?:\.\d++)?+)")
+_LISTED_LETTER = re.compile(r"\s*+[(\[]?([A-Za-z])\s*+[)\].:]\s*+")
+_MARK = re.compile(r"([(\[]?)([A-Za-z])([)\].:])")
+_SEPARATORS = ";,|/"
+_CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,4}):(\d{1,2})(?:[.,](\d{1,3})(?![\d:]))?(?![\d:])")
+_TO = re.compile(r"\s?(?:-|–|—|~|to)\s?")
+_NEXT = re.compile(r"(?:[\s,;&]|and\b)*+")
 
 
 def to_rows(row: Row, number: int) -> list[Row]:
@@ -53,11 +62,26 @@ def to_rows(row: Row, number: int) -> list[Row]:
         is known, comes back as it is: validation then says what is wrong with it.
     """
     if row.keys() <= _OWN_FIELDS and not isinstance(row.get("meta"), str):
-        return [row]
+        return [_own(row)]
     for knows, convert in _FORMS:
         if knows(row):
             return [{**_episode(row), **sample} for sample in convert(row, number)]
     return [row]
+
+
+def _own(row: Row) -> Row:
+    """A row in the project's own fields; options, spans and what was said may be written as others write them."""
+    told: Row = {}
+    if isinstance(row.get("options"), str | dict):
+        told["options"] = _options(row["options"])
+    if isinstance(row.get("gt_spans"), str):
+        told["gt_spans"] = _spans(row["gt_spans"])
+    elif isinstance(row.get("gt_spans"), list) and any(isinstance(span, str) for span in row["gt_spans"]):
+        told["gt_spans"] = [span for text in row["gt_spans"] for span in _spans(text)]
+    if isinstance(row.get("prediction"), str) or isinstance(row.get("error"), str):
+        told |= _episode(row)
+        told["prediction"] = row["prediction"] if isinstance(row.get("prediction"), list) else []
+    return {**row, **told} if told else row
 
 
 def _episode(row: Row) -> Row:
@@ -79,15 +103,163 @@ def _rest(row: Row, *used: str) -> Row:
 
 
 def options_of(value: Any) -> list[str]:
-    """Options, without their letters, from a list, from a text of one option a line, or from a mapping by letter."""
+    """Options, without their letters, from a list, a text, or a mapping by letter.
+
+    A text holds an option a line, or options behind their letters (``A. one B. two``, ``(A) one``, ``a) one``, ``[A]
+    one``) on one line or wrapped over several.
+
+    Raises:
+        UnreadableError: there are several ways to read it, or none.
+    """
     if isinstance(value, dict):
-        return [str(text) for _, text in sorted(value.items()) if text is not None]
-    lines = value.splitlines() if isinstance(value, str) else [str(item) for item in value or []]
-    options = [line.strip() for line in lines if line.strip()]
-    marks = [_OPTION_LETTER.match(option) for option in options]
-    if options and [mark.group(1) for mark in marks if mark] == list(LETTERS[: len(options)]):
+        return _by_letter(value)
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        return _in_text(value)
+    items = list(value or [])
+    while items and items[-1] is None:
+        items.pop()
+    return _without_letters([_text(item).strip() for item in items if item != ""])
+
+
+def _options(value: Any) -> list[str]:
+    """`options_of`, if its places are those of the letters."""
+    options = options_of(value)
+    marks = [_LISTED_LETTER.match(option) for option in options]
+    letters = [mark[1].upper() for mark in marks if mark]
+    if len(options) > 1 and sorted(letters) == list(LETTERS[: len(options)]):
+        raise UnreadableError(
+            f"its options stand in the order {', '.join(letters)}: put them into that of their letters"
+        )
+    if len(options) > len(LETTERS):
+        raise UnreadableError(f"{len(options)} options, where letters name {len(LETTERS)}")
+    return options
+
+
+def _text(value: Any) -> str:
+    """A text, or a number as one writes it: tables make 15 into 15.0."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise UnreadableError(f"a text is expected, not {type(value).__name__}")
+
+
+def _without_letters(options: list[str]) -> list[str]:
+    marks = [_LISTED_LETTER.match(option) for option in options]
+    letters = "".join(mark[1] for mark in marks if mark)
+    if options and letters in (LETTERS[: len(options)], LETTERS[: len(options)].lower()):
         return [option[mark.end() :] for option, mark in zip(options, marks, strict=True) if mark]
     return options
+
+
+def _by_letter(value: Row) -> list[str]:
+    """Options by their letters, or by numbers from 0 or 1; those at the end that are None are none."""
+    keys = {str(key).strip().upper(): text for key, text in value.items()}
+    numbered = all(key.isascii() and key.isdigit() and len(key) < 4 for key in keys)
+    names = sorted(keys, key=int if numbered else None)
+    while names and keys[names[-1]] in (None, ""):
+        names.pop()
+    first = int(names[0]) if numbered and names else 0
+    expected = [str(number) for number in range(first, first + len(names))] if first < 2 and numbered else None
+    if names != (expected or list(LETTERS[: len(names)])) or any(keys[name] is None for name in names):
+        raise UnreadableError(f"its options are not those of the letters A to {LETTERS[len(keys) % 27 - 1]}")
+    return [_text(keys[name]).strip() for name in names]
+
+
+def _in_text(text: str) -> list[str]:
+    if text.lstrip().startswith("["):
+        try:
+            listed = parse_json(text)
+        except UntrustedError:
+            listed = None
+        if isinstance(listed, list) and len(listed) > 1:
+            return options_of(listed)
+    found = _lettered(text)
+    if found is not None and not found[0]:
+        return found[1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found is not None or len(lines) == 1 or (lines and _LISTED_LETTER.match(lines[0])):
+        raise UnreadableError(f"its options cannot be told apart: {text.strip()[:80]!r}")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A letter that may stand before an option: where it begins and ends, its place in the alphabet, how it is set."""
+
+    start: int
+    end: int
+    letter: int
+    style: tuple[str, str, bool]
+
+
+def _lettered(text: str) -> tuple[str, list[str]] | None:
+    """What stands before the options of a text, and the options; None where no letters A, B, ... mark any.
+
+    Marks at the beginnings of lines come first; then those between spaces, then any. All are set in one way.
+
+    Raises:
+        UnreadableError: letters may be read as marks in more than one way.
+    """
+    marks = [
+        _Mark(match.start(), match.end(), ord(match[2].upper()) - ord("A"), (match[1], match[3], match[2].isupper()))
+        for match in _MARK.finditer(text)
+        if (match[1], match[3]) in (("(", ")"), ("[", "]")) or (not match[1] and match[3] != "]")
+    ]
+    apart = [mark for mark in marks if _stands_apart(text, mark)]
+    leading = [mark for mark in apart if not text[text.rfind("\n", 0, mark.start) + 1 : mark.start].strip()]
+    joined = [mark for mark in marks if mark.style[0] or (mark in apart) or text[mark.end : mark.end + 1].isalnum()]
+    joined = [mark for mark in joined if mark.style[0] or not text[mark.start - 1 : mark.start].isalnum()]
+    for candidates in (leading, apart, joined):
+        chains = [
+            chain
+            for style in dict.fromkeys(mark.style for mark in candidates)
+            if len(chain := _chain([mark for mark in candidates if mark.style == style], text)) > 1
+        ]
+        if not chains:
+            continue
+        chain = chains[0]
+        more = [mark for mark in apart if mark.style == chain[0].style and mark.start > chain[-1].start]
+        if len(chains) > 1 or any(mark.letter == len(chain) for mark in more):
+            raise UnreadableError(f"its options can be told apart in several ways: {text.strip()[:80]!r}")
+        ends = [*(mark.start for mark in chain[1:]), len(text)]
+        options = [" ".join(text[mark.end : end].split()) for mark, end in zip(chain, ends, strict=True)]
+        separator = options[0][-1:]
+        if separator and separator in _SEPARATORS and all(option.endswith(separator) for option in options[:-1]):
+            options = [option.removesuffix(separator).rstrip() for option in options]
+        if not all(options):
+            raise UnreadableError(f"one of its options is empty: {text.strip()[:80]!r}")
+        return text[: chain[0].start].strip(), options
+    return None
+
+
+def _stands_apart(text: str, mark: _Mark) -> bool:
+    """Whether a mark stands between spaces, as a word does."""
+    before, after = text[mark.start - 1 : mark.start] if mark.start else "", text[mark.end : mark.end + 1]
+    return (not before or before.isspace()) and (bool(mark.style[0]) or not after or after.isspace())
+
+
+def _chain(marks: Sequence[_Mark], text: str) -> list[_Mark]:
+    """The longest run of marks A, B, C, ... of one style, in the order of the text.
+
+    Raises:
+        UnreadableError: there are several.
+    """
+    ways = [0] * len(LETTERS)
+    reached: list[int] = []
+    for mark in marks:
+        reached.append(ways[mark.letter - 1] if mark.letter else 1)
+        ways[mark.letter] += reached[-1]
+    count = next((letter for letter, way in enumerate(ways) if not way), len(LETTERS))
+    if count > 1 and ways[count - 1] > 1:
+        raise UnreadableError(f"its options can be told apart in several ways: {text.strip()[:80]!r}")
+    chain: list[_Mark] = []
+    for mark, way in zip(reversed(marks), reversed(reached), strict=True):
+        if way and mark.letter == count - 1 - len(chain):
+            chain.append(mark)
+    return chain[::-1]
 
 
 def _kind(options: list[str]) -> str:
@@ -95,25 +267,49 @@ def _kind(options: list[str]) -> str:
 
 
 def _longvideobench(row: Row, number: int) -> list[Row]:
-    numbered = [row[f"option{i}"] for i in range(5) if row.get(f"option{i}") not in (None, "", "N/A")]
-    options = options_of(row.get("candidates") or numbered)
-    choice = row.get("correct_choice")
+    numbered = [row.get(f"option{i}") for i in range(5)]
+    while numbered and numbered[-1] in (None, "", "N/A"):
+        numbered.pop()
+    options = _options(row.get("candidates") or numbered)
     return [
         {
             "id": str(row.get("id") or f"{row.get('video_id', 'question')}_{number}"),
             "video": row["video_path"],
             "question": row["question"],
             "options": options,
-            "answer": LETTERS[choice] if isinstance(choice, int) and 0 <= choice < len(options) else "",
+            "answer": _letter_at(row.get("correct_choice"), options),
             "type": "multiple_choice",
             "duration": row.get("duration"),
-            "gt_frame_index": row.get("gt_frame_index") or row.get("position") or [],
+            "gt_frame_index": _frames(row.get("gt_frame_index") or row.get("position")),
             "meta": {
                 "benchmark": "LongVideoBench",
                 **_rest(row, *_LONGVIDEOBENCH_FIELDS),
             },
         }
     ]
+
+
+def _letter_at(choice: Any, options: list[str]) -> str:
+    """The letter of the option at a place from 0; none where the answer is kept back (None, or -1)."""
+    place = -1 if choice is None else _whole(choice)
+    if not -1 <= place < len(options):
+        raise UnreadableError(f"the right choice is {place}, of {len(options)} options")
+    return LETTERS[place] if place >= 0 else ""
+
+
+def _whole(value: Any) -> int:
+    """A whole number, which tables and texts give as 12.0 or "12" too."""
+    number = float(value) if isinstance(value, str | float) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number) or abs(number) >= 2**63:
+        raise UnreadableError(f"a whole number is expected, not {str(value)[:40]!r}")
+    return int(number)
+
+
+def _frames(value: Any) -> list[int]:
+    """Frame numbers: a list, one number, or a list as JSON text."""
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value)
+    return [_whole(frame) for frame in (value if isinstance(value, list) else [value]) if frame not in (None, "")]
 
 
 def _reference(row: Row, number: int) -> list[Row]:
@@ -126,7 +322,7 @@ def _reference(row: Row, number: int) -> list[Row]:
             break
     target = row.get("target", row.get("answer", published.get("answer", "")))
     answer, spans = _target(target)
-    options = options_of(row.get("options") or row.get("candidates")) or published.get("options", [])
+    options = _options(row.get("options") or row.get("candidates")) or published.get("options", [])
     return [
         {
             "id": str(row.get("id", number)),
@@ -137,7 +333,7 @@ def _reference(row: Row, number: int) -> list[Row]:
             "type": row.get("type") or "multiple_choice",
             "duration": row.get("duration", published.get("duration")),
             "gt_seconds": row.get("gt_seconds") or [],
-            "gt_frame_index": row.get("gt_frame_index") or published.get("gt_frame_index", []),
+            "gt_frame_index": _frames(row.get("gt_frame_index")) or published.get("gt_frame_index", []),
             "gt_spans": row.get("gt_spans") or spans,
             "split": row.get("split") or "",
             "meta": {
@@ -155,8 +351,8 @@ def _unpacked(meta: Any) -> Row:
             meta = meta[0]
         elif isinstance(meta, str):
             try:
-                meta = json.loads(meta)
-            except json.JSONDecodeError:
+                meta = parse_json(meta)
+            except UntrustedError:
                 return {"text": meta}
         elif isinstance(meta, dict) and isinstance(meta.get("meta"), str):
             meta = meta["meta"]
@@ -181,10 +377,12 @@ def _target(target: Any) -> tuple[str, list[list[float]]]:
 
 def _haystack_ego4d(row: Row, number: int) -> list[Row]:
     """LV-Haystack's own table; frame numbers count in the whole video, whose rate stands in `video_metadata`."""
-    options = options_of(row.get("options"))
-    metadata = row.get("video_metadata") or {}
-    frames = [int(frame) for frame in row["frame_indexes_video"]]
-    rate = metadata.get("frame_rate")
+    options = _options(row.get("options"))
+    metadata = _unpacked(row.get("video_metadata"))
+    frames = _frames(row["frame_indexes_video"])
+    rate = float(metadata.get("frame_rate") or 0)
+    if not 0 <= rate < float("inf"):
+        raise UnreadableError(f"its frame rate is {rate}")
     return [
         {
             "id": f"{row['video_id']}_{number}",
@@ -205,7 +403,7 @@ def _haystack_ego4d(row: Row, number: int) -> list[Row]:
 
 
 def _tstar(row: Row, number: int) -> list[Row]:
-    options = options_of(row.get("options"))
+    options = _options(row.get("options"))
     identity = row.get("id") or f"{row.get('video_id') or row['video_path'].rsplit('/', 1)[-1]}_{number}"
     answer = row.get("gt_answer") if row.get("gt_answer") is not None else row.get("answer")
     return [
@@ -217,7 +415,7 @@ def _tstar(row: Row, number: int) -> list[Row]:
             "answer": _as_letter(answer, options),
             "type": _kind(options),
             "duration": row["duration"] if isinstance(row.get("duration"), (int, float)) else None,
-            "gt_frame_index": row.get("gt_frame_index") or row.get("position") or [],
+            "gt_frame_index": _frames(row.get("gt_frame_index") or row.get("position")),
             "meta": _rest(
                 row, "id", "video_path", "question", "options", "gt_answer", "answer", "gt_frame_index", "position"
             ),
@@ -231,8 +429,8 @@ def _video_mme(row: Row, number: int) -> list[Row]:
             "id": str(row["question_id"]),
             "video": f"{row['videoID']}.mp4",
             "question": row["question"],
-            "options": options_of(row["options"]),
-            "answer": row.get("answer") or "",
+            "options": _options(row["options"]),
+            "answer": _text(row.get("answer") or ""),
             "type": "multiple_choice",
             "meta": {"benchmark": "Video-MME", **_rest(row, "question_id", "question", "options", "answer")},
         }
@@ -241,7 +439,7 @@ def _video_mme(row: Row, number: int) -> list[Row]:
 
 def _mlvu(row: Row, number: int) -> list[Row]:
     """MLVU gives the right answer as an option's text; its generation tasks have no options."""
-    options = options_of(row.get("candidates"))
+    options = _options(row.get("candidates"))
     return [
         {
             "id": str(row.get("question_id") or f"{row['question_type']}_{number}"),
@@ -264,19 +462,18 @@ def _lvbench(row: Row, number: int) -> list[Row]:
     """LVBench puts the options behind the question, a line each, and names the evidence as ``mm:ss-mm:ss``."""
     entries = row.get("qa", row)
     entries = entries if isinstance(entries, list) else [entries]
-    samples = []
+    samples: list[Row] = []
     for position, entry in enumerate(entries, start=1):
-        question, _, listed = entry["question"].partition("\n")
-        span = [_clock_seconds(clock) for clock in _CLOCK.findall(entry.get("time_reference") or "")]
+        question, options = _question(entry["question"])
         samples.append(
             {
                 "id": str(entry.get("uid") or f"{row['key']}_{position if 'qa' in row else number}"),
                 "video": f"{row['key']}.mp4",
                 "question": question,
-                "options": options_of(listed),
-                "answer": entry.get("answer") or "",
+                "options": options,
+                "answer": _text(entry.get("answer") or ""),
                 "type": "multiple_choice",
-                "gt_spans": [span] if len(span) == 2 else [],
+                "gt_spans": _spans(entry.get("time_reference") or ""),
                 "meta": {
                     "benchmark": "LVBench",
                     "video_type": row.get("type"),
@@ -287,16 +484,56 @@ def _lvbench(row: Row, number: int) -> list[Row]:
     return samples
 
 
-def _clock_seconds(clock: tuple[str, str, str]) -> float:
-    hours, minutes, seconds = clock
-    return int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
+def _question(text: str) -> tuple[str, list[str]]:
+    """A question, and the options that follow it: behind letters, or a line each after the line that asks."""
+    found = _lettered(text)
+    if found is not None:
+        return found
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    asking = [number for number, line in enumerate(lines, start=1) if line.endswith("?")]
+    if len(lines) < 2 or asking == [len(lines)]:
+        return text.strip(), []
+    if len(asking) != 1 or len(lines) - asking[0] < 2:
+        raise UnreadableError(f"its question and options cannot be told apart: {text.strip()[:80]!r}")
+    return "\n".join(lines[: asking[0]]), lines[asking[0] :]
+
+
+def _spans(text: str) -> list[list[float]]:
+    """[start, end] seconds of ``00:15-00:20, 1:02:03.5-1:02:30``; a clock by itself is a moment.
+
+    Raises:
+        UnreadableError: anything else.
+    """
+    spans = []
+    place = _NEXT.match(text).end()  # type: ignore[union-attr]
+    while place < len(text):
+        start = _CLOCK.match(text, place)
+        between = start and _TO.match(text, start.end())
+        end = _CLOCK.match(text, between.end()) if between else start
+        if start is None or end is None:
+            raise UnreadableError(f"not a span of time such as 00:15-00:20: {text[place : place + 40]!r}")
+        spans.append([_seconds(start), _seconds(end)])
+        place = _NEXT.match(text, end.end()).end()  # type: ignore[union-attr]
+        if place == end.end() < len(text):
+            raise UnreadableError(f"not a span of time such as 00:15-00:20: {text[place : place + 40]!r}")
+    return spans
+
+
+def _seconds(clock: re.Match[str]) -> float:
+    hours, minutes, seconds, decimals = clock.groups()
+    if int(seconds) > 59 or (hours and int(minutes) > 59):
+        raise UnreadableError(f"not a time: {clock[0]!r}")
+    return int(hours or 0) * 3600 + int(minutes) * 60 + float(f"{seconds}.{decimals or 0}")
 
 
 def _as_letter(answer: Any, options: list[str]) -> str:
     """The letter of an answer given as an option's text; any other answer as it is."""
     if answer is None:
         return ""
-    return LETTERS[options.index(answer)] if answer in options else str(answer)
+    text = _text(answer)
+    if options.count(text) > 1:
+        raise UnreadableError(f"the right answer {text[:80]!r} is the text of several options")
+    return LETTERS[options.index(text)] if text in options else text
 
 
 _FORMS: list[tuple[Callable[[Row], bool], Callable[[Row, int], list[Row]]]] = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import accumulate
 from typing import Any
 
 MAX_DEPTH = 64
@@ -21,6 +22,12 @@ one MiB; a file that holds a whole data set gives a bound of its own."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONG_INTEGER = re.compile(r"[0-9]{19}")  # 64-bit integers have 19 digits at most
+_STRING = re.compile(r'"(?:[^"\\]++|\\.|\\\Z)*+"?', re.DOTALL)  # also one that is left open: a search never restarts
+_NO_BRACKETS = re.compile(r"[^\[\]{}]++")
+_DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() else b"e"[0] if chr(byte) in "eE" else 32 for byte in range(128)) + (
+    b" " * 128
+)
+"""A text's numbers by their shape: each digit is 0, the mark of an exponent e."""
 
 
 class UntrustedError(ValueError):
@@ -61,7 +68,8 @@ def parse_json(text: str | bytes | bytearray, max_bytes: int = MAX_BYTES) -> Any
     try:
         value = json.loads(text, parse_int=whole, parse_float=_finite, parse_constant=lambda _: None)
     except json.JSONDecodeError as error:
-        raise UntrustedError(f"{error.msg}, column {error.colno}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise UntrustedError(f"{error.msg}, {line}column {error.colno}") from None
     return _mended(value) if "\\u" in text or _SURROGATE.search(text) else value
 
 
@@ -76,30 +84,20 @@ def _whole(digits: str) -> int | float | None:
     return _finite(digits)
 
 
+def is_plain(line: bytes) -> bool:
+    """Whether a reader that accepts a JSON text, and no lone surrogate, is sure to read it as `parse_json` does.
+
+    That is so without numbers that `parse_json` reads in its own way, and within its depth.
+    """
+    shape = line.translate(_DIGITS, b"+")
+    odd = b"NaN" in line or b"Infinity" in line or b"0" * 19 in shape or b"0e000" in shape
+    return not odd and (line.count(b"[") + line.count(b"{") <= MAX_DEPTH or _depth(line.decode("latin-1")) <= MAX_DEPTH)
+
+
 def _depth(text: str) -> int:
     """Deepest nesting of brackets outside strings, counted without recursion."""
-    deepest = depth = position = 0
-    marks = re.compile(r'["\[\]{}]')
-    while mark := marks.search(text, position):
-        position = mark.end()
-        if mark[0] == '"':
-            position = _after_string(text, position)
-        elif mark[0] in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        else:
-            depth -= 1
-    return deepest
-
-
-def _after_string(text: str, position: int) -> int:
-    """Where the string that begins before `position` has ended."""
-    marks = re.compile(r'["\\]')
-    while mark := marks.search(text, position):
-        if mark[0] == '"':
-            return mark.end()
-        position = mark.end() + 1
-    return len(text)
+    brackets = _NO_BRACKETS.sub("", _STRING.sub("", text))
+    return max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
 
 def _mended(value: Any) -> Any:

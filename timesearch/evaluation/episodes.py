@@ -11,7 +11,8 @@ What is not as it should be is named, with a reason, and handled as follows:
                        frame found
 ``episode_error``      the episode ended in an error: scored by what it has, which mostly is wrong
 ``bad_times``          searched times that are NaN, infinite, negative, or past the video's end: they count as misses
-``bad_ground_truth``   such times in the ground truth: they are left out of it
+``bad_ground_truth``   such times in the ground truth, spans with such an end or reversed ones, numbers of frames that
+                       the video does not have: they are left out of it
 ``no_ground_truth``    no ground-truth time, in a file whose other rows have some: left out of the temporal and visual
                        metrics
 ``unknown_frame_rate`` ground truth in frame numbers of a video that is not there, with no rate in `meta`: as above
@@ -24,21 +25,27 @@ What is not as it should be is named, with a reason, and handled as follows:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from timesearch.batch import Failure
-from timesearch.errors import ItemError, RequestError
+from timesearch.errors import ItemError
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
 from timesearch.messages import final_answer, parse_turn, searched_seconds, text_of
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
-from timesearch.samples import Prediction, convert, read_rows, validate
+from timesearch.samples import Prediction, read_models
 
 END_TOLERANCE = 1.0
 """Seconds past the stated duration that a time may lie: stated durations and rounded times differ by less."""
+
+_LONGEST_PATH = 4096
+"""Bytes of a path, at most, on Linux."""
 
 Report = Callable[[Failure], None]
 
@@ -85,49 +92,9 @@ def read_predictions(path: Path | str, report: Report) -> Iterator[Prediction]:
         report: is told of each row that is left out.
 
     Raises:
-        RequestError: the file is missing.
+        RequestError: the file is missing, or in no form that is read.
     """
-    seen: set[str] = set()
-
-    def broken(number: int, error: RequestError) -> None:
-        report(Failure(f"line {number}", "not_json", str(error)))
-
-    for number, published in read_rows(path, on_error=broken):
-        where = f"{path}, line {number}"
-        try:
-            rows = convert(published, number, where)
-        except RequestError as error:
-            rows = []
-            report(Failure(str(published.get("id", f"line {number}")), "invalid_row", str(error)))
-        for row in rows:
-            identity = str(row.get("id", f"line {number}"))
-            try:
-                prediction = validate(Prediction, row, where)
-                _check_messages(prediction, where)
-            except RequestError as error:
-                reason = "unknown_type" if "field 'type'" in str(error) else "invalid_row"
-                report(Failure(identity, reason, str(error)))
-                continue
-            if prediction.id in seen:
-                report(
-                    Failure(identity, "duplicate_id", f"{where}: id {identity!r} occurs again, the first row counts")
-                )
-                continue
-            seen.add(prediction.id)
-            yield prediction
-
-
-def _check_messages(prediction: Prediction, where: str) -> None:
-    for number, message in enumerate(prediction.prediction, start=1):
-        content = message.get("content") or []
-        blocks = content if isinstance(content, list) else []
-        readable = isinstance(content, (str, list)) and all(
-            isinstance(block, dict) and isinstance(block.get("text", ""), str) for block in blocks
-        )
-        if not isinstance(message.get("role"), str) or not readable:
-            raise RequestError(
-                f"{where}: field 'prediction': message {number} has no role, or content of no known form"
-            )
+    return read_models(path, Prediction, report)
 
 
 class Videos:
@@ -136,6 +103,7 @@ class Videos:
     def __init__(self, root: Path | str | None) -> None:
         self._root = Path(root) if root else None
         self._known: dict[str, tuple[Path, float, float | None] | ItemError] = {}
+        self._times: dict[str, np.ndarray] = {}
 
     def __bool__(self) -> bool:
         return self._root is not None
@@ -155,6 +123,17 @@ class Videos:
             ItemError: as `path`.
         """
         return self._look_up(video)[1]
+
+    def frame_times(self, video: str) -> np.ndarray:
+        """Presentation time (s) of each frame of the video, by its number; empty where the container states none.
+
+        Raises:
+            ItemError: as `path`.
+        """
+        path = self.path(video)
+        if video not in self._times:
+            self._times[video] = frame_times(path)
+        return self._times[video]
 
     def duration(self, video: str) -> float | None:
         """Length in seconds, where the video is there and its container states one."""
@@ -176,13 +155,13 @@ class Videos:
         return known
 
     def _find(self, video: str) -> Path:
-        parts = [part for part in Path(video).parts if part != "/"]
+        parts = [part for part in Path(video).parts if part != "/"] if len(video) <= _LONGEST_PATH else []
         if self._root is not None and ".." not in parts:
             for start in range(len(parts)):
                 path = self._root.joinpath(*parts[start:])
-                if path.is_file():
+                if os.path.isfile(path):  # noqa: PTH113, Path.is_file raises for a name that is too long
                     return path
-        raise ItemError(f"{video} is not under {self._root}", reason="missing_video")
+        raise ItemError(f"{video[:200]} is not under {self._root}", reason="missing_video")
 
 
 def _header(path: Path) -> tuple[float, float | None]:
@@ -200,6 +179,31 @@ def _header(path: Path) -> tuple[float, float | None]:
         return float(stream.average_rate), duration
 
 
+def frame_times(path: Path) -> np.ndarray:
+    """Presentation times (s) of a video's frames in the order in which they are shown, from the first frame on.
+
+    They are read off the packets, without decoding: at a variable rate a frame's number says nothing of its time.
+
+    Returns:
+        Shape (n,) float64; empty where packets carry no such time (AVI, raw streams: their rate is constant).
+    """
+    import av
+
+    from timesearch.video.probe import choose_stream, open_video
+
+    with open_video(path) as container:
+        stream = choose_stream(container, path)
+        try:
+            # the last packet is empty, and only says that the stream is at its end
+            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+        except av.FFmpegError as error:
+            raise ItemError(f"{path} cannot be read to its end: {error.strerror}", reason="undecodable") from error
+        if any(pts is None for pts, _ in packets):
+            return np.empty(0)
+        stamps = np.sort(np.array([pts for pts, discarded in packets if not discarded], dtype=np.float64))
+        return (stamps - stamps[:1]) * float(stream.time_base)
+
+
 class Scorer:
     """Scores episodes one by one: everything except the visual metrics and the judge's verdicts."""
 
@@ -208,6 +212,7 @@ class Scorer:
         self._groups = groups
         self._videos = videos
         self._report = report
+        self._group_sets: dict[str, dict[str, list[str]]] = {}
         self.without_truth: list[str] = []
         """Ids of episodes without ground-truth times."""
 
@@ -237,9 +242,9 @@ class Scorer:
         found: dict[str, list[str]] = {"type": [prediction.type]}
         for name in self._groups:
             value = prediction.meta.get(name)
-            if isinstance(value, (str, int, list)) and value not in ("", []):
-                found[name] = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        return found
+            if isinstance(value, str | int | float | list) and value not in ("", []):
+                found[name] = [_word(item) for item in value] if isinstance(value, list) else [_word(value)]
+        return self._group_sets.setdefault(str(found), found)
 
     def _count(self, prediction: Prediction, episode: EpisodeScore) -> None:
         for message in prediction.prediction:
@@ -257,8 +262,7 @@ class Scorer:
 
     def _score_times(self, prediction: Prediction, episode: EpisodeScore) -> None:
         end = math.inf if episode.duration is None else episode.duration + END_TOLERANCE
-        truth = self._ground_truth(prediction, end)
-        spans = [span for span in prediction.gt_spans if all(_sound(time, end) for time in span)]
+        truth, spans = self._ground_truth(prediction, end)
         if not truth and not spans:
             self.without_truth.append(prediction.id)
             return
@@ -275,28 +279,37 @@ class Scorer:
         episode.values |= scores
         episode.truth, episode.times = truth or [(start + stop) / 2 for start, stop in spans], sound
 
-    def _ground_truth(self, prediction: Prediction, end: float) -> list[float]:
-        """Times of the ground-truth frames: `gt_seconds`, else `gt_frame_index` at the source's frame rate."""
+    def _ground_truth(self, prediction: Prediction, end: float) -> tuple[list[float], list[tuple[float, float]]]:
+        """Times and spans of the ground truth: `gt_seconds`, else the times of `gt_frame_index`; `gt_spans`."""
         truth = list(prediction.gt_seconds)
         if not truth and prediction.gt_frame_index:
-            rate = self._frame_rate(prediction)
-            truth = [index / rate for index in prediction.gt_frame_index] if rate else []
+            truth = self._times_of(prediction)
         sound = [time for time in truth if _sound(time, end)]
-        if len(sound) < len(truth):
-            message = f"{len(truth) - len(sound)} of {len(truth)} ground-truth times are no time of the video: left out"
-            self._fail(prediction, "bad_ground_truth", message)
-        return sound
+        spans = [span for span in prediction.gt_spans if all(_sound(time, end) for time in span) and span[0] <= span[1]]
+        for whole, kept, words in ((truth, sound, "times"), (prediction.gt_spans, spans, "spans")):
+            if len(kept) < len(whole):
+                message = (
+                    f"{len(whole) - len(kept)} of {len(whole)} ground-truth {words} are not of the video: left out"
+                )
+                self._fail(prediction, "bad_ground_truth", message)
+        return sound, spans
 
-    def _frame_rate(self, prediction: Prediction) -> float | None:
+    def _times_of(self, prediction: Prediction) -> list[float]:
+        """When the ground truth's frames are shown; NaN for a number that the video does not have."""
+        numbers = prediction.gt_frame_index
         try:
-            return self._videos.frame_rate(prediction.video)
+            shown = self._videos.frame_times(prediction.video)
+            if len(shown):
+                return [float(shown[number]) if 0 <= number < len(shown) else math.nan for number in numbers]
+            rate = self._videos.frame_rate(prediction.video)
         except ItemError as error:
             stated = prediction.meta.get("frame_rate") or prediction.meta.get("fps")
-            if isinstance(stated, (int, float)) and stated > 0:
-                return float(stated)
-            message = f"ground truth in frame numbers needs the video's frame rate: {error}"
-            self._fail(prediction, "unknown_frame_rate", message)
-            return None
+            if not isinstance(stated, int | float) or not 0 < stated < math.inf:
+                message = f"ground truth in frame numbers needs the video's frame rate: {error}"
+                self._fail(prediction, "unknown_frame_rate", message)
+                return []
+            rate = float(stated)
+        return [number / rate for number in numbers]
 
     def _score_answer(self, prediction: Prediction, episode: EpisodeScore) -> None:
         episode.answer = final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer
@@ -345,6 +358,11 @@ def _searched(prediction: Prediction) -> list[float]:
     """Times of the searched frames, each once: as the row lists them, else as its messages show them."""
     times = prediction.searched_seconds or searched_seconds(prediction.prediction)
     return list(dict.fromkeys(times))
+
+
+def _word(value: Any) -> str:
+    """The name of a group: tables make 60 into 60.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _sound(time: Any, end: float) -> bool:

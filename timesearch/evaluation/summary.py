@@ -19,6 +19,7 @@ Headline names, as in `metrics.json` (a mean over the episodes that have such a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
@@ -89,9 +90,10 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
 
 def _natural(value: str) -> tuple[int, float, str]:
     try:
-        return (0, float(value), value)
+        number = float(value)
     except ValueError:
-        return (1, 0.0, value)
+        number = math.nan
+    return (0, number, value) if math.isfinite(number) else (1, 0.0, value)
 
 
 def _block(episodes: Sequence[EpisodeScore], means: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
@@ -167,6 +169,9 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
 LENGTH_BINS = ((60, "up to 1 min"), (600, "1 to 10 min"), (1800, "10 to 30 min"), (float("inf"), "over 30 min"))
 FRAME_BINS = ((0, "0"), (4, "1–4"), (8, "5–8"), (16, "9–16"), (32, "17–32"), (float("inf"), "over 32"))
 
+TURNS_SHOWN = 64
+"""Turns that have a place in the plot of tool calls: a policy that never stops must not fill it."""
+
 
 class Plot(NamedTuple):
     """A plot's data: rows of (method, place on the x axis, value, episodes)."""
@@ -187,10 +192,14 @@ def plot_data(methods: Sequence[MethodScores]) -> list[Plot]:
             frames += _mean_row(method, label, members, "temporal_f1")
         for label, members in _binned(method.episodes, LENGTH_BINS, lambda episode: episode.duration):
             lengths += _mean_row(method, label, members, "qa_accuracy")
-        longest = max((len(episode.calls_by_turn) for episode in method.episodes), default=0)
-        for turn in range(longest):
-            calls = [episode.calls_by_turn[turn] for episode in method.episodes if turn < len(episode.calls_by_turn)]
-            turns.append([method.name, str(turn + 1), plain(sum(calls) / len(method.episodes)), len(calls)])
+        calls: list[list[int]] = [[0, 0] for _ in range(TURNS_SHOWN)]  # calls and episodes, by turn
+        for episode in method.episodes:
+            for total, count in zip(calls, episode.calls_by_turn, strict=False):
+                total[0] += count
+                total[1] += 1
+        for turn, (made, episodes) in enumerate(calls, start=1):
+            if episodes:
+                turns.append([method.name, str(turn), plain(made / len(method.episodes)), episodes])
     last = max((int(row[1]) for row in turns), default=0)
     return [
         Plot("f1_by_frames", ["method", "frames", "temporal_f1", "episodes"], [name for _, name in FRAME_BINS], frames),
@@ -222,6 +231,6 @@ def _binned(
     members: dict[str, list[EpisodeScore]] = {label: [] for _, label in bins}
     for episode in episodes:
         number = value(episode)
-        if number is not None:
+        if number is not None and not math.isnan(number):
             members[next(label for top, label in bins if number <= top)].append(episode)
     return [(label, found) for label, found in members.items() if found]
