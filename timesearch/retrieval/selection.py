@@ -140,17 +140,18 @@ def _greedy_among(
     """
     gains = quality**2 + ridge
     floor = _NEGLIGIBLE * float(gains.max(initial=0.0))
-    factor = np.empty((0, len(rows)))
+    factor = np.empty((min(k, len(rows)), len(rows)))  # its first rows are filled, one a pick
     picked: list[int] = []
-    while len(picked) < min(k, len(rows)):
+    while len(picked) < len(factor):
         best = int(np.argmax(gains))
         if gains[best] < left_out:
             return None
         if gains[best] <= floor:
             break
         kernel = quality[best] * (rows @ rows[best]) * quality
-        entries = (kernel - factor[:, best] @ factor) / np.sqrt(gains[best])
-        factor = np.vstack([factor, entries])
+        filled = factor[: len(picked)]
+        entries = (kernel - filled[:, best] @ filled) / np.sqrt(gains[best])
+        factor[len(picked)] = entries
         picked.append(best)
         gains -= entries**2
         gains[best] = -np.inf
