@@ -81,7 +81,8 @@ class Bench:
         settings.train.steps = self.steps
         settings.train.processes = 1
         settings.train.micro_batch = settings.train.prompts_per_step * settings.train.num_generations
-        settings.train.completeness_weight = settings.train.completeness_weight if method == "grpo_csv" else 0.0
+        if method != "grpo_csv":
+            settings.train.rewards["completeness"] = 0.0
         settings.infer.temperature = self.temperature
         settings.tracking.uri = f"sqlite:///{(self.out / 'mlflow.db').absolute()}"
         settings.tracking.traced_episodes = 2

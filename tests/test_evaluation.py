@@ -478,7 +478,7 @@ def test_the_stage_leaves_predictions_aside_that_the_settings_do_not_ask_for(
     assert "not scored, as infer.baselines does not name them: predictions of base" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "results" / "metrics.json").read_text())) == ["uniform", "grpo_csv"]
     assert "of an earlier run" not in (tmp_path / "results" / "report.html").read_text()
-    project.infer.baselines, project.train.completeness_weight = [], 0.0
+    project.infer.baselines, project.train.rewards["completeness"] = [], 0.0
     with pytest.raises(RequestError, match=r"holds no predictions of grpo: run `timesearch infer`"):
         run(project)
 

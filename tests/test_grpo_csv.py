@@ -206,7 +206,7 @@ def test_assistant_turns_are_kept_as_they_were_written(play: Callable[..., Any])
 
 
 def test_plain_grpo_asks_for_no_reanswer(play: Callable[..., Any]) -> None:
-    trainer = play(MIXED, steps=1, completeness_weight=0.0)
+    trainer = play(MIXED, steps=1, rewards={"completeness": 0.0})
     assert all(episode.reanswer is None for episode in trainer.episodes)
     (row,) = metrics()
     assert "completeness" not in row

@@ -1,5 +1,7 @@
 """The GRPO-CSV reward of one episode, as pure functions over its messages (paper, Section 3.2).
 
+`REWARDS` is the table of its parts: trainer, settings, curves, evaluation and report read it.
+
 - *format*: every assistant turn is one thought followed by exactly one tool call or one answer and nothing else, and
   the last turn answers.
 - *accuracy*: the answer is right, by the question's type: the option's letter, the judge, or interval IoU.
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
 
@@ -161,16 +164,54 @@ def score_episode(
         judge: scores open-ended answers.
 
     Returns:
-        ``format``, ``accuracy`` and ``completeness``, each in [0, 1].
+        The parts of `REWARDS` by name, each in [0, 1].
     """
     right = accuracy(final_answer(messages), answer, type, judge)
     again = accuracy(reanswer, answer, type, judge) if right > 0 else 0.0
-    return {
-        "format": format_reward(messages),
-        "accuracy": right,
-        "completeness": _decided(right) * _decided(again),
-    }
+    scored = Scored(messages, right, again)
+    return {part.name: part.score(scored) for part in REWARDS}
+
+
+def completeness(right: float, again: float) -> float:
+    """Accuracy of the answer times accuracy of the re-answer, each of which counts as 1 above 0.5."""
+    return _decided(right) * _decided(again)
 
 
 def _decided(score: float) -> float:
     return 1.0 if score > 0.5 else score
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An episode and the accuracies of its two answers, in [0, 1]: what a part of the reward may look at."""
+
+    messages: Sequence[Message]
+    right: float
+    again: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the reward."""
+
+    name: str
+    weight: float
+    """in the sum, where the settings name no other (the released configuration of the paper)"""
+    label: str
+    """beside the progress bar"""
+    score: Callable[[Scored], float]
+    reanswers: bool = False
+    """whether it needs the re-answer, which costs one more turn an episode"""
+
+
+REWARDS: tuple[Part, ...] = (
+    Part("format", 1.0, "format", lambda scored: format_reward(scored.messages)),
+    Part("accuracy", 0.5, "right", lambda scored: scored.right),
+    Part("completeness", 0.5, "complete", lambda scored: completeness(scored.right, scored.again), reanswers=True),
+)
+"""All parts, in order."""
+
+
+def weighed(weights: Mapping[str, float]) -> list[Part]:
+    """The parts that a training with these weights computes: all but re-answers that would count for nothing."""
+    return [part for part in REWARDS if weights[part.name] > 0 or not part.reanswers]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from timesearch.errors import RequestError
+from timesearch.rewards import REWARDS, weighed
 
 
 class Section(BaseModel):
@@ -130,9 +131,10 @@ class Train(Section):
     temperature: float = Field(1.0, gt=0)
     loss_type: str = "grpo"
     scale_rewards: Literal["group", "batch", "none"] = "none"
-    format_weight: float = 1.0
-    accuracy_weight: float = 0.5
-    completeness_weight: float = Field(0.5, description="0 gives plain GRPO: no re-answer is generated")
+    rewards: dict[str, float] = Field(
+        default_factory=lambda: {part.name: part.weight for part in REWARDS},
+        description="weight of each part of the reward; completeness 0 gives plain GRPO: no re-answer is generated",
+    )
     zero_advantage: Literal["keep", "replay", "resample"] = "replay"
     mask_truncated: bool = Field(False, description="episodes cut by the length limit carry no loss")
     max_completion_length: int = Field(8192, ge=16, description="tokens of an episode after its prompt")
@@ -151,6 +153,21 @@ class Train(Section):
     processes: int = Field(1, ge=1, description="training processes on a machine without GPUs")
     save_steps: int = Field(50, ge=1)
     log_episodes_every: int = Field(20, ge=1)
+
+    @field_validator("rewards")
+    @classmethod
+    def _known_rewards(cls, weights: dict[str, float]) -> dict[str, float]:
+        """A weight that is not named is the paper's."""
+        known = {part.name: part.weight for part in REWARDS}
+        unknown = sorted(weights.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"there is no reward {unknown[0]!r}, only {', '.join(known)}")
+        return known | weights
+
+    @property
+    def verifies(self) -> bool:
+        """Whether re-answers are generated: GRPO-CSV rather than GRPO."""
+        return any(part.reanswers for part in weighed(self.rewards))
 
 
 class Judge(Section):

@@ -331,6 +331,8 @@ class Scorer:
         if interval_iou(gold, gold):
             said = parse_intervals(episode.answer or "")
             episode.values["grounding_iou"] = interval_iou(said, gold)
+            if prediction.reanswer is not None:
+                episode.values["reanswer_accuracy"] = interval_iou(parse_intervals(prediction.reanswer), gold)
             episode.unparsed = not said
         elif prediction.answer.strip():
             self._fail(prediction, "bad_answer", f"the right answer {prediction.answer[:80]!r} names no interval")

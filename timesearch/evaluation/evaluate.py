@@ -23,6 +23,7 @@ from timesearch.exclusive import exclusive
 from timesearch.files import atomic_path, write_json, write_jsonl, write_text
 from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
 from timesearch.progress import console, progress_bar
+from timesearch.rewards import completeness
 from timesearch.settings import Evaluate, Judge, Settings
 
 _TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
@@ -96,9 +97,10 @@ def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
         if not any("reanswer_accuracy" in episode.values for episode in method.episodes):
             continue
         for episode in method.episodes:
-            if "qa_accuracy" in episode.values:
+            right = episode.values.get("qa_accuracy", episode.values.get("grounding_iou"))
+            if right is not None:
                 again = episode.values.get("reanswer_accuracy", 0.0)
-                episode.values["completeness"] = episode.values["qa_accuracy"] * again
+                episode.values["completeness"] = completeness(right, again)
 
 
 def _score_frames(methods: Sequence[MethodScores], videos: Videos) -> None:

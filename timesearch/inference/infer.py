@@ -118,7 +118,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
 
 def trained_method(settings: Settings) -> str:
     """The name under which the trained policy's predictions are filed."""
-    return "grpo_csv" if settings.train.completeness_weight > 0 else "grpo"
+    return "grpo_csv" if settings.train.verifies else "grpo"
 
 
 def checkpoint_of(method: str, settings: Settings) -> Path:

@@ -25,7 +25,7 @@ from timesearch.evaluation.evaluate import load_metrics, prediction_files
 from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
 from timesearch.files import atomic_path, inside
 from timesearch.messages import Message, exchanges, parse_turn, text_of
-from timesearch.rewards import answer_letter
+from timesearch.rewards import REWARDS, answer_letter
 from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
 
@@ -43,7 +43,7 @@ _THUMBNAIL_QUALITY = 55
 _PREVIEWS = 12  # preview frames of an episode that get a picture, evenly chosen
 _TEXT_LIMIT = 20_000  # characters of one turn; a policy that never stops must not fill the page
 _GROUP_VALUES = 60
-_CURVES = ("reward", "accuracy", "completeness", "search_rate", "tool_calls", "format")
+_CURVES = ("reward", *(part.name for part in REWARDS), "search_rate", "tool_calls")
 
 
 def write_results_report(settings: Settings, out: Path | None = None) -> Path:

@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from timesearch.messages import final_answer, parse_turn
-from timesearch.rewards import accuracy, score_episode
+from timesearch.rewards import accuracy, score_episode, weighed
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 from timesearch.training.rollouts import Clock, Episode, RolloutTrainer
 
 RESAMPLES = 2
 """Further batches that are played to replace groups without advantages."""
-PARTS = ("format", "accuracy", "completeness")
 
 
 class Judge(Protocol):
@@ -46,7 +45,7 @@ class GRPOCSVTrainer(RolloutTrainer):
 
     Args:
         judge: scores open-ended answers.
-        verify: generate re-answers; without them this is plain GRPO on format and accuracy.
+        weights: of the parts of the reward by name; without completeness this is plain GRPO, without re-answers.
         zero_advantage: what becomes of groups that teach nothing: `keep`, `replay` or `resample`.
         mask_truncated: episodes cut by the length limit carry no loss.
         clock: shared with the environments, which time their decoding in it.
@@ -57,16 +56,17 @@ class GRPOCSVTrainer(RolloutTrainer):
         self,
         *,
         judge: Judge,
-        verify: bool,
+        weights: Mapping[str, float],
         zero_advantage: str,
         mask_truncated: bool,
         clock: Clock,
         **arguments: Any,
     ) -> None:
         self._judge = judge
-        self._verify = verify
+        parts = weighed(weights)
+        self._verify = any(part.reanswers for part in parts)
         self._zero_advantage = zero_advantage
-        rewards = [self._reward(part) for part in PARTS[: 3 if verify else 2]]
+        rewards = [self._reward(part.name) for part in parts]
         super().__init__(mask_truncated=mask_truncated, clock=clock, reward_funcs=rewards, **arguments)
         # As many groups as this process plays in a step: more than that are never put back.
         episodes = self.args.generation_batch_size // self.accelerator.num_processes

@@ -19,6 +19,7 @@ from trl import GRPOConfig
 from timesearch.batch import write_failures
 from timesearch.errors import RequestError
 from timesearch.progress import console, progress_bar
+from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
@@ -84,7 +85,7 @@ def run(settings: Settings) -> Path:
             callbacks = [Watch(folder, record, bar, settings.paths.frames, settings.train.log_episodes_every)]
         trainer = GRPOCSVTrainer(
             judge=make_judge(settings.judge),
-            verify=settings.train.completeness_weight > 0,
+            weights=settings.train.rewards,
             zero_advantage=settings.train.zero_advantage,
             mask_truncated=settings.train.mask_truncated,
             clock=clock,
@@ -141,9 +142,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         temperature=train.temperature,
         loss_type=train.loss_type,
         scale_rewards=train.scale_rewards,
-        reward_weights=[train.format_weight, train.accuracy_weight, train.completeness_weight][
-            : 3 if train.completeness_weight > 0 else 2
-        ],
+        reward_weights=[train.rewards[part.name] for part in weighed(train.rewards)],
         max_completion_length=train.max_completion_length,
         max_tool_calling_iterations=search.max_turns - 1,
         # The policy must not write tokens that stand for images. vLLM takes this as a bias on the logits.

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from timesearch.files import atomic_path, write_jsonl
 from timesearch.messages import final_answer
 from timesearch.progress import Bar, console
+from timesearch.rewards import REWARDS
 from timesearch.samples import Prediction, read_rows
 from timesearch.search.episode import without_pixels
 
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 
 NAMES = {
     "reward": "reward",
-    "rewards/format/mean": "format",
-    "rewards/accuracy/mean": "accuracy",
-    "rewards/completeness/mean": "completeness",
+    **{f"rewards/{part.name}/mean": part.name for part in REWARDS},
     "reward_std": "reward_std",
     "frac_reward_zero_std": "zero_advantage",
     "loss": "loss",
@@ -137,7 +136,7 @@ class CollapseWarning:
         """Yield a sentence for each collapse that shows at this step."""
         texts = {
             "search_rate": "searching collapses: {now:.0%} of episodes search, {first:.0%} did at first. "
-            "Raise train.completeness_weight, or strengthen the cold start",
+            "Raise train.rewards.completeness, or strengthen the cold start",
             "format": "the format collapses: {now:.0%} of episodes keep it, {first:.0%} did at first. "
             "Lower train.learning_rate, or train the cold start longer",
         }
@@ -188,6 +187,6 @@ def to_prediction(episode: Episode) -> Prediction:
 
 
 def _note(values: dict[str, float]) -> str:
-    parts = {"R": "reward", "format": "format", "right": "accuracy", "complete": "completeness", "calls": "tool_calls"}
+    parts = {"R": "reward", **{part.label: part.name for part in REWARDS}, "calls": "tool_calls"}
     shown = [f"{label} {values[name]:.2f}" for label, name in parts.items() if name in values]
     return ", ".join([*shown, f"{values['seconds']:.1f} s/step"])
