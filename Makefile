@@ -37,7 +37,8 @@ demo: setup  ## The whole pipeline at pocket size, with its table of results
 	@$(RUN) timesearch demo
 
 test: .venv/.synced-test .dvc/tmp/pulled  ## All tests
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile
+	@test -x /usr/bin/chromium || echo "no /usr/bin/chromium: the tests in a real browser will be skipped (apt install chromium)"
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 check: .venv/.synced  ## Lint, format, types
 	$(RUN) ruff check .

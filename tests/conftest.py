@@ -13,6 +13,26 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Over several workers, take the longest files first, and in each the longest tests first.
+
+    What is long says so: `@pytest.mark.takes(seconds)`. xdist sends a worker the next file two tests before the end of
+    the one that it has, where it would wait behind a long test.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    longest_first = sorted(files.values(), key=lambda tests: sum(map(_seconds, tests)), reverse=True)
+    items[:] = [item for tests in longest_first for item in sorted(tests, key=_seconds, reverse=True)]
+
+
+def _seconds(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("takes")
+    return float(mark.args[0]) if mark else 0.0
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Inputs with the outputs of the published reference implementation."""

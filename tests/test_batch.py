@@ -30,6 +30,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.takes(20)
 def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
     def work(item: str) -> Made | None:
         mark = tmp_path / item

@@ -88,6 +88,7 @@ def test_a_profile_written_out_means_the_same(tmp_path: Path) -> None:
         assert load_settings(tmp_path / "params.yaml") == settings
 
 
+@pytest.mark.takes(15)
 def test_only_what_a_parameter_touches_runs_again(here: Path) -> None:
     assert "up to date" in run(here, "dvc", "status").stdout
     assert "qa_accuracy" in run(here, "dvc", "metrics", "show").stdout
@@ -108,6 +109,7 @@ def test_only_what_a_parameter_touches_runs_again(here: Path) -> None:
     params.write_text(before)
 
 
+@pytest.mark.takes(8)
 def test_failures_are_told_apart_by_what_another_try_can_change(here: Path) -> None:
     (here / "runs" / "train" / "m").unlink()
     try:
@@ -134,6 +136,7 @@ def test_the_last_try_of_a_download_leaves_out_what_stays_away(tmp_path: Path, m
     assert tried == [True, True, False]
 
 
+@pytest.mark.takes(8)
 def test_a_workspace_has_the_outputs_and_goes_when_done(here: Path) -> None:
     params = (here / "params.yaml").read_text()
     said: list[str] = []
@@ -151,6 +154,7 @@ def test_a_workspace_has_the_outputs_and_goes_when_done(here: Path) -> None:
     assert not (here / "runs" / "mine").exists()
 
 
+@pytest.mark.takes(15)
 def test_a_workspace_has_what_is_uncommitted_but_code(here: Path) -> None:
     """A profile in use, data that were added, and settings of this machine go into it; edited code is named."""
     params = (here / "params.yaml").read_text()

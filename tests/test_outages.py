@@ -18,7 +18,7 @@ from timesearch.settings import Judge
 
 TESTS = Path(__file__).parent
 PLANTED = "hf_planted_secret"
-OUTAGE = 10.0
+OUTAGE = 3.0
 """Seconds that the judge is away."""
 
 
@@ -37,6 +37,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+@pytest.mark.takes(40)
 def test_a_judge_that_goes_away_in_training_costs_no_step(tmp_path: Path) -> None:
     build_project(tmp_path, videos=6)
     samples = tmp_path / "data" / "train.jsonl"

@@ -57,6 +57,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.takes(15)
 def test_real_clips_go_through_every_stage(footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from timesearch.evaluation.evaluate import run as evaluate
     from timesearch.files import write_jsonl

@@ -29,6 +29,7 @@ def files_with_secrets(folder: Path, *inputs: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in paths if path.name not in inputs)
 
 
+@pytest.mark.takes(9)
 def test_a_failed_download_tells_no_secret(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -203,6 +203,7 @@ NAMES = (
 )
 
 
+@pytest.mark.takes(25)
 def test_names_are_only_names(tmp_path: Path, good: Path, start: Start) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -364,18 +365,20 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_frames_killed_at_20_random_moments_are_resumed(tmp_path: Path, start: Start, many: Path) -> None:
+@pytest.mark.takes(15)
+def test_frames_killed_at_random_moments_are_resumed(tmp_path: Path, start: Start, many: Path) -> None:
     command = ("frames", many, "--out", tmp_path / "out", "--workers", 2, "--params", tmp_path / "none.yaml")
-    left = killed_at_random_moments(start, command, tmp_path / "out", kills=20, seed=1)
+    left = killed_at_random_moments(start, command, tmp_path / "out", kills=8, seed=1)
     assert len(set(left)) > 1, "the kills came at different states of the work"
 
 
-def test_features_killed_at_20_random_moments_are_resumed(tmp_path: Path, start: Start, many: Path) -> None:
+@pytest.mark.takes(15)
+def test_features_killed_at_random_moments_are_resumed(tmp_path: Path, start: Start, many: Path) -> None:
     frames, out = tmp_path / "frames", tmp_path / "out"
     cache_frames({video.name: video for video in many.iterdir()}, frames, SMALL.model_copy(update={"fps": 8.0}))
     encoder = make_encoder(tmp_path / "encoder")
     command = ("features", frames, "--out", out, "--workers", 2, "--model", encoder, "--params", tmp_path / "none.yaml")
-    left = killed_at_random_moments(start, command, out, kills=20, seed=2)
+    left = killed_at_random_moments(start, command, out, kills=8, seed=2)
     assert len(set(left)) > 1, "the kills came at different states of the work"
 
 

@@ -163,12 +163,12 @@ def test_wrong_requests_are_named(k: int, method: Method, query: np.ndarray) -> 
 
 
 def test_an_hour_is_searched_at_once() -> None:
-    """The bound of the benchmark is 15 ms on an idle core; here, with room for a busy one."""
+    """The bound of the benchmark is 15 ms on an idle core; here, in time of this process, with room for a busy one."""
     features, query = walk(7200, 1152, 0, 0.05)
     features = features.astype(np.float16)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         select_frames(features, query, 8)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert min(times) < 0.1

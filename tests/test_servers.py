@@ -88,6 +88,7 @@ def test_inference_starts_a_policy_server_and_stops_it_whole(settings: Settings)
     assert served(settings) == []
 
 
+@pytest.mark.takes(9)
 def test_a_policy_server_that_dies_is_started_again_and_no_episode_is_lost(settings: Settings) -> None:
     settings.infer.command[-2] = "1"
     working = threading.Thread(target=run, args=(settings,))
@@ -101,6 +102,7 @@ def test_a_policy_server_that_dies_is_started_again_and_no_episode_is_lost(setti
     assert gone(children_of(settings.infer.log))
 
 
+@pytest.mark.takes(8)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_policy_server_outlives_killed_inference(settings: Settings, tmp_path: Path, how: signal.Signals) -> None:
     settings.infer.command[-2] = "600"
@@ -167,6 +169,7 @@ def test_a_policy_server_that_never_answers_is_given_up_and_stopped(settings: Se
     assert gone(children_of(settings.infer.log), within=1)
 
 
+@pytest.mark.takes(10)
 def test_two_that_need_a_server_at_one_address_start_it_once(tmp_path: Path) -> None:
     """Also when it has died: a second copy of a large model would find its memory taken."""
     stub = [sys.executable, str(TESTS / "judge_stub.py"), "{port}", "{model}", "--children", "--load", "3"]

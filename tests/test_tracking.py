@@ -115,6 +115,7 @@ def test_a_failed_stage_is_recorded_as_failed(settings: Settings) -> None:
     assert MlflowClient(settings.tracking.uri).get_run(str(run.id)).info.status == "FAILED"
 
 
+@pytest.mark.takes(20)
 def test_a_store_that_is_away_costs_nothing_and_gets_all_when_it_is_back(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -230,11 +231,17 @@ def serve_mlflow(tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[by
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # jobs of its pages: slow to start
 
     def start(port: int) -> subprocess.Popen[bytes]:
         with (tmp_path / "server.log").open("ab") as log:
             server = subprocess.Popen(
-                [*command, "--port", str(port)], stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+                [*command, "--port", str(port)],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                cwd=tmp_path,
+                start_new_session=True,
             )
         started.append(server)
         wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), 300, "the MLflow server")
@@ -259,6 +266,7 @@ def kill(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
+@pytest.mark.takes(60)
 def test_a_server_that_goes_away_amid_a_run_gets_all_when_it_is_back(
     settings: Settings,
     serve_mlflow: Callable[[int], subprocess.Popen[bytes]],
@@ -367,6 +375,7 @@ def test_redaction_bears_an_environment_that_changes_meanwhile() -> None:
         thread.join()
 
 
+@pytest.mark.takes(15)
 def test_two_runs_may_create_the_store_at_once(tmp_path: Path) -> None:
     record = (
         "import sys; from timesearch.settings import Settings; from timesearch.tracking import stage_run\n"
