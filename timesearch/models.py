@@ -5,7 +5,6 @@ Later stages read these folders and nothing else, so that a run does not depend 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from timesearch.errors import RequestError
 from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, write_json
 from timesearch.hub import fetch_error, unreached
+from timesearch.model_folders import PARTS, read_config, require_data_only
 from timesearch.progress import progress_bar
 from timesearch.settings import Models, Settings
 
@@ -66,7 +66,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def _make(target: Path, origin: dict[str, object], make: Callable[[Path], None]) -> bool:
     """Make `target` unless it was made from the same `origin`; a folder appears whole or not at all."""
     mark = target / _MARK
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == origin:
+    if mark.is_file() and read_config(mark) == origin:
         return False
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -88,9 +88,16 @@ def _encoder(folder: Path, models: Models, seed: int) -> None:
         with progress_bar("encoder", models.encoder_steps) as bar:
             train_encoder(folder, models.encoder_steps, seed, lambda loss: bar.advance(note=f"loss {loss:.2f}"))
     elif Path(models.encoder).is_dir():
-        shutil.copytree(models.encoder, folder, dirs_exist_ok=True)
+        _copy(Path(models.encoder), folder)
     else:
         _published_encoder(folder, models.encoder, models.pretrained)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy the files of a model, links followed; code and pickles that lie beside them stay behind."""
+    require_data_only(source)
+    for path in {path for part in PARTS for path in source.glob(part) if path.is_file()}:
+        shutil.copyfile(path, folder / path.name)
 
 
 def _published_encoder(folder: Path, name: str, pretrained: str) -> None:
@@ -98,9 +105,12 @@ def _published_encoder(folder: Path, name: str, pretrained: str) -> None:
     import open_clip
     from open_clip.push_to_hf_hub import save_for_hf
 
-    config = open_clip.get_model_config(name)
+    from timesearch.retrieval.encoder import require_own_towers
+
+    config = None if ":" in name else open_clip.get_model_config(name)  # a colon leads to the hub, or to a folder
     if config is None:
         raise RequestError(f"open_clip knows no model {name!r}: see open_clip.list_models(), or name a local folder")
+    require_own_towers(name, config)
     if not Path(pretrained).is_file() and pretrained not in open_clip.list_pretrained_tags_by_model(name):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise RequestError(f"open_clip has no weights {pretrained!r} of {name}: choose one of {tags}, or name a file")
@@ -118,7 +128,7 @@ def _policy(folder: Path, source: str) -> None:
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise RequestError(f"{source} holds no checkpoint (config.json is missing)")
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        _copy(Path(source), folder)
         keep_small_frames(folder)
         return
     if source.count("/") != 1:
@@ -129,10 +139,10 @@ def _policy(folder: Path, source: str) -> None:
     from huggingface_hub.errors import HFValidationError
 
     failures: tuple[type[BaseException], ...] = (*unreached(), HFValidationError, OSError)
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        snapshot_download(source, local_dir=folder, allow_patterns=wanted)
+        snapshot_download(source, local_dir=folder, allow_patterns=list(PARTS))
     except failures as error:
         raise fetch_error(f"{source} cannot be fetched from the model hub", error) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    require_data_only(folder)
     keep_small_frames(folder)

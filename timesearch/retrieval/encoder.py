@@ -7,20 +7,23 @@ import functools
 import io
 import json
 import os
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from timesearch.errors import RequestError, TemporaryError
-from timesearch.files import file_digest, json_digest
+from timesearch.files import file_digest, json_digest, write_json
 from timesearch.http import BadReplyError, M, RefusedError, check_address, may_pass, request_now, tries
 from timesearch.hub import fetch_error
+from timesearch.model_folders import PARTS, read_config, require_data_only
 from timesearch.protocol import Embeddings, ModelList
 from timesearch.redaction import redact
 from timesearch.servers import authorisation
@@ -115,11 +118,12 @@ class OpenClipEncoder:
     """An open_clip model in this process: bfloat16 on a GPU, float32 on all cores of a CPU.
 
     A local folder is checked at once and loaded when first used, so that a run that finds everything up to date does
-    not wait for it.
+    not wait for it. Nothing in it is run: see `timesearch.model_folders`.
     """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
         self._device = device
+        self._folder: Path | None = None
         self._queries = _Queries()
         self._loading = threading.Lock()
         folder = Path(model)
@@ -128,14 +132,18 @@ class OpenClipEncoder:
             for needed in (config, weights):
                 if not needed.is_file():
                     raise RequestError(f"{needed} is missing: {folder} is no folder in open_clip's layout")
-            self._identifier, self._tag = f"local-dir:{folder}", None
+            require_data_only(folder)
+            settings = read_config(config)
+            require_own_towers(config, settings.get("model_cfg"))
+            self._folder, self._tag = folder, None
             self.name, self.pretrained = folder.name, f"sha256:{file_digest(weights)[:16]}"
-            settings = json.loads(config.read_text(encoding="utf-8"))
             shaping = [settings.get("preprocess_cfg"), settings["model_cfg"]["vision_cfg"]]
         else:
+            if ":" in model:
+                raise RequestError(f"the encoder {model!r} is no open_clip model's name: fetch it, and name its folder")
             if not pretrained:
                 raise RequestError(f"the encoder {model!r} is no folder here: name its pretrained tag, too")
-            self._identifier, self._tag = model, pretrained
+            self._tag = pretrained
             self.name, self.pretrained = model, pretrained
             if Path(pretrained).is_file():
                 if Path(pretrained).suffix != ".safetensors":
@@ -161,14 +169,17 @@ class OpenClipEncoder:
         device = torch.device(self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                self._identifier,
-                pretrained=self._tag,
-                precision="bf16" if dtype == torch.bfloat16 else "fp32",
-                device=device,
-            )
-            tokenizer = open_clip.get_tokenizer(self._identifier)
-        except (RuntimeError, ValueError, OSError) as error:
+            with _as_open_clip_sees_it(self._folder) if self._folder else nullcontext(self.name) as identifier:
+                model, _, preprocess = open_clip.create_model_and_transforms(
+                    identifier,
+                    pretrained=self._tag,
+                    precision="bf16" if dtype == torch.bfloat16 else "fp32",
+                    device=device,
+                )
+                tokenizer = open_clip.get_tokenizer(identifier)
+        except RequestError:
+            raise
+        except Exception as error:  # what the libraries raise about a folder that others made is anything
             raise fetch_error(f"the encoder {self.name!r} ({self.pretrained}) cannot be loaded", error) from error
         use_fitting_threads(model)
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
@@ -209,6 +220,68 @@ class OpenClipEncoder:
         with torch.inference_mode():
             rows = parts.model.encode_image(batch.to(parts.device, parts.dtype, non_blocking=True))
         return _unit_rows(rows.float().cpu().numpy())
+
+
+def require_own_towers(source: Path | str, model: Any) -> None:
+    """Refuse an open_clip configuration that is none, or whose towers are other models to be loaded from elsewhere.
+
+    Args:
+        source: where the configuration comes from, for the message.
+        model: its `model_cfg`.
+
+    Raises:
+        RequestError: naming what is wrong.
+    """
+    towers = [model.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else []
+    if not towers or not all(isinstance(tower, dict) for tower in towers):
+        raise RequestError(f"{source} describes no model: model_cfg.vision_cfg and model_cfg.text_cfg are needed")
+    for tower in (*towers, model.get("multimodal_cfg")):
+        parts = tower if isinstance(tower, dict) else {}
+        timm = parts.get("timm_model_name")
+        if parts.get("hf_model_name") or (timm and not str(timm).replace(".", "_").isidentifier()):
+            other = parts.get("hf_model_name") or timm
+            raise RequestError(f"{source} loads another model, {other!r}: take an encoder that is whole in itself")
+
+
+@contextmanager
+def _as_open_clip_sees_it(folder: Path) -> Iterator[str]:
+    """open_clip's name of a copy of `folder`: its configuration with the keys that are known and load nothing, its
+    weights, and the files of its tokenizer."""
+    import open_clip
+    from open_clip.coca_model import MultimodalCfg
+    from open_clip.transform import PreprocessCfg
+
+    config = read_config(folder / "open_clip_config.json")
+    model, preprocess = config["model_cfg"], config.get("preprocess_cfg")
+    clean = {key: model[key] for key in _MODEL_KEYS if key in model}
+    for name, kind in (
+        ("vision_cfg", open_clip.CLIPVisionCfg),
+        ("text_cfg", open_clip.CLIPTextCfg),
+        ("multimodal_cfg", MultimodalCfg),
+    ):
+        if isinstance(model.get(name), dict):
+            clean[name] = _known(model[name], kind)
+    text, tokenizer = clean["text_cfg"], model["text_cfg"].get("tokenizer_kwargs")
+    text["tokenizer_kwargs"] = {key: value for key, value in (tokenizer or {}).items() if key in _TOKENIZER_KEYS}
+    if model["text_cfg"].get("hf_tokenizer_name"):
+        text["hf_tokenizer_name"] = "in this folder"
+        text["tokenizer_kwargs"]["trust_remote_code"] = False
+    shaping = _known(preprocess, PreprocessCfg) if isinstance(preprocess, dict) else {}
+    with tempfile.TemporaryDirectory() as made:
+        for path in {path for part in PARTS for path in folder.glob(part)}:
+            (Path(made) / path.name).symlink_to(path.absolute())
+        write_json(Path(made) / "open_clip_config.json", {"model_cfg": clean, "preprocess_cfg": shaping})
+        yield f"local-dir:{made}"
+
+
+_MODEL_KEYS = ("embed_dim", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
+_TOKENIZER_KEYS = ("clean", "strip_sep_token", "language", "reduction_mask")
+
+
+def _known(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The values that a dataclass of open_clip has fields for, those left out that name other models."""
+    names = {field.name for field in fields(kind) if not field.name.startswith(("hf_", "tokenizer_kwargs"))}
+    return {name: value for name, value in values.items() if name in names}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import RequestError
 from timesearch.files import write_json
+from timesearch.model_folders import LOADING, read_config, require_data_only
 from timesearch.search.budget import completion_tokens, prompt_tokens
 from timesearch.settings import SearchSettings
 from timesearch.threads import use_fitting_threads
@@ -28,11 +28,24 @@ def vision_token_ids(tokenizer: Any) -> list[int]:
 
 
 def base_of(checkpoint: Path | str) -> str:
-    """The base model of a LoRA adapter's folder; any other checkpoint is its own base."""
-    config = Path(checkpoint) / "adapter_config.json"
-    if not config.is_file():
+    """The base model of a LoRA adapter's folder; any other checkpoint is its own base.
+
+    Raises:
+        RequestError: a folder, the checkpoint's or its base's, that `require_data_only` refuses, or no base.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
         return str(checkpoint)
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    require_data_only(folder)
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return str(checkpoint)
+    base = read_config(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or "\0" in base:
+        raise RequestError(f"{path} names no base model: put its folder or hub name into base_model_name_or_path")
+    if Path(base).is_dir():
+        require_data_only(Path(base))
+    return base
 
 
 def load_processor(checkpoint: Path | str) -> Any:
@@ -40,23 +53,29 @@ def load_processor(checkpoint: Path | str) -> Any:
 
     Qwen2.5-VL's own template does not: it is replaced by that of Qwen3-VL, whose markup Qwen2.5 was trained on too.
 
+    What it renders is bounded from then on, as `timesearch.search.templates` says.
+
     Raises:
-        RequestError: the folder is missing, or no checkpoint of a vision-language model.
+        RequestError: the folder is missing, no checkpoint of a vision-language model, or runs code of its own; or its
+            chat template cannot render a conversation.
     """
     from transformers import AutoProcessor
+
+    from timesearch.search.templates import bound_templates
 
     folder = Path(checkpoint)
     if not folder.is_dir() and (folder.is_absolute() or str(checkpoint).count("/") != 1):
         raise RequestError(f"{checkpoint} does not exist: name a checkpoint folder, or make it by the stage before")
     has_own = (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file()
-    source = str(checkpoint) if has_own or not folder.is_dir() else base_of(checkpoint)
+    base = base_of(checkpoint)
+    bound_templates()
     try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{checkpoint} is no checkpoint of a policy: {str(error).splitlines()[0]}") from error
+        processor = AutoProcessor.from_pretrained(str(checkpoint) if has_own else base, trust_remote_code=False)
+    except Exception as error:  # what the libraries raise about a folder that others made is anything
+        raise _unfit(checkpoint, error) from error
     if not hasattr(processor, "image_processor"):
         raise RequestError(f"{checkpoint} has no image processor: a policy must be a vision-language model")
-    if "tools" not in (processor.chat_template or ""):
+    if "tools" not in str(processor.chat_template or ""):
         from trl.chat_template_utils import qwen3_vl_chat_template
 
         processor.chat_template = qwen3_vl_chat_template
@@ -64,6 +83,11 @@ def load_processor(checkpoint: Path | str) -> Any:
     if 0 < _side(vision) ** 2 < vision.size.get("shortest_edge", 0):
         vision.size["shortest_edge"] = _side(vision) ** 2  # as `keep_small_frames`
     return processor
+
+
+def _unfit(checkpoint: Path | str, error: Exception) -> RequestError:
+    reason = (str(error).splitlines() or [repr(error)])[0][:300]
+    return RequestError(f"{checkpoint} is no checkpoint of a policy: {reason}")
 
 
 def _side(vision: Any) -> int:
@@ -78,7 +102,7 @@ def keep_small_frames(folder: Path) -> None:
     preview. Files that enlarge nothing stay as they are.
     """
     for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = read_config(path) if path.is_file() else {}
         vision = config.get("image_processor", config)
         least = (vision.get("patch_size", 0) * vision.get("merge_size", 0)) ** 2
         sizes = [(vision, "min_pixels"), (vision.get("size") or {}, "shortest_edge")]
@@ -108,11 +132,15 @@ def multiply_patches(model: Any) -> Any:
 def load_model(checkpoint: Path | str, dtype: torch.dtype | None = None) -> Any:
     """The model of a checkpoint on the best device.
 
-    A folder with a LoRA adapter is loaded as its base model with the adapter merged in.
+    A folder with a LoRA adapter is loaded as its base model with the adapter merged in. Weights are read from
+    safetensors alone.
 
     Args:
         checkpoint: a folder or a hub name.
         dtype: of the weights; None takes bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        RequestError: it is no checkpoint of a vision-language model, or runs code of its own.
     """
     import torch
     from transformers import AutoModelForImageTextToText
@@ -122,14 +150,56 @@ def load_model(checkpoint: Path | str, dtype: torch.dtype | None = None) -> Any:
     on_gpu = torch.cuda.is_available()
     base = base_of(checkpoint)
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
-    if base != str(checkpoint):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload()
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **LOADING)
+        if base != str(checkpoint):
+            model = _with_adapter(model, Path(checkpoint))
+    except (RequestError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _unfit(checkpoint, error) from error
     model = model.to("cuda" if on_gpu else "cpu").eval()
     use_fitting_threads(model)
     return multiply_patches(model)
+
+
+_ADAPTER = frozenset(
+    {"r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora"}
+    | {"modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_bias"}
+    | {"target_parameters", "task_type"}
+)
+"""Keys of an adapter's configuration that say which of its weights go where. The others are of its training, and some
+name modules to import or files to load."""
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """`model` with the LoRA adapter in `folder` merged in."""
+    from peft import LoraConfig, PeftModel
+
+    config = read_config(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise RequestError(f"{folder} holds an adapter of type {config.get('peft_type')!r}: only LORA is known")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RequestError(
+            f"{folder / 'adapter_model.safetensors'} is missing: weights are read from safetensors alone"
+        )
+    known = {key: value for key, value in config.items() if key in _ADAPTER}
+    for pattern in _patterns(known):
+        if (
+            len(pattern) > 2000
+            or sum(map(pattern.count, "*+{")) > 3
+            or any(mark in pattern for mark in (")*", ")+", "){"))
+        ):
+            raise RequestError(f"{folder} names modules by a pattern that may take for ever: list their names instead")
+    return PeftModel.from_pretrained(model, str(folder), config=LoraConfig(**known)).merge_and_unload()
+
+
+def _patterns(config: dict[str, Any]) -> Iterator[str]:
+    """The regular expressions in an adapter's configuration."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        yield from (value for value in [config.get(key)] if isinstance(value, str))
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from config.get(key) or {}
 
 
 @dataclass(frozen=True)
@@ -154,9 +224,14 @@ def examine(checkpoint: Path | str, settings: SearchSettings) -> list[Finding]:
     from transformers import AutoConfig
 
     processor = load_processor(checkpoint)
-    config = AutoConfig.from_pretrained(base_of(checkpoint))
+    try:
+        config = AutoConfig.from_pretrained(base_of(checkpoint), trust_remote_code=False)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise _unfit(checkpoint, error) from error
     return [
-        *_template(processor, settings),
+        *_template(checkpoint, processor, settings),
         *_vision(processor, config, settings),
         *_context(config, settings),
     ]
@@ -173,7 +248,7 @@ def check_fit(checkpoint: Path | str, settings: SearchSettings) -> None:
         raise RequestError(f"{checkpoint} does not fit these parameters: {'; '.join(wrong)}")
 
 
-def _template(processor: Any, settings: SearchSettings) -> Iterator[Finding]:
+def _template(checkpoint: Path | str, processor: Any, settings: SearchSettings) -> Iterator[Finding]:
     said = "<think> a  b </think>\n<tool_call>\n{}\n</tool_call>"
     messages = [
         {"role": "system", "content": "S"},
@@ -183,7 +258,11 @@ def _template(processor: Any, settings: SearchSettings) -> Iterator[Finding]:
     ]
     offered = settings.protocol == "template"
     tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
-    text = processor.apply_chat_template(messages, tools=[tool] if offered else None, add_generation_prompt=True)
+    try:
+        text = processor.apply_chat_template(messages, tools=[tool] if offered else None, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and fails as programs do
+        reason = (str(error).splitlines() or [repr(error)])[0][:300]
+        raise RequestError(f"the chat template of {checkpoint} renders no conversation: {reason}") from error
     image = getattr(processor, "image_token", "<|image_pad|>")
     if offered:
         yield Finding("tools", "probe_tool" in text, "the chat template describes tools")

@@ -151,13 +151,21 @@ class TransformersPolicy:
                     future.set_result(reply)
 
     def render(self, request: Request) -> str:
-        """The prompt as text, image placeholders not yet expanded."""
-        return self._processor.apply_chat_template(
-            list(request.messages), tools=list(request.tools) or None, tokenize=False, add_generation_prompt=True
-        )
+        """The prompt as text, image placeholders not yet expanded.
 
-    def encode(self, requests: Sequence[Request]) -> Any:
-        """Model inputs of a batch, padded on the left."""
+        Raises:
+            EngineError: `refused`, where the checkpoint's chat template does not render this conversation.
+        """
+        try:
+            return self._processor.apply_chat_template(
+                list(request.messages), tools=list(request.tools) or None, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, and fails as programs do
+            reason = (str(error).splitlines() or [repr(error)])[0][:300]
+            raise EngineError(f"{self.name}: the chat template does not render a turn: {reason}", "refused") from error
+
+    def encode(self, requests: Sequence[Request], texts: Sequence[str] | None = None) -> Any:
+        """Model inputs of a batch, padded on the left; `texts` are the prompts where they are rendered already."""
         images = [[block["image"] for block in _blocks(request.messages, "image")] for request in requests]
         videos = [block["frames"] for request in requests for block in _blocks(request.messages, "video")]
         shown: dict[str, Any] = {"images": images if any(images) else None}
@@ -169,7 +177,7 @@ class TransformersPolicy:
                 "do_resize": False,
             }
         return self._processor(
-            text=[self.render(request) for request in requests],
+            text=list(texts or map(self.render, requests)),
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -180,7 +188,15 @@ class TransformersPolicy:
         """Answer a batch; halved where it does not fit into the device's memory."""
         import torch
 
-        inputs = self.encode(requests)
+        texts: list[str] = []
+        for position, request in enumerate(requests):
+            try:
+                texts.append(self.render(request))
+            except EngineError as error:
+                others = [*requests[:position], *requests[position + 1 :]]
+                replies = self.generate(others) if others else []
+                return [*replies[:position], error, *replies[position:]]
+        inputs = self.encode(requests, texts)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         room = (self.context or max(lengths) + requests[0].max_new_tokens) - requests[0].max_new_tokens
         if max(lengths) > room:

@@ -18,6 +18,7 @@ from trl import GRPOConfig
 
 from timesearch.batch import write_failures
 from timesearch.errors import RequestError
+from timesearch.model_folders import LOADING
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
@@ -131,7 +132,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
     zero = train.launcher in ("zero2", "zero3")
     return GRPOConfig(
         output_dir=str(settings.paths.train / "checkpoints"),
-        model_init_kwargs={"dtype": "bfloat16" if train.bf16 and (zero or train.lora_rank) else "float32"},
+        model_init_kwargs={"dtype": "bfloat16" if train.bf16 and (zero or train.lora_rank) else "float32", **LOADING},
         max_steps=train.steps,
         learning_rate=train.learning_rate,
         lr_scheduler_type="constant",
@@ -170,7 +171,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
 
 def _context(policy: str) -> int:
     """Length of a checkpoint's context in tokens."""
-    return int(AutoConfig.from_pretrained(policy).get_text_config().max_position_embeddings)
+    return int(AutoConfig.from_pretrained(policy, trust_remote_code=False).get_text_config().max_position_embeddings)
 
 
 def _lora(train: Train) -> Any:
