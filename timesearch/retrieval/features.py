@@ -60,10 +60,15 @@ class FeatureCache:
             fields = {name: header[name] for name in _HEADER}
         except PermissionError as error:
             raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable") from error
-        except (SafetensorError, KeyError) as error:
-            raise _damaged(path, str(error)) from error
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, OverflowError) as error:
+            raise _damaged(path, str(error)[:200]) from error
         if features.dtype != np.float16 or features.ndim != 2 or timestamps.shape != features.shape[:1]:
             raise _damaged(path, f"features {features.dtype} {features.shape}, timestamps {timestamps.shape}")
+        if timestamps.dtype != np.float64 or not np.isfinite(timestamps).all() or (np.diff(timestamps) <= 0).any():
+            raise _damaged(path, "its times are no ascending seconds")
+        lengths = np.einsum("nd,nd->n", features, features, dtype=np.float32)
+        if not (np.abs(lengths - 1) < _UNIT).all():  # also where one is NaN
+            raise _damaged(path, "its features are no unit rows")
         return cls(path=path, features=features, timestamps=timestamps, **fields)
 
     def __len__(self) -> int:
@@ -94,6 +99,8 @@ class FeatureCache:
                 f"{self.path} holds features of the frame cache {self.frames[:12]}, but {frames.path} is "
                 f"{frames.digest[:12]}: run the stage 'features' again"
             )
+        if not np.array_equal(self.timestamps, frames.timestamps):
+            raise CacheMismatchError(f"{self.path} has other times than {frames.path}: run the stage 'features' again")
 
     def verify(self) -> str:
         """Compare the features with their digest, and return it.
@@ -106,6 +113,8 @@ class FeatureCache:
         return self.features_sha256
 
 
+_UNIT = 0.02
+"""How far the squared length of a row may be from 1: float16 has a relative error of 2^-11."""
 _HEADER = ("model", "pretrained", "preprocessing", "frames", "features_sha256")
 
 
@@ -195,7 +204,8 @@ def why_stale(target: Path, frames: FrameCache, encoder: Encoder) -> str | None:
         features.require_encoder(encoder)
     except CacheMismatchError:
         return "of another encoder"
-    return None if features.frames == frames.digest else "of other frames"
+    same = features.frames == frames.digest and np.array_equal(features.timestamps, frames.timestamps)
+    return None if same else "of other frames"
 
 
 def cache_features(

@@ -18,15 +18,18 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from timesearch.digests import remembered
+from timesearch.digests import remember, remembered
 from timesearch.errors import ItemError
 from timesearch.files import atomic_path, inside, json_digest
 from timesearch.stopping import NEVER, Stop
+from timesearch.untrusted import parse_json
 from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs
 
@@ -37,8 +40,51 @@ if TYPE_CHECKING:
     from timesearch.settings import Frames, Settings
 
 VERSION = 2
+WHOLE = "whole video"
+"""Kind under which is remembered whether a video was found whole: yes, or the reason why not."""
+BROKEN = frozenset({"damaged_video", "empty_file", "not_a_video", "truncated"})
+"""Reasons of failures that fetching a video again may mend."""
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+_MOST_PIXELS = 2**25
+_MOST_BYTES = 64 * 2**20
+"""Of a frame, or of `meta.json`: a day at 20 frames a second has 20 MiB of times."""
+
+
+class Source(BaseModel):
+    """The video that a frame cache was made from."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Meta(BaseModel):
+    """`meta.json` of a frame cache."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: Source
+    fps: float = Field(gt=0, allow_inf_nan=False)
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    transform: dict[str, int | float]
+    frames_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    timestamps: list[Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width * self.height > _MOST_PIXELS:
+            raise ValueError(f"frames of {self.width} x {self.height} pixels")
+        if self.transform.get("fps") != self.fps:
+            raise ValueError(f"{self.fps:g} frames a second, made with {self.transform.get('fps')}")
+        if any(later <= earlier for earlier, later in pairwise(self.timestamps)):
+            raise ValueError("times that do not ascend")
+        return self
 
 
 class DecodedFrames:
@@ -108,22 +154,27 @@ class FrameCache:
             raise ItemError(f"{path} may not be read: check its permissions", reason="unreadable") from error
         try:
             with os.fdopen(os.dup(descriptor), "rb") as handle, zipfile.ZipFile(handle) as archive:
-                meta = json.loads(archive.read("meta.json"))
-                if meta["version"] != VERSION:
-                    raise ItemError(
-                        f"{path} has format {meta['version']}, and format {VERSION} is needed: run the stage 'frames' "
-                        "again to remake it",
-                        reason="outdated_cache",
-                    )
-                entries = [archive.getinfo(frame_name(number)) for number in range(len(meta["timestamps"]))]
-            index = np.array([(entry.header_offset, entry.file_size, entry.CRC) for entry in entries], np.int64)
+                entries = _entries(archive, os.fstat(descriptor).st_size)
+                meta = parse_json(archive.read("meta.json"))
+            version = meta.get("version") if isinstance(meta, dict) else None
+            if isinstance(version, int) and version != VERSION:
+                raise ItemError(
+                    f"{path} has format {version}, and format {VERSION} is needed: run the stage 'frames' again to "
+                    "remake it",
+                    reason="outdated_cache",
+                )
+            count = len(Meta.model_validate(meta).timestamps)
+            if entries.keys() != {"meta.json", *map(frame_name, range(count))}:
+                raise ValueError(f"{count} times, and {len(entries) - 1} other files")
+            frames = [entries[frame_name(number)] for number in range(count)]
+            index = np.array([(entry.header_offset, entry.file_size, entry.CRC) for entry in frames], np.int64)
             return cls(path, meta, index.reshape(-1, 3), descriptor)
-        except (zipfile.BadZipFile, IsADirectoryError, KeyError, TypeError, ValueError, EOFError) as error:
-            os.close(descriptor)
-            raise _damaged(path, str(error)) from error
-        except BaseException:
+        except ItemError:
             os.close(descriptor)
             raise
+        except Exception as error:  # zipfile raises anything on a file that somebody made up
+            os.close(descriptor)
+            raise _damaged(path, _reason(error)) from error
 
     def __del__(self) -> None:
         descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
@@ -148,11 +199,21 @@ class FrameCache:
         return image.copy()
 
     def decode(self, index: int) -> Image:
-        """Frame `index` (RGB), past the store of decoded frames: for one pass over all frames."""
+        """Frame `index` (RGB), past the store of decoded frames: for one pass over all frames.
+
+        Raises:
+            ItemError: `damaged_cache`, if it is no JPEG of the cache's size.
+        """
         from PIL import Image
 
-        with Image.open(io.BytesIO(self.jpeg(index))) as opened:
-            return opened.convert("RGB")
+        data = self.jpeg(index)
+        try:
+            with Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
+                if opened.size == self.size:  # its header says so, before a pixel is decoded
+                    return opened.convert("RGB")
+        except Exception as error:  # Pillow raises anything on bytes that somebody made up
+            raise _damaged(self.path, f"frame {index} cannot be decoded") from error
+        raise _damaged(self.path, f"frame {index} has another size than {self.size[0]} x {self.size[1]}")
 
     def read(self, indices: Sequence[int]) -> list[Image]:
         """Frames at `indices`, in that order."""
@@ -195,6 +256,28 @@ class FrameCache:
         if digest.hexdigest() != self.meta["frames_sha256"]:
             raise _damaged(self.path, "its frames do not fit their digest")
         return self.digest
+
+
+def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The files in a cache of `size` bytes, which are neither packed nor encrypted, by their names."""
+    listed = archive.infolist()
+    for entry in listed:
+        stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+        if not stored or entry.flag_bits & 1 or entry.file_size > _MOST_BYTES:
+            raise ValueError(f"{entry.filename[:50]!r} is packed, encrypted or too large")
+        if entry.header_offset < 0 or entry.header_offset + entry.file_size > size:
+            raise ValueError(f"{entry.filename[:50]!r} lies outside the file")
+    entries = {entry.filename: entry for entry in listed}
+    if len(entries) < len(listed):
+        raise ValueError("several files of one name")
+    return entries
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'meta.json'}: {first['msg']}"[:200]
+    return (str(error).splitlines() or [repr(error)])[0][:200]
 
 
 def frame_name(index: int) -> str:
@@ -333,15 +416,20 @@ def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frame
     stale = why_stale(target, videos[name], settings)
     if stale is None:
         return None
-    return Made(make_frame_cache(videos[name], target, settings, threads), stale)
+    try:
+        return Made(make_frame_cache(videos[name], target, settings, threads), stale)
+    except ItemError as error:
+        if error.reason in BROKEN:  # the next download then fetches it again
+            remember(videos[name], WHOLE, error.reason)
+        raise
 
 
 def sample_videos(settings: Settings) -> list[str]:
-    """Names of all videos that the train and test samples ask about, each once."""
+    """Names of all videos that the train and test samples ask about, each once however it is spelled."""
     from timesearch.samples import read_samples
 
     samples = [*read_samples(settings.paths.train_samples), *read_samples(settings.paths.test_samples)]
-    return list(dict.fromkeys(sample.video for sample in samples))
+    return list(dict.fromkeys(os.path.normpath(sample.video) for sample in samples))
 
 
 def run(settings: Settings) -> BatchResult:
