@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
+from synthetic import make_video
 
 from timesearch.errors import ItemError
 from timesearch.samples import Sample
-from timesearch.settings import Download
+from timesearch.settings import Download, Frames
 from timesearch.video import download as download_module
+from timesearch.video import frames as frames_module
 from timesearch.video.download import TRY_AGAIN, download_videos, fetch
 
 BODY = random.Random(0).randbytes(300_000)
@@ -38,6 +40,7 @@ class Host:
     ranges: bool = True
     breaks: int = 0
     busy: int = 0
+    moved: dict[str, str] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
     sent: int = 0
 
@@ -58,6 +61,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
             state.requests[self.command] += 1
             body = state.files.get(self.path.lstrip("/"))
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if self.path.lstrip("/") in state.moved:
+                self.send_response(302)
+                self.send_header("Location", state.moved[self.path.lstrip("/")])
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             if self.path == "/secret.mp4":
                 return self.plain(403)
             if state.busy and self.command == "GET":
@@ -315,12 +323,74 @@ def test_a_video_in_an_archive_in_parts(host: Host, tmp_path: Path, names: list[
 def test_local_files_and_generated_ones(tmp_path: Path) -> None:
     (tmp_path / "in.mp4").write_bytes(BODY)
     samples = [
-        sample("plain.mp4", str(tmp_path / "in.mp4")),
-        sample("url.mp4", (tmp_path / "in.mp4").as_uri()),
-        sample("memory.mp4", "memory://kept.mp4"),
+        sample("plain.mp4", str(tmp_path / "in.mp4"), digest(BODY)),
+        sample("url.mp4", (tmp_path / "in.mp4").as_uri(), digest(BODY)),
+        sample("memory.mp4", "memory://kept.mp4", digest(BODY)),
     ]
     import fsspec
 
     fsspec.filesystem("memory").pipe("/kept.mp4", BODY)
     assert len(download_videos(samples, tmp_path / "out", Download()).done) == 3
     assert all((tmp_path / "out" / one.video).read_bytes() == BODY for one in samples)
+
+
+def test_one_video_however_it_is_spelled(host: Host, tmp_path: Path) -> None:
+    host.files["a.mp4"] = BODY
+    spellings = ("a.mp4", "./a.mp4", "x/../a.mp4", ".//a.mp4")
+    samples = [sample(name, f"{host.url}/a.mp4", digest(BODY)) for name in spellings]
+    assert download_videos(samples, tmp_path, Download(workers=4)).done == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == BODY
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return make_video(tmp_path_factory.mktemp("video") / "a.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        (b"<!DOCTYPE html><title>Virus scan warning</title>", "not_a_video"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "not_a_video"),
+        (b'{"error": "quota"}', "not_a_video"),
+        (b"", "empty_file"),
+        (None, "truncated"),
+    ],
+)
+def test_what_is_no_whole_video_is_none_and_fetched_again(
+    host: Host, tmp_path: Path, video: bytes, page: bytes | None, reason: str
+) -> None:
+    host.files["a.mp4"] = video[: len(video) // 2] if page is None else page
+    one = [sample("a.mp4", f"{host.url}/a.mp4")]
+    (failure,) = download_videos(one, tmp_path, Download()).failures
+    assert failure.reason == reason
+    assert [path.name for path in tmp_path.iterdir()] == ["failures.jsonl"]
+    (tmp_path / "a.mp4").write_bytes(host.files["a.mp4"])  # as an earlier version left it
+    host.files["a.mp4"] = video
+    assert download_videos(one, tmp_path, Download()).again == {"broken": 1}
+    assert (tmp_path / "a.mp4").read_bytes() == video
+    assert download_videos(one, tmp_path, Download()).skipped == ["a.mp4"]
+
+
+def test_what_the_frames_find_broken_is_fetched_again(host: Host, tmp_path: Path, video: bytes) -> None:
+    host.files["a.mp4"] = video
+    one = [sample("a.mp4", f"{host.url}/a.mp4")]
+    download_videos(one, tmp_path, Download())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames_module, "make_frame_cache", broken)
+        assert frames_module.cache_frames({"a.mp4": tmp_path / "a.mp4"}, tmp_path / "frames", Frames()).failures
+    assert download_videos(one, tmp_path, Download()).again == {"broken": 1}
+    assert download_videos(one, tmp_path, Download()).skipped == ["a.mp4"]
+
+
+def broken(*_: object, **__: object) -> int:
+    raise ItemError("it ends after 3 frames", reason="truncated")
+
+
+def test_a_signed_address_goes_out_as_it_was_given(host: Host, tmp_path: Path) -> None:
+    signed = "a%27b.mp4?Credential=K%2F20250101&Signature=ab%2Bc%3D%3D"
+    host.files |= {signed: BODY, "a%20%C3%A4.mp4": BODY}
+    fetch(f"{host.url}/{signed}", tmp_path / "a.mp4", digest(BODY))
+    fetch(f"{host.url}/a ä.mp4", tmp_path / "b.mp4", digest(BODY))
+    host.moved["old.mp4"] = f"{host.url}/{signed}"
+    fetch(f"{host.url}/old.mp4", tmp_path / "c.mp4", digest(BODY))

@@ -41,6 +41,14 @@ def remembered(path: Path, kind: str = "sha256", compute: Callable[[Path], str] 
     return digest
 
 
+def remember(path: Path, kind: str, value: str) -> None:
+    """Let `remembered` give back `value` for `kind` as long as the file does not change."""
+    with suppress(sqlite3.Error, OSError), closing(_memory()) as memory, memory:
+        memory.execute(
+            "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", (str(path.absolute()), kind, _state(path), value)
+        )
+
+
 def _state(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"

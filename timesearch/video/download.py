@@ -25,6 +25,8 @@ from timesearch.files import file_digest, inside, json_digest
 from timesearch.http import may_pass, status_of, tries
 from timesearch.samples import Sample, read_samples
 from timesearch.settings import Download, Settings
+from timesearch.video.frames import BROKEN, WHOLE
+from timesearch.video.probe import probe
 
 UNREACHABLE = "unreachable"
 """Why a video failed whose source was away or overloaded at every try."""
@@ -43,11 +45,16 @@ def run(settings: Settings) -> BatchResult:
 
 
 def download_videos(samples: Iterable[Sample], out: Path, settings: Download) -> BatchResult:
-    """Fetch each video that the samples name, once, into `out`; what failed is listed in its `failures.jsonl`."""
+    """Fetch each video that the samples name, once, into `out`; what failed is listed in its `failures.jsonl`.
+
+    A video is one however its path is spelled (``./a.mp4``). Where no SHA-256 says what it is, it must be a video: an
+    error page is none, and what is there but broken is fetched again.
+    """
     wanted: dict[str, Sample] = {}
     for sample in samples:
-        if sample.video not in wanted or (sample.sha256 and not wanted[sample.video].sha256):
-            wanted[sample.video] = sample
+        video = os.path.normpath(sample.video)
+        if video not in wanted or (sample.sha256 and not wanted[video].sha256):
+            wanted[video] = sample
     with exclusive(out):
         work = functools.partial(_fetch_one, wanted=wanted, out=out, settings=settings)
         return run_batch(
@@ -58,13 +65,28 @@ def download_videos(samples: Iterable[Sample], out: Path, settings: Download) ->
 def _fetch_one(video: str, *, wanted: dict[str, Sample], out: Path, settings: Download) -> Made | None:
     sample, target = wanted[video], inside(out, video)
     there = target.is_file()
-    if there and (sample.sha256 is None or remembered(target) == sample.sha256.lower()):
+    if there and sample.sha256 is None and (not sample.source or remembered(target, WHOLE, _wholeness) == "yes"):
+        return None
+    if there and sample.sha256 and remembered(target) == sample.sha256.lower():
         return None
     if not sample.source:
         what = f"{target} is not the file that its sample names by SHA-256" if there else f"{video} is not in {out}"
         raise ItemError(f"{what}, and the sample names no source", reason="no_source")
     fetch(sample.source, target, sample.sha256, settings.retries)
-    return Made(target.stat().st_size / 1e6, "of another SHA-256" if there else "")
+    if sample.sha256 is None and (fault := _wholeness(target)) != "yes":
+        target.unlink()
+        raise ItemError(f"{sample.source} gave no whole video: open it in a browser, or try again later", reason=fault)
+    stale = "of another SHA-256" if sample.sha256 else "broken"
+    return Made(target.stat().st_size / 1e6, stale if there else "")
+
+
+def _wholeness(video: Path) -> str:
+    """``yes``, or why a video must be fetched again; what else may be wrong with it, the stage `frames` finds."""
+    try:
+        probe(video)
+    except ItemError as error:
+        return error.reason if error.reason in BROKEN else "yes"
+    return "yes"
 
 
 def fetch(source: str, target: Path, sha256: str | None = None, retries: int = 4) -> None:
@@ -154,15 +176,25 @@ def _check(file: Path, source: str, size: int | None, sha256: str | None) -> Non
 
 def _open(source: str) -> tuple[IO[bytes], int | None, str]:
     """A source opened for reading, its size in bytes if known, and what tells its versions apart."""
-    import fsspec
-
     member = _TAR.fullmatch(source)
     if member:
         archive = _archive(member["base"])
         return archive.open(member["name"]), archive.size_of(member["name"]), archive.version
-    filesystem, path = fsspec.core.url_to_fs(source)
+    filesystem, path = _filesystem(source)
     info = filesystem.info(path)
     return filesystem.open(path, "rb", block_size=_CHUNK), info.get("size"), _version(info)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem and path of a URL; an address of the web goes out as it was given, in redirects too, for it
+    may be signed. One that is not encoded (it has a space, say) is encoded."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        as_given = url.isascii() and url.isprintable() and " " not in url
+        options = {"encoded": as_given, "client_kwargs": {"requote_redirect_url": False}}
+    return fsspec.core.url_to_fs(url, **options)
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -220,13 +252,12 @@ class _Archive:
 def _parts(base: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """Filesystem, path and description of an archive's file, or of all its parts from the first one on."""
     import aiohttp
-    import fsspec
 
     first = _FIRST_PART.fullmatch(base)
     number = first["number"] if first else ""
     url = base
     while True:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = _filesystem(url)
         try:
             info = filesystem.info(path)
         except FileNotFoundError as error:
