@@ -196,7 +196,7 @@ FEATURES: dict[str, bytes] = {
     "a header without end": (2**63).to_bytes(8, "little"),
     "no JSON": (4).to_bytes(8, "little") + b"[[[[",
     "cut off": tensors()[:-8],
-    "overlapping": with_header(lambda header: header["timestamps"].update(data_offsets=[0, 24])),
+    "overlapping": with_header(lambda header: header["features"].update(data_offsets=[0, 48])),
     "of an unknown type": with_header(lambda header: header["features"].update(dtype="F77")),
     "of a huge shape": with_header(lambda header: header["features"].update(shape=[2**40, 2**40])),
     "no features": tensors(features=None),

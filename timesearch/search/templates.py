@@ -159,12 +159,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a macro or a function; what a method of plain data makes is weighed before and after."""
+        # Jinja hands the variables of loops and blocks along under names that no template can write.
+        given = [*args, *(value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars"))]
         if isinstance(__obj, Macro | LoopContext):
             __self._take(1)
         elif isinstance(__obj, BuiltinMethodType):
-            __self._admit(__obj.__name__, [__obj.__self__, *args, *kwargs.values()])
+            __self._admit(__obj.__name__, [__obj.__self__, *given])
         else:
-            __self._admit("", [*args, *kwargs.values()])
+            __self._admit("", given)
         return __self._weigh_made(super().call(__context, __obj, *args, **kwargs))
 
     def _weigh_made(self, value: Any) -> Any:

@@ -157,7 +157,9 @@ class FrameCache:
                 entries = _entries(archive, os.fstat(descriptor).st_size)
                 meta = parse_json(archive.read("meta.json"))
             version = meta.get("version") if isinstance(meta, dict) else None
-            if isinstance(version, int) and version != VERSION:
+            if not isinstance(version, int):
+                raise ValueError("meta.json names no version")
+            if version != VERSION:
                 raise ItemError(
                     f"{path} has format {version}, and format {VERSION} is needed: run the stage 'frames' again to "
                     "remake it",
