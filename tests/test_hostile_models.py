@@ -104,9 +104,12 @@ POLICIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter without base": (adapter(base_model_name_or_path=[1]), "names no base model"),
     "adapter's own kind": (adapter(peft_type="PROMPT_TUNING"), "only LORA is known"),
     "adapter in a pickle": (adapter(), "adapter_model.safetensors is missing"),
-    "template": (write("chat_template.jinja", "{{ 'a' * 10**9 }}"), "chat template of .* too large"),
+    "template": (write("chat_template.jinja", "{{ tools }}{{ 'a' * 10**9 }}"), "chat template of .* too large"),
     "template's loops": (
-        write("chat_template.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        write(
+            "chat_template.jinja",
+            "{{ tools }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        ),
         "does more work",
     ),
     "template's recursion": (
