@@ -5,6 +5,7 @@ Run as a program it trains in a process of its own: ``python tests/scripted.py F
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 
 from timesearch.files import file_digest, inside
 from timesearch.pocket.world import SHAPES, make_scene, question
-from timesearch.settings import Settings
+from timesearch.settings import Frames, Settings
 
 CALL = (
     "<think>I need to see the {shape}.</think>\n"
@@ -98,17 +99,28 @@ def _write_caches(root: Path, video: str, scene: Any) -> None:
     from safetensors.numpy import save_file
 
     from timesearch.retrieval.features import _digest
-    from timesearch.video.frames import VERSION, FrameCache, frame_name
+    from timesearch.video.frames import VERSION, FrameCache, frame_name, transform_of
 
     times = np.arange(0.0, scene.duration, 1.0)
     frames = inside(root / "cache" / "frames", f"{video}.frames")
     frames.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     with zipfile.ZipFile(frames, "w") as archive:
         for index, seconds in enumerate(times):
             buffer = io.BytesIO()
             scene.frame(seconds).resize((64, 64)).save(buffer, "JPEG", quality=90)
             archive.writestr(frame_name(index), buffer.getvalue())
-        meta = {"version": VERSION, "fps": 1.0, "width": 64, "height": 64, "timestamps": times.tolist()}
+            digest.update(buffer.getvalue())
+        meta = {
+            "version": VERSION,
+            "source": {"name": Path(video).name, "size": 0, "sha256": "0" * 64},
+            "fps": 1.0,
+            "width": 64,
+            "height": 64,
+            "transform": transform_of(Frames(fps=1.0)),
+            "frames_sha256": digest.hexdigest(),
+            "timestamps": times.tolist(),
+        }
         archive.writestr("meta.json", json.dumps(meta))
     shown = [scene.visible(seconds) for seconds in times]
     axes = [SHAPES.index(event.shape) if event else len(SHAPES) for event in shown]

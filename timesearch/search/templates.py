@@ -97,7 +97,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Compile a template, with whatever filters it has by now."""
         if isinstance(source, str) and len(source) > MAX_TEMPLATE:
             raise RequestError(f"a chat template of {len(source)} characters is refused: {MAX_TEMPLATE} are enough")
-        for table in (self.filters, self.tests):
+        tables: tuple[dict[str, Any], ...] = (self.filters, self.tests)
+        for table in tables:
             for name, function in table.items():
                 if not hasattr(function, "metered"):
                     table[name] = self._metered(name, function)
@@ -271,7 +272,9 @@ class _Metering(NodeTransformer):
 
 
 def _filter(node: Any, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None).set_lineno(node.lineno or 1)
+    made = nodes.Filter(node, name, [], [], None, None)
+    made.set_lineno(node.lineno or 1)
+    return made
 
 
 def bound_templates() -> None:
