@@ -6,17 +6,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from timesearch.messages import Evidence, exchanges
+    from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import FeatureCache
     from timesearch.retrieval.selection import select_frames
-    from timesearch.samples import Sample
+    from timesearch.rewards import score_episode
+    from timesearch.samples import Prediction, Sample, read_samples
+    from timesearch.search.episode import run_episode
+    from timesearch.search.search import Search
+    from timesearch.settings import Settings, load_settings
     from timesearch.video.frames import FrameCache
 
-__all__ = ["FeatureCache", "FrameCache", "Sample", "select_frames"]
+__all__ = [
+    "Evidence",
+    "FeatureCache",
+    "FrameCache",
+    "Prediction",
+    "Sample",
+    "Search",
+    "Settings",
+    "exchanges",
+    "load_encoder",
+    "load_settings",
+    "read_samples",
+    "run_episode",
+    "score_episode",
+    "select_frames",
+]
 
 _HOMES = {
+    "Evidence": "timesearch.messages",
     "FeatureCache": "timesearch.retrieval.features",
     "FrameCache": "timesearch.video.frames",
+    "Prediction": "timesearch.samples",
     "Sample": "timesearch.samples",
+    "Search": "timesearch.search.search",
+    "Settings": "timesearch.settings",
+    "exchanges": "timesearch.messages",
+    "load_encoder": "timesearch.retrieval.encoder",
+    "load_settings": "timesearch.settings",
+    "read_samples": "timesearch.samples",
+    "run_episode": "timesearch.search.episode",
+    "score_episode": "timesearch.rewards",
     "select_frames": "timesearch.retrieval.selection",
 }
 
