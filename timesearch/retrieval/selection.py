@@ -26,7 +26,9 @@ _NEGLIGIBLE = 1e-9
 """A gain below this share of the largest possible one is rounding: the frame adds nothing."""
 
 
-def select_frames(features: np.ndarray, query: np.ndarray | None, k: int, method: Method = "dpp") -> list[int]:
+def select_frames(
+    features: np.ndarray, query: np.ndarray | None, k: int, method: Method = "dpp", places: np.ndarray | None = None
+) -> list[int]:
     """Choose frames for a query.
 
     Args:
@@ -34,6 +36,7 @@ def select_frames(features: np.ndarray, query: np.ndarray | None, k: int, method
         query: (D,) unit vector; `uniform` needs none.
         k: how many frames.
         method: `dpp`, `topk`, `uniform`, `aks` or `gated_logdet`.
+        places: (N,) where in time the frames begin, in steps of their usual distance; 0 to N - 1 if None.
 
     Returns:
         min(k, N) increasing indices.
@@ -48,13 +51,14 @@ def select_frames(features: np.ndarray, query: np.ndarray | None, k: int, method
     count = len(features)
     if count <= k:
         return list(range(count))
+    places = np.arange(count, dtype=np.float64) if places is None else places - places[0]
     if method == "uniform":
-        return uniform(count, k)
+        return sorted(cover(places, uniform(places, k), k))
     if query is None or features.ndim != 2 or query.shape != features.shape[1:]:
         shape = None if query is None else query.shape
         raise RequestError(f"a query of shape {features.shape[1:]} is expected for {features.shape} features: {shape}")
     picked = _METHODS[method](features, relevance_of(features, query), k)
-    return sorted(cover(count, picked, k))
+    return sorted(cover(places, picked, k))
 
 
 def relevance_of(features: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -83,22 +87,23 @@ def widen(block: np.ndarray) -> np.ndarray:
     return np.multiply(wide, np.float32(2.0**112), out=wide)  # exponent bias: 127 - 15
 
 
-def uniform(count: int, k: int) -> list[int]:
-    """The middle frame of each of k equal shares of the video."""
-    return [int((position + 0.5) * count / k) for position in range(k)]
+def uniform(places: np.ndarray, k: int) -> list[int]:
+    """The frame that is shown in the middle of each of k equal shares of the video, each once: k at a steady rate."""
+    length = float(places[-1]) + 1
+    middles = [(position + 0.5) * length / k for position in range(k)]
+    return [int(index) for index in np.unique(np.searchsorted(places, middles, side="right") - 1)]
 
 
-def cover(count: int, picked: list[int], k: int) -> list[int]:
+def cover(places: np.ndarray, picked: list[int], k: int) -> list[int]:
     """Fill `picked` up to k by taking, each time, the frame farthest in time from those chosen."""
-    if not picked:
-        return uniform(count, k)
-    chosen = list(picked)
-    frames = np.arange(count)
-    distance = np.abs(frames[:, None] - np.array(chosen)).min(axis=1)
+    chosen = list(picked) or uniform(places, k)
+    distance = np.abs(places[:, None] - places[chosen]).min(axis=1)
+    distance[chosen] = -1
     while len(chosen) < k:
         farthest = int(np.argmax(distance))
         chosen.append(farthest)
-        np.minimum(distance, np.abs(frames - farthest), out=distance)
+        np.minimum(distance, np.abs(places - places[farthest]), out=distance)
+        distance[farthest] = -1
     return chosen
 
 

@@ -22,7 +22,8 @@ def preview_plan(total: int, size: tuple[int, int], settings: SearchSettings) ->
             paper's configuration.
 
     Returns:
-        Increasing indices, each the middle of an equal share of the video, and (width, height) in pixels.
+        Increasing indices, each the middle of an equal share of the frames, and (width, height) in pixels. Where frames
+        do not come at a steady rate, `FrameCache.evenly` says which ones are shown in the middles of the time.
     """
     whole = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
     least = min(settings.min_tokens, whole)

@@ -2,6 +2,10 @@
 
 `meta.json` holds `timestamps` (s from the first frame), `fps`, `source` (name, size, sha256), `width`, `height`
 (pixels), `transform` (the parameters that shaped the frames), `frames_sha256` (over all JPEGs in order) and `version`.
+
+A timestamp is the time from which a frame is on the screen. Of a video at a steady rate every frame is there as long as
+any other; of one at a variable rate (a screen recording, slides) a picture may be *held* for minutes, and whoever looks
+at a time within them sees it: `shown_at`, `window`, `nearest` and `evenly` go by what is on the screen.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from timesearch.files import atomic_path, inside, json_digest
 from timesearch.stopping import NEVER, Stop
 from timesearch.untrusted import parse_json
 from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
-from timesearch.video.sampling import sample_jpegs
+from timesearch.video.sampling import sample_jpegs, slot
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +49,8 @@ WHOLE = "whole video"
 BROKEN = frozenset({"damaged_video", "empty_file", "not_a_video", "truncated"})
 """Reasons of failures that fetching a video again may mend."""
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+_ROUNDING = 1e-6
+"""Seconds to which timestamps are rounded."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -221,14 +227,64 @@ class FrameCache:
         """Frames at `indices`, in that order."""
         return [self[index] for index in indices]
 
+    @functools.cached_property
+    def steady(self) -> bool:
+        """Whether the frames come at a steady rate: none is a step or more from where even steps would put it."""
+        step = self.timestamps[-1] / max(1, len(self) - 1)
+        return bool(np.all(np.abs(self.timestamps - step * np.arange(len(self))) < max(step, _ROUNDING)))
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """Where in the video each frame begins, (N,) in steps of the usual distance: its number, at a steady rate."""
+        return np.arange(len(self), dtype=np.float64) if self.steady else self.timestamps * self.meta["fps"]
+
+    def shown_at(self, seconds: float) -> int:
+        """Index of the frame that is on the screen at `seconds`."""
+        return max(0, int(np.searchsorted(self.timestamps, seconds + _ROUNDING, side="right")) - 1)
+
     def nearest(self, seconds: float) -> int:
-        """Index of the frame whose time is nearest to `seconds`; the earlier of two equally near."""
-        return int(np.argmin(np.abs(self.timestamps - seconds)))
+        """Index of the frame whose time is nearest to `seconds`, the earlier of two equally near; within a held picture
+        that picture, unless the next one follows within 1/fps.
+        """
+        shown = self.shown_at(seconds)
+        following = self.timestamps[shown + 1 : shown + 2] - seconds
+        before = abs(seconds - self.timestamps[shown])
+        return shown + int(np.any(following < min(before, 1 / self.meta["fps"])))
 
     def window(self, start: float, end: float) -> range:
-        """Indices of the frames with start <= time <= end (s)."""
-        first, last = np.searchsorted(self.timestamps, [start - 1e-6, end + 1e-6])
-        return range(int(first), int(max(first, last)))
+        """Indices of the frames with start <= time <= end (s), and of the picture that is held when the window starts.
+
+        A picture is held if it is the only one for more than its slot of 1/fps. At a steady rate, which is then below
+        the cache's, it counts only where no other one does.
+        """
+        first, last = (int(place) for place in np.searchsorted(self.timestamps, [start - _ROUNDING, end + _ROUNDING]))
+        last = max(first, last)
+        if 0 < first < len(self) and start <= end and (not self.steady or first == last):
+            before, after = (slot(self.timestamps[index], self.meta["fps"]) for index in (first - 1, first))
+            first -= int(after > before + 1)
+        return range(first, last)
+
+    def evenly(self, count: int) -> list[tuple[int, float]]:
+        """Look at the middles of `count` equal shares of the video's time.
+
+        Returns:
+            Index of the frame that is on the screen then, and the time (s) at which it is looked at: that from which it
+            is shown, or, of a picture held for longer than 1/fps, the middle itself. A held picture may so come several
+            times. Where there are no more frames than `count`, each once.
+        """
+        if self.steady or count >= len(self):
+            count = min(count, len(self))
+            indices = [int((position + 0.5) * len(self) / count) for position in range(count)]
+            return [(index, float(self.timestamps[index])) for index in indices]
+        step = 1 / self.meta["fps"]
+        share = (float(self.timestamps[-1]) + step) / count
+        middles = [(position + 0.5) * share for position in range(count)]
+        shown = [self.shown_at(middle) for middle in middles]
+        begun = [float(self.timestamps[index]) for index in shown]
+        return [
+            (index, time if middle - time < step else middle)
+            for index, time, middle in zip(shown, begun, middles, strict=True)
+        ]
 
     def jpeg(self, index: int) -> bytes:
         """Stored bytes of frame `index`.

@@ -83,9 +83,9 @@ def sample_jpegs(
                         continue
                     time = float(packet.pts * packet.time_base)
                     first = time if kept == 0 else first
-                    slot = int((time - first + _TOLERANCE) * settings.fps)
-                    if slot > last_slot:  # where the picture changes its size, ffmpeg begins to sample anew
-                        last_slot, kept = slot, kept + 1
+                    current = slot(time - first, settings.fps)
+                    if current > last_slot:  # where the picture changes its size, ffmpeg begins to sample anew
+                        last_slot, kept = current, kept + 1
                         yield time - first, bytes(packet)
         except av.FFmpegError:
             pass  # no whole stream came: the log, below, says why
@@ -98,6 +98,11 @@ def sample_jpegs(
         stop.check()
         log.seek(0)
         _Verdict.read(log, code, kept).check(video)
+
+
+def slot(seconds: float, fps: float) -> int:
+    """Which slot of 1/fps seconds a frame at `seconds` after the first one belongs to."""
+    return int((seconds + _TOLERANCE) * fps)
 
 
 def _quality(size: tuple[int, int], qscale: int) -> dict[str, Any]:
@@ -164,8 +169,8 @@ def ffmpeg_command(
     import ffmpeg
     import imageio_ffmpeg
 
-    slot = "floor(({}-" + f"({info.start!r})+{_TOLERANCE})*{settings.fps!r})"
-    first_of_slot = f"isnan(prev_selected_t)+gt({slot.format('t')},{slot.format('prev_selected_t')})"
+    number = "floor(({}-" + f"({info.start!r})+{_TOLERANCE})*{settings.fps!r})"
+    first_of_slot = f"isnan(prev_selected_t)+gt({number.format('t')},{number.format('prev_selected_t')})"
     stream = ffmpeg.input(
         f"file:{video.absolute()}",
         copyts=None,

@@ -1,0 +1,113 @@
+"""Time is not frame number: pictures that are held, clocks that start anew, and streams that do not move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from synthetic import ffmpeg
+
+from timesearch import FrameCache, select_frames
+from timesearch.search.budget import preview_plan
+from timesearch.settings import Frames, SearchSettings
+from timesearch.video.frames import make_frame_cache
+
+SMALL = Frames(max_pixels=4 * 28 * 28, min_pixels=28 * 28)
+
+
+def cached(video: Path, settings: Frames = SMALL) -> FrameCache:
+    target = video.with_name(video.name + ".frames")
+    make_frame_cache(video, target, settings)
+    return FrameCache.open(target)
+
+
+def cache_of(times: list[float], fps: float = 2.0) -> FrameCache:
+    """A cache of which only the times are read."""
+    meta = {"timestamps": times, "fps": fps, "width": 56, "height": 56}
+    return FrameCache(Path("none.frames"), meta, np.zeros((len(times), 3), np.int64), -1)
+
+
+def screen(path: Path, steps: str, *options: object, seconds: float = 125, rate: int = 10) -> Path:
+    """A recording whose grey goes up at each time of `steps`; `options` begin with the filter that keeps frames."""
+    shade = "+".join(f"40*gte(T,{step})" for step in ["0", *steps.split()])
+    ffmpeg(
+        *("-f", "lavfi", "-i", f"color=black:s=96x64:r={rate}:d={seconds}"),
+        *("-vf", f"geq=lum='{shade}':cb=128:cr=128,{options[0]}", "-fps_mode", "vfr"),
+        *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", *options[1:], path),
+    )
+    return path
+
+
+def grey(cache: FrameCache, index: int) -> float:
+    return float(np.asarray(cache.decode(index).convert("L"), float).mean())
+
+
+@given(
+    rate=st.fractions(min_value=1, max_value=120, max_denominator=1001),
+    fps=st.sampled_from([1.0, 2.0, 3.7]),
+    count=st.integers(2, 3000),
+    milliseconds=st.booleans(),
+    k=st.integers(1, 40),
+    bounds=st.tuples(st.floats(-5, 200), st.floats(-5, 200)),
+)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_at_a_steady_rate_time_is_frame_number(rate, fps, count, milliseconds, k, bounds) -> None:
+    """What every constant rate gives is what counting frames gives."""
+    times = [round(float(number / rate), 3 if milliseconds else 6) for number in range(count)]
+    kept: dict[int, float] = {}
+    for time in times:
+        kept.setdefault(int((time + 0.001) * fps), time)
+    cache = cache_of(list(kept.values()), fps)
+    assert cache.steady
+    indices, _ = preview_plan(
+        len(cache), (64, 64), SearchSettings(total_video_tokens=k, min_tokens=1, max_tokens=1, patch=32)
+    )
+    assert cache.evenly(k) == [(index, cache.timestamps[index]) for index in indices]
+    for method in ("uniform", "gated_logdet"):
+        features = np.zeros((len(cache), 4))
+        assert select_frames(features, np.eye(4)[0], k, method, cache.places) == select_frames(
+            features, np.eye(4)[0], k, method
+        )
+    inside = np.flatnonzero((cache.timestamps >= bounds[0] - 1e-6) & (cache.timestamps <= bounds[1] + 1e-6))
+    if len(inside) or rate >= fps:
+        assert list(cache.window(*bounds)) == list(inside)
+
+
+def test_a_held_picture_is_seen_whenever_it_is_on_the_screen(tmp_path: Path) -> None:
+    """20 s of movement, one picture for 100 s, 5 s of movement."""
+    cache = cached(screen(tmp_path / "screen.mp4", "20 120", "select='lt(t,20)+eq(n,200)+gte(t,120)'"))
+    assert not cache.steady
+    assert [time for _, time in cache.evenly(4)] == pytest.approx([15.5, 46.875, 78.125, 109.375])
+    assert {index for index, _ in cache.evenly(4)[1:]} == {40}
+    assert [index for index, _ in cache.evenly(51)] == list(range(51))
+    assert list(cache.window(40, 60)) == [40]
+    assert list(cache.window(100, 121)) == [40, 41, 42, 43]
+    assert list(cache.window(5.1, 6)) == [11, 12]
+    assert not cache.window(125, 140)
+    assert [cache.nearest(time) for time in (19.6, 70.0, 119.4, 119.8)] == [39, 40, 40, 41]
+    picked = select_frames(np.zeros((51, 4)), None, 6, "uniform", cache.places)
+    assert len(picked) == 6
+    assert 40 in picked
+    assert grey(cache, 40) == pytest.approx(80, abs=12)
+
+
+@given(st.lists(st.floats(0.2, 60), min_size=1, max_size=40), st.integers(1, 50))
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_looks_are_evenly_in_time(gaps: list[float], count: int) -> None:
+    """Whatever the rate, a look shows what is on the screen in the middle of its share."""
+    times = np.round(np.concatenate([[0], np.cumsum(gaps)]), 6)
+    cache = cache_of(list(times))
+    looks = cache.evenly(count)
+    assert len(looks) == min(count, len(times))
+    if cache.steady or count >= len(times):
+        return
+    middles = (np.arange(count) + 0.5) * (times[-1] + 0.5) / count
+    for (index, seconds), middle in zip(looks, middles, strict=True):
+        assert times[index] <= middle + 1e-5
+        assert index + 1 == len(times) or middle < times[index + 1]
+        assert abs(seconds - middle) <= 0.5
+        assert cache.shown_at(seconds) == index
