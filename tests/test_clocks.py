@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from players import MeanColour
 from synthetic import ffmpeg
 
 from timesearch import FrameCache, select_frames
+from timesearch.inference.infer import _choose
+from timesearch.retrieval.features import make_feature_cache
+from timesearch.samples import Sample
 from timesearch.search.budget import preview_plan
+from timesearch.search.search import Search
 from timesearch.settings import Frames, SearchSettings
 from timesearch.video.frames import make_frame_cache
 
@@ -93,6 +98,36 @@ def test_a_held_picture_is_seen_whenever_it_is_on_the_screen(tmp_path: Path) -> 
     assert len(picked) == 6
     assert 40 in picked
     assert grey(cache, 40) == pytest.approx(80, abs=12)
+
+
+def test_a_search_shows_a_held_picture_at_the_time_of_the_look(tmp_path: Path) -> None:
+    cache = cached(screen(tmp_path / "screen.mp4", "20 120", "select='lt(t,20)+eq(n,200)+gte(t,120)'"))
+    make_feature_cache(cache.path, tmp_path / "screen.mp4.safetensors", MeanColour(), 8)
+    settings = SearchSettings(total_video_tokens=8, min_tokens=2, max_tokens=6, patch=28, max_turns=9)
+    search = Search(settings, MeanColour(), tmp_path, tmp_path)
+    sample = Sample(id="1", video="screen.mp4", question="What is on the screen?", answer="a", gt_spans=[(40, 60)])
+    search.open(sample.model_dump())
+
+    def images(blocks: list[dict]) -> list[tuple[int, float]]:
+        labels = [block["text"] for block in blocks if block["type"] == "text"]
+        shown = [(block["frame"], block["seconds"]) for block in blocks if block["type"] == "image"]
+        assert labels[: len(shown)] == [f"{seconds:.1f}s" for _, seconds in shown]
+        return shown
+
+    assert images(search.preview()) == [(31, 15.5), (40, 46.875), (40, 78.125), (40, 109.375)]
+    call = lambda *window: images(  # noqa: E731
+        search.call("seek_video_frames", {"query": "red", "start_time": window[0], "end_time": window[1]})
+    )
+    assert call(90, 100) == [(40, 90.0)]
+    assert call(40, 60) == [(40, 40.0)]
+    assert call(119, 120.5) == [(40, 119.0), (41, 120.0), (42, 120.5)]
+    assert call(19, 20) == [(38, 19.0), (39, 19.5), (40, 20.0)]
+    again = images(search.reanswer() or [])
+    assert again == [(38, 19.0), (39, 19.5), (40, 20.0), (41, 120.0), (42, 120.5)]
+    looks = search.frames(_choose(search, "uniform", sample, 6))
+    assert [each.frame for each in looks] == [20, 40, 40, 40, 40, 40]
+    assert [each.seconds for each in looks] == pytest.approx([10.0, 31.25, 52.083, 72.917, 93.75, 114.583], abs=1e-3)
+    assert len(_choose(search, "one_shot_dpp", sample, 6)) == 6
 
 
 @given(st.lists(st.floats(0.2, 60), min_size=1, max_size=40), st.integers(1, 50))

@@ -39,6 +39,7 @@ from timesearch.search.search import Search
 from timesearch.settings import Settings
 from timesearch.tracking import stage_run
 from timesearch.video.frames import VERSION as FRAMES_FORMAT
+from timesearch.video.frames import Look
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -303,14 +304,14 @@ async def _one(job: Job, search: Search, policy: Policy, settings: Settings) -> 
     return await run_episode(search, policy, job.sample)
 
 
-def _choose(search: Search, method: str, sample: Sample, count: int) -> list[int]:
+def _choose(search: Search, method: str, sample: Sample, count: int) -> Sequence[int | Look]:
     """The frames of a baseline without search."""
-    features = search.video.features.features
+    frames, features = search.video.frames, search.video.features.features
     if method == "uniform":
-        return select_frames(features, None, count, method="uniform")
+        return frames.evenly(count)
     selection = {f"one_shot_{name}": name for name in get_args(Method)}.get(method, search.settings.method)
     query = search.encoder.encode_text([sample.question])[0]
-    return select_frames(features, query, count, method=selection)
+    return select_frames(features, query, count, method=selection, places=frames.places)
 
 
 def _record(

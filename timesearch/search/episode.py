@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from timesearch.search.budget import TIME_TOKENS, searched_size
 from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools
 from timesearch.search.prompts import Prompts
 from timesearch.search.search import Search
+from timesearch.video.frames import Look
 
 CALLS_PER_TURN = 8
 """Calls of one turn that are carried out at most; the rest of them stay unanswered."""
@@ -109,12 +110,12 @@ async def answer_from_frames(
     search: Search,
     policy: Policy,
     sample: Sample,
-    choose: Callable[[Search], list[int]],
+    choose: Callable[[Search], Sequence[int | Look]],
 ) -> Prediction:
     """The baselines without search: frames chosen at once, and the re-answer's prompt.
 
-    `choose` gives the frames' indices after the search has opened the video. They are recorded as the frames of
-    one tool message, so that search metrics apply to them, followed by the answer.
+    `choose` gives the frames, as `Search.frames` takes them, after the search has opened the video. They are recorded
+    as the frames of one tool message, so that search metrics apply to them, followed by the answer.
     """
     episode = _Episode(search, policy, sample, lambda step: None)
     error: EpisodeError | None = None
@@ -229,7 +230,7 @@ class _Episode:
         self._reanswer = parse_turn(text).answer
         self._watch(Step("reanswer", text=text))
 
-    async def answer_chosen(self, choose: Callable[[Search], list[int]]) -> None:
+    async def answer_chosen(self, choose: Callable[[Search], Sequence[int | Look]]) -> None:
         def look() -> list[Block]:
             self._search.open(self._sample.model_dump())
             return self._search.ask_from(self._search.frames(choose(self._search)))

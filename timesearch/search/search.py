@@ -22,12 +22,14 @@ from timesearch.settings import SearchSettings
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
+    from timesearch.video.frames import Look
 
 
 class Search:
     """One question at a time, and the tools that look for its answer.
 
-    An image block is ``{"type": "image", "image": PIL, "frame": index in the frame cache, "seconds": time}``.
+    An image block is ``{"type": "image", "image": PIL, "frame": index in the frame cache, "seconds": time}``. The time
+    is that of the look: of a picture that is held, it may lie after that from which it is shown.
 
     Args:
         settings: budgets, prompts, tools and the selection method.
@@ -112,7 +114,7 @@ class Search:
         frames = self.video.frames
         indices, size = preview_plan(len(frames), frames.size, self.settings)
         duration = format_seconds(float(frames.timestamps[-1]))
-        return [*self.video.preview(indices, size), *self.say("user", question=self.question, duration=duration)]
+        return [*self.video.preview(len(indices), size), *self.say("user", question=self.question, duration=duration)]
 
     def call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
         """Carry out a tool call that a policy wrote.
@@ -153,10 +155,11 @@ class Search:
         """A text of the prompt set, filled in."""
         return [{"type": "text", "text": self.prompts.render(part, **values)}]
 
-    def frames(self, indices: Sequence[int]) -> list[Evidence]:
-        """Frames of the opened video, by index in its frame cache."""
+    def frames(self, looks: Sequence[int | Look]) -> list[Evidence]:
+        """Frames of the opened video, each by its index in the frame cache, or by that and the time of a look at it."""
         times = self.video.frames.timestamps
-        return [Evidence(self.video.name, float(times[index]), frame=int(index)) for index in indices]
+        pairs = (look if isinstance(look, tuple) else (look, times[look]) for look in looks)
+        return [Evidence(self.video.name, float(seconds), frame=int(index)) for index, seconds in pairs]
 
     def show(self, found: Sequence[Evidence]) -> list[Block]:
         """What was found as the policy sees it: each frame as a time and an image, words behind their time."""
@@ -166,8 +169,8 @@ class Search:
                 blocks += [_words(each) for each in group]
             else:
                 opened = self.videos[video]
-                indices = [each.frame for each in group if each.frame is not None]
-                blocks += opened.show(indices, searched_size(opened.frames.size, self.settings))
+                looks = [(each.frame, each.seconds) for each in group if each.frame is not None]
+                blocks += opened.show(looks, searched_size(opened.frames.size, self.settings))
         return blocks
 
     def ask_from(self, found: Sequence[Evidence]) -> list[Block]:
@@ -175,13 +178,18 @@ class Search:
         return [*self.show(found), *self.say("reanswer", question=self.question)]
 
     def reanswer(self) -> list[Block] | None:
-        """`ask_from` all evidence, each piece once, in order of time; None where nothing was found."""
+        """`ask_from` all evidence in order of time, each piece once: a picture at the earliest time at which it was
+        looked at; None where nothing was found.
+        """
         order = {name: position for position, name in enumerate(self.videos)}
         pieces = sorted(
-            dict.fromkeys(replace(each, call=0) for each in self.evidence),
+            self.evidence,
             key=lambda each: (order.get(each.video, 0), each.seconds if each.seconds is not None else float("inf")),
         )
-        return self.ask_from(pieces) if pieces else None
+        once: dict[object, Evidence] = {}
+        for each in pieces:
+            once.setdefault(replace(each, call=0) if each.frame is None else (each.video, each.frame), each)
+        return self.ask_from(list(once.values())) if once else None
 
 
 def _words(found: Evidence) -> Block:

@@ -14,8 +14,6 @@ from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import numpy as np
-
 from timesearch.errors import RequestError
 from timesearch.messages import Block, Evidence
 from timesearch.retrieval.selection import select_frames
@@ -59,19 +57,20 @@ def seek_video_frames(
         raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
     if count < 1:
         raise WrongCallError("num_frames must be 1 or more")
-    first = int(np.searchsorted(times, start - 1e-6, side="left"))
-    last = int(np.searchsorted(times, end + 1e-6, side="right"))
-    if first >= last:
+    window = video.frames.window(start, end)
+    if not window:
         raise WrongCallError(
             f"no frame lies between {start:g} and {end:g} seconds: the video ends at {times[-1]:.1f} seconds"
         )
     picked = select_frames(
-        video.features.features[first:last],
+        video.features.features[window.start : window.stop],
         search.encoder.encode_text([query])[0],
-        int(min(count, search.frames_left, last - first)),
+        int(min(count, search.frames_left, len(window))),
         method=search.settings.method,
+        places=video.frames.places[window.start : window.stop],
     )
-    return search.frames([int(index) + first for index in picked])
+    # A picture that is held from before the window is looked at when the window starts.
+    return search.frames([(window[index], max(float(times[window[index]]), start)) for index in picked])
 
 
 TOOLS: tuple[Tool, ...] = (seek_video_frames,)

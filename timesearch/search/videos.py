@@ -43,8 +43,14 @@ class Video:
         self.features.verify()
         self.features.require_frames(self.frames)
 
-    def show(self, indices: Sequence[int], size: tuple[int, int]) -> list[Block]:
-        """A time and an image for each frame, scaled down to `size` (width, height, pixels) where that is another."""
+    def show(self, looks: Sequence[tuple[int, float | None]], size: tuple[int, int]) -> list[Block]:
+        """A time and an image for each frame, scaled down to `size` (width, height, pixels) where that is another.
+
+        Args:
+            looks: index of each frame, and when it is looked at (s); None for the time from which it is shown.
+            size: as above.
+        """
+        indices = [index for index, _ in looks]
         if size == self.frames.size and self._encoded:
             pixels: list[dict[str, Any]] = [{"jpeg": self.frames.jpeg(index)} for index in indices]
         else:
@@ -53,17 +59,17 @@ class Video:
                 images = [image.resize(size) for image in images]
             pixels = [{"jpeg": _jpeg(image)} if self._encoded else {"image": image} for image in images]
         blocks: list[Block] = []
-        for index, pixel in zip(indices, pixels, strict=True):
-            seconds = float(self.frames.timestamps[index])
+        for (index, seconds), pixel in zip(looks, pixels, strict=True):
+            seconds = float(self.frames.timestamps[index]) if seconds is None else seconds
             blocks.append({"type": "text", "text": format_seconds(seconds)})
             blocks.append({"type": "image", **pixel, "frame": index, "seconds": seconds})
         return blocks
 
-    def preview(self, indices: Sequence[int], size: tuple[int, int]) -> list[Block]:
-        """`show`, made once for all questions about the video."""
-        key = (len(indices), size)
+    def preview(self, count: int, size: tuple[int, int]) -> list[Block]:
+        """`show` of `count` looks evenly in time, made once for all questions about the video."""
+        key = (count, size)
         if key not in self._previews:
-            self._previews[key] = self.show(indices, size)
+            self._previews[key] = self.show(self.frames.evenly(count), size)
         return self._previews[key]
 
 

@@ -243,11 +243,8 @@ class Recorded:
         indices = searched
         if not known:
             spans = [*sample.gt_spans, *((seconds, seconds) for seconds in sample.gt_seconds)]
-            away = [
-                index
-                for index, seconds in enumerate(frames.timestamps)
-                if all(seconds < start - FAR or seconds > end + FAR for start, end in spans)
-            ]
+            near = {index for start, end in spans for index in frames.window(start - FAR, end + FAR)}
+            away = [index for index in range(len(frames)) if index not in near]
             if not spans or len(away) < len(searched):
                 return None
             indices = sorted(int(index) for index in rng.choice(away, size=len(searched), replace=False))

@@ -53,6 +53,9 @@ _ROUNDING = 1e-6
 """Seconds to which timestamps are rounded."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
+Look = tuple[int, float]
+"""Index of a frame in its cache, and when it is looked at (s): while it is on the screen."""
+
 
 _MOST_PIXELS = 2**25
 _MOST_BYTES = 64 * 2**20
@@ -264,7 +267,7 @@ class FrameCache:
             first -= int(after > before + 1)
         return range(first, last)
 
-    def evenly(self, count: int) -> list[tuple[int, float]]:
+    def evenly(self, count: int) -> list[Look]:
         """Look at the middles of `count` equal shares of the video's time.
 
         Returns:
