@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,7 +90,10 @@ def frames(
     if out is not None:
         settings.paths.frames = out
     if videos:
-        result = cache_frames(_named(videos, SUFFIXES), settings.paths.frames, settings.frames)
+        named = _named(videos, SUFFIXES)
+        for folder in filter(os.path.isdir, videos):
+            _say_left_out(folder, SUFFIXES)
+        result = cache_frames(named, settings.paths.frames, settings.frames)
     else:
         result = _recorded(settings, "frames", settings.paths.frames, lambda: run(settings))
     _close(result, "frame caches", settings.paths.frames, keep_going)
@@ -163,3 +167,19 @@ def _below(folder: Path, suffixes: Collection[str]) -> list[Path]:
         if Path(name).suffix.lower() in suffixes and name[0] != "."
     ]
     return sorted({*named, *(Path(error.filename) for error in closed)})
+
+
+def _say_left_out(folder: Path, suffixes: Collection[str]) -> None:
+    """Name what a folder holds besides, so that nothing is passed over in silence; hidden files are meant to be."""
+    others: Counter[str] = Counter()
+    for place, folders, files in os.walk(folder):
+        endings = [Path(name).suffix.lower() for name in files if name[0] != "."]
+        others.update(ending or "without ending" for ending in endings if ending not in suffixes)
+        others.update("link to a folder" for name in folders if os.path.islink(Path(place, name)))  # noqa: PTH114
+    if others:
+        kinds = [f"{count} {_visible(kind)}" for kind, count in others.most_common(8)]
+        more = ", ..." if len(others) > len(kinds) else ""
+        typer.echo(
+            f"  left out of {_visible(str(folder))}, as not named like a video: {', '.join(kinds)}{more}", err=True
+        )
+        typer.echo("  to have such a file read, name it itself", err=True)

@@ -20,9 +20,13 @@ CONTAINERS = (
 )
 """Demuxers that may be used. Playlists are left out: a file that names other files or hosts must not be followed."""
 PROTOCOLS = "file,pipe"
-_SUFFIXES = "3gp asf avi flv gif h264 hevc ivf m2ts m4v mkv mov mp4 mpeg mpg mts mxf nut obu ogv ts vob webm wmv"
+_SUFFIXES = (
+    "264 265 26l 3g2 3gp 3gp2 3gpp asf av1 avc avi dif divx dv evo f4v flv gif h264 h265 h26l hevc ismv ivf m1v m2p "
+    "m2t m2ts m2v m4v mj2 mjp2 mk3d mkv mod mov mp4 mp4v mpe mpeg mpg mpv mpv2 mp2v mts mxf nut obu ogg ogm ogv ogx ps "
+    "psp qt rm rmvb swf tod tp trp ts vdr vob vro webm wm wmv wtv"
+)
 SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""What a video's name may end with, where a folder is searched for videos."""
+"""What a video's name may end with, where a folder is searched for videos: all that the demuxers are known by."""
 HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
 """`color_trc` codes (ITU-T H.273, table 3) of high dynamic range."""
 
@@ -96,23 +100,43 @@ def open_video(path: Path) -> InputContainer:
     a shorter video; that their files are whole is for the download to judge, by size and SHA-256.
 
     Raises:
-        ItemError: `truncated` (an MP4 without its index, an AVI shorter than it says) or `not_a_video`.
+        ItemError: `truncated` (an MP4 without its index, an AVI with fewer pictures than it says) or `not_a_video`.
     """
     import av
 
     with path.open("rb") as handle:
         head = handle.read(12)
-    if head[:4] == b"RIFF" and 8 + int.from_bytes(head[4:8], "little") > path.stat().st_size:
-        raise ItemError(f"{path} is cut off: it is shorter than its header says; fetch it again", reason="truncated")
     options = {"format_whitelist": CONTAINERS, "protocol_whitelist": PROTOCOLS}
+    name = f"file:{path.absolute()}"
     try:
-        return av.open(f"file:{path.absolute()}", container_options=options)
+        if head[:4] == b"RIFF" and 8 + int.from_bytes(head[4:8], "little") > path.stat().st_size:
+            with av.open(name, container_options=options) as container:
+                _check_pictures(container, path)
+        return av.open(name, container_options=options)
     except av.FFmpegError as error:
         if head[4:8] == b"ftyp":
             raise ItemError(
                 f"{path} is cut off: its index (moov box) is missing; fetch it again", reason="truncated"
             ) from error
         raise ItemError(f"{path} is not a video file ({error.strerror})", reason="not_a_video") from error
+
+
+def _check_pictures(avi: InputContainer, path: Path) -> None:
+    """Refuse an AVI that lacks pictures: many are shorter than their RIFF header says, and whole.
+
+    Recorders write a size that is off by some bytes, or never come to write one. How many pictures there should be
+    stands in the stream's header.
+
+    Raises:
+        ItemError: `truncated`.
+    """
+    for stream in avi.streams.video[:1]:
+        last = max((packet.dts for packet in avi.demux(stream) if packet.dts is not None), default=-1)
+        if last + 1 < stream.frames:
+            raise ItemError(
+                f"{path} is cut off: {last + 1} of {stream.frames} pictures are there; fetch it again",
+                reason="truncated",
+            )
 
 
 def choose_stream(container: InputContainer, path: Path) -> Any:
