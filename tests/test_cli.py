@@ -105,13 +105,23 @@ def test_a_missing_parameter_file_is_said(tmp_path: Path) -> None:
     one_sentence(timesearch("download", cwd=tmp_path), 2, "params.yaml does not exist")
 
 
-def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path) -> None:
+def test_a_broken_line_is_named_with_file_and_line_and_the_rest_is_done(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("profile: pocket\n")
-    (tmp_path / "data").mkdir()
+    for folder in ("data", "cache/videos"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "cache/videos/a.mp4").touch()
     row = json.dumps({"id": "1", "video": "a.mp4", "question": "?"})
     for split in ("train", "test"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(f'{row}\n{{"id": "2", \n')
-    one_sentence(timesearch("download", cwd=tmp_path), 2, "data/train.jsonl, line 2: not JSON")
+    for keep_going, code in (([], 1), (["--keep-going"], 0)):
+        done = timesearch("download", *keep_going, cwd=tmp_path)
+        assert done.returncode == code, done.stderr
+        assert "0 made, 1 up to date, 2 failed" in done.stdout
+        assert "not_json: data/train.jsonl, line 2: not JSON" in done.stderr
+    listed = (tmp_path / "cache/videos/failures.jsonl").read_text().splitlines()
+    assert [json.loads(line)["message"].partition(",")[0] for line in listed] == ["data/train.jsonl", "data/test.jsonl"]
+    (tmp_path / "data/train.jsonl").write_text('{"id": "2", \n')
+    one_sentence(timesearch("download", cwd=tmp_path), 2, "data/train.jsonl has no row that can be used")
 
 
 def test_a_missing_video_is_listed_and_exits_1(tmp_path: Path) -> None:

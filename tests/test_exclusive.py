@@ -303,7 +303,7 @@ def test_of_two_at_once_one_works_and_one_is_refused(
     if command == "infer":  # with nothing to play, its work is to put the files into order
         (tmp_path / "data/test.jsonl").write_text("")
         monkeypatch.setattr("timesearch.inference.infer._report", lambda *_: None)
-        monkeypatch.setattr("timesearch.inference.infer.read_samples", lambda _: [])
+        monkeypatch.setattr("timesearch.inference.infer.read_samples", lambda *_: [])
     said = [tmp_path / "said-0", tmp_path / "said-1"]
     folder = COMMANDS[command][1]
     first = start(command_line, command, tmp_path, monkeypatch, said=said[0])

@@ -256,10 +256,10 @@ def test_samples_that_cannot_be_used_are_listed_and_left_out(project: Path, play
     listed = [json.loads(line) for line in Path("runs/train/failures.jsonl").read_text().splitlines()]
     assert {row["item"]: row["reason"] for row in listed} == {
         "silent": "no_answer",
-        "odd": "bad_sample",
+        "odd": "unknown_type",
         "lost": "missing_cache",
         "outside": "unsafe_path",
-        "1": "repeated_id",
+        "1": "duplicate_id",
     }
     assert len(trainer.train_dataset) == len(good)
 

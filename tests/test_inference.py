@@ -131,6 +131,38 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_rests(settings: Settings,
     assert len(run(settings, ["grpo_csv"]).done) == 8
 
 
+def test_rows_that_are_no_samples_are_listed_and_the_rest_is_played(
+    settings: Settings, puppet: Puppet, tmp_path: Path
+) -> None:
+    lines = settings.paths.test_samples.read_text().splitlines()
+    row = json.loads(lines[0])
+    odd = [
+        {**row, "id": "27", "options": ["x"] * 27},
+        {**row, "id": "NaN", "duration": float("nan")},
+        {**row, "id": "overflow", "gt_frame_index": [10**30]},
+        {**row, "id": "nul", "video": "\0"},
+        {**row, "id": "long\n\x1b[31m", "video": "v" * 300},
+        row,
+    ]
+    settings.paths.test_samples = tmp_path / "test.jsonl"
+    settings.paths.test_samples.write_text("\n".join([*lines, '{"id": ', "[]", *map(json.dumps, odd)]))
+    result = run(settings, ["grpo_csv"])
+    assert len(result.done) == len(lines) + 1
+    found = {failure.item: failure.reason for failure in result.failures}
+    assert found == {
+        f"line {len(lines) + 1}": "not_json",
+        f"line {len(lines) + 2}": "not_json",
+        "27": "invalid_row",
+        "overflow": "invalid_row",
+        "nul": "invalid_row",
+        row["id"]: "duplicate_id",
+        "grpo_csv/long\n\x1b[31m": "unsafe_path",
+    }
+    listed = (settings.paths.results / "predictions/failures.jsonl").read_text().splitlines()
+    assert {each["item"]: each["reason"] for each in map(json.loads, listed)} == found
+    assert run(settings, ["grpo_csv"]).exit_code() == 1
+
+
 def test_a_failed_episode_is_recorded_and_tried_again(settings: Settings, puppet: Puppet) -> None:
     speak = puppet.speak
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timesearch.batch import Failure
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, inside, json_digest, write_jsonl
 from timesearch.messages import Evidence, exchanges, final_answer, format_seconds, parse_turn, searched_seconds
@@ -43,6 +44,24 @@ def test_a_broken_line_is_named_with_file_and_line(tmp_path: Path, lines: list[s
     assert all(word in str(raised.value) for word in [str(path), *words])
 
 
+def test_broken_lines_are_set_aside_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    lines = [ROW, {**ROW, "type": "riddle", "id": "b"}, {**ROW, "id": "c", "options": ["x"] * 27}, {**ROW, "id": "d"}]
+    path.write_text("\n".join(['{"id": ', "[1, 2]", *map(json.dumps, [*lines, ROW])]))
+    failures: list[Failure] = []
+    assert [sample.id for sample in read_samples(path, failures.append)] == ["a", "d"]
+    assert [(failure.item, failure.reason) for failure in failures] == [
+        ("line 1", "not_json"),
+        ("line 2", "not_json"),
+        ("b", "unknown_type"),
+        ("c", "invalid_row"),
+        ("a", "duplicate_id"),
+    ]
+    path.write_text("\n".join(['{"id": ', "[1, 2]"]))
+    with pytest.raises(RequestError, match=r"no row that can be used \(2 left out\)"):
+        read_samples(path, failures.append)
+
+
 HALF = {"video_path": "v.mp4", "candidates": ["a", "b"]}  # looks like LongVideoBench, and has no question
 
 
@@ -63,7 +82,7 @@ def test_training_takes_letters_and_lists_what_it_cannot_use(tmp_path: Path) -> 
     samples, rejected = usable_samples(path, tmp_path, tmp_path)
     assert {sample.id: sample.answer for sample in samples} == dict.fromkeys(["letter", "text", "lower", "marked"], "B")
     assert [(failure.item, failure.reason) for failure in rejected] == [
-        ("line 1", "bad_sample"),
+        ("line 1", "invalid_row"),
         ("none", "bad_answer"),
         ("far", "bad_answer"),
     ]

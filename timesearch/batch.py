@@ -71,6 +71,7 @@ def run_batch(
     unit: str = "frames",
     ray_address: str | None = None,
     ray_gpus: int = 0,
+    set_aside: Sequence[Failure] = (),
 ) -> BatchResult:
     """Do `work` for each item, `workers` at a time, and list what failed in the file `failures`.
 
@@ -83,8 +84,9 @@ def run_batch(
         unit: what `work` counts, for the rate beside the bar.
         ray_address: a Ray cluster to run on ('local' starts one), or None for threads here.
         ray_gpus: GPUs that an item takes on a cluster that has any; Ray hides them from items that take none.
+        set_aside: what could not even become an item, such as rows of a sample file; it is listed with what fails.
     """
-    result = BatchResult()
+    result = BatchResult(failures=list(set_aside))
     attempt = _Attempt(work)
     if ray_address:
         stream = _on_ray(attempt, items, workers, ray_address, ray_gpus)

@@ -15,7 +15,7 @@ import io
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, TypeVar, overload
 
@@ -175,21 +175,20 @@ def read_samples(path: Path | str, report: Callable[[Failure], None] | None = No
 
     Args:
         path: as in `read_rows`.
-        report: is told of each row with a missing field or a wrong value, which is then left out; None raises its
-            error.
+        report: is told of each row that cannot be used, which is then left out; None raises its error.
 
     Returns:
         The samples. More than 20,000 are held as compressed text, about 50 bytes each, and made anew whenever one is
         asked for.
 
     Raises:
-        RequestError: a missing file, a line that is not JSON, an id that occurs twice, or no row that can be used.
+        RequestError: the file is missing or in no form that is read, or has rows and none that can be used.
     """
     bad: list[Failure] = []
 
     def set_aside(failure: Failure) -> None:
-        if report is None or failure.reason in ("not_json", "duplicate_id"):
-            raise RowError(failure.message, failure.reason)
+        if report is None:
+            raise RowError(failure.message, failure.reason, failure.item)
         bad.append(failure)
         report(failure)
 
@@ -204,6 +203,15 @@ def read_samples(path: Path | str, report: Callable[[Failure], None] | None = No
     if bad and not len(packed):
         raise RequestError(f"{path} has no row that can be used ({len(bad)} left out). The first: {bad[0].message}")
     return samples if len(packed) <= _HELD else packed
+
+
+def read_all_samples(paths: Sequence[Path], report: Callable[[Failure], None]) -> Iterator[Sample]:
+    """The samples of several files, such as the train and the test split; each is read whole at once.
+
+    Raises:
+        RequestError: as `read_samples`.
+    """
+    return chain(*[read_samples(path, report) for path in paths])
 
 
 class _Packed(Sequence[Sample]):
@@ -282,7 +290,7 @@ def _convert(path: Path, number: int, item: Any, model: type[T]) -> list[T | Row
     if isinstance(row, RowError):
         return [row]
     try:
-        rows = convert(row, number, where)
+        rows = _to_rows(row, number, where)
     except RowError as error:
         return [error]
     found: list[T | RowError] = []
@@ -294,7 +302,7 @@ def _convert(path: Path, number: int, item: Any, model: type[T]) -> list[T | Row
     return found
 
 
-def convert(row: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
+def _to_rows(row: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
     """`timesearch.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is none.
 
     Raises:

@@ -44,6 +44,11 @@ def say(text: str) -> None:
     typer.echo(text)
 
 
+def visible(text: str) -> str:
+    """Text on one line, without secrets: line breaks and control characters of names and rows are shown as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in redact(text))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with an exit code of the contract."""
     for group in _GROUPS:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from timesearch.cli.app import ParamsOption, app, say
-from timesearch.redaction import redact
+from timesearch.cli.app import ParamsOption, app, say, visible
 
 if TYPE_CHECKING:
     from timesearch.batch import BatchResult
@@ -36,15 +35,10 @@ def _close(result: BatchResult, made: str, out: Path, keep_going: bool, later: b
         f"{len(result.failures)} failed, in {out}"
     )
     for failure in result.failures[:20]:
-        typer.echo(f"  {failure.reason}: {_visible(redact(failure.message))}", err=True)
+        typer.echo(f"  {failure.reason}: {visible(failure.message)}", err=True)
     if result.failures:
         typer.echo(f"  all failures: {out / 'failures.jsonl'}", err=True)
     raise typer.Exit(75 if later else result.exit_code(keep_going))
-
-
-def _visible(text: str) -> str:
-    """Text on one line: what a file's name may hold of line breaks and control characters is shown as escapes."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _recorded(settings: Settings, stage: str, out: Path, work: Callable[[], BatchResult]) -> BatchResult:

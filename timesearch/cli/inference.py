@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from timesearch.cli.app import ParamsOption, app, say
+from timesearch.cli.app import ParamsOption, app, say, visible
 from timesearch.messages import describe_call, exchanges
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def infer(
         f"in {results / 'predictions'}"
     )
     for failure in result.failures[:20]:
-        typer.echo(f"  {failure.item}: {failure.reason}: {failure.message}", err=True)
+        typer.echo(f"  {visible(failure.item)}: {failure.reason}: {visible(failure.message)}", err=True)
     if result.failures:
         typer.echo(
             f"  all failures: {results / 'predictions' / 'failures.jsonl'}; the same command tries them again", err=True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, json_digest
 from timesearch.messages import format_seconds
-from timesearch.samples import LETTERS, Prediction, Sample
+from timesearch.samples import LETTERS, Prediction, Sample, validate
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
@@ -222,7 +222,7 @@ class Asker:
         search = Search(self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded)
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
-        sample = Sample.model_validate(row)
+        sample = validate(Sample, row, "the question")
         return await run_episode(search, self._policy, sample, watch)
 
 

@@ -61,7 +61,8 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
     """Write `results/predictions/<method>.jsonl` for the methods of the settings, or for `methods`.
 
     Returns:
-        Items are named ``method/sample id``; those that failed have a row with their error in the predictions.
+        Items are named ``method/sample id``; those that failed have a row with their error in the predictions. Rows of
+        the sample file that cannot be used have a failure by their own name, and no prediction.
 
     Raises:
         RequestError: an unknown method, a checkpoint, encoder or sample file that is missing, a checkpoint that cannot
@@ -76,9 +77,9 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
             f"{', '.join(map(str, dict.fromkeys(checkpoints.values())))}: set infer.model to null, or name methods of "
             "one checkpoint (infer.baselines, --method)"
         )
-    samples = read_samples(settings.paths.test_samples)
-    folder = settings.paths.results / "predictions"
     result = BatchResult()
+    samples = read_samples(settings.paths.test_samples, result.failures.append)
+    folder = settings.paths.results / "predictions"
     with exclusive(folder), stage_run(settings, "infer") as tracked, ExitStack() as files:
         journals = {
             method: files.enter_context(_Journal(folder, method, samples, _fingerprint(method, checkpoint, settings)))

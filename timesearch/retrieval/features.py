@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from timesearch.stopping import NEVER, Stop
 from timesearch.video.frames import FrameCache, cache_path, sample_videos
 
 if TYPE_CHECKING:
-    from timesearch.batch import BatchResult, Made
+    from timesearch.batch import BatchResult, Failure, Made
     from timesearch.retrieval.encoder import Encoder
     from timesearch.settings import Features, Settings
 
@@ -209,7 +210,12 @@ def why_stale(target: Path, frames: FrameCache, encoder: Encoder) -> str | None:
 
 
 def cache_features(
-    frames: dict[str, Path], out: Path, encoder: Encoder, settings: Features, title: str = "features"
+    frames: dict[str, Path],
+    out: Path,
+    encoder: Encoder,
+    settings: Features,
+    title: str = "features",
+    set_aside: Sequence[Failure] = (),
 ) -> BatchResult:
     """Make or renew the feature caches of many videos.
 
@@ -218,6 +224,8 @@ def cache_features(
         out: folder of the feature caches; what failed is listed in its `failures.jsonl`.
         encoder: embeds the frames.
         settings: batch size, workers and Ray cluster.
+        title: shown before the progress bar.
+        set_aside: rows of sample files that name no video; they are listed with what fails.
     """
     from timesearch.batch import run_batch
     from timesearch.exclusive import exclusive
@@ -232,6 +240,7 @@ def cache_features(
             workers=settings.workers,
             ray_address=settings.ray_address,
             ray_gpus=1,
+            set_aside=set_aside,
         )
 
 
@@ -259,5 +268,7 @@ def run(settings: Settings, encoder: Encoder | None = None) -> BatchResult:
         settings: paths, and how.
         encoder: another than the settings'.
     """
-    frames = {video: cache_path(settings.paths.frames, video) for video in sample_videos(settings)}
-    return cache_features(frames, settings.paths.features, encoder or default_encoder(settings), settings.features)
+    names, broken = sample_videos(settings)
+    frames = {video: cache_path(settings.paths.frames, video) for video in names}
+    encoder = encoder or default_encoder(settings)
+    return cache_features(frames, settings.paths.features, encoder, settings.features, set_aside=broken)

@@ -13,7 +13,7 @@ from timesearch.batch import Failure
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import inside
 from timesearch.rewards import answer_letter
-from timesearch.samples import Sample, convert, read_rows, validate
+from timesearch.samples import Sample, read_models
 from timesearch.search.checkpoint import check_fit
 from timesearch.settings import SearchSettings, Settings
 
@@ -36,51 +36,36 @@ def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -
     """Read a sample file row by row.
 
     Args:
-        path: samples as JSON lines, or a file that `timesearch.formats` knows.
+        path: as in `read_samples`.
         frames: folder of frame caches.
         features: folder of feature caches.
 
     Returns:
-        The samples fit for training, and a failure for each that is not, with the reason `bad_sample`, `repeated_id`,
+        The samples fit for training, and a failure for each that is not, with a reason of `timesearch.samples` or
         `no_answer`, `bad_answer`, `unsafe_path` or `missing_cache`. A multiple-choice answer given as an option's text
         or in lower case becomes its letter, which rewards compare.
 
     Raises:
-        RequestError: the file is missing or holds a line that is not JSON.
+        RequestError: the file is missing or in no form that is read.
     """
-    samples: dict[str, Sample] = {}
+    samples: list[Sample] = []
     rejected: list[Failure] = []
-    for line, published in read_rows(path):
-        where = f"{path}, line {line}"
+    for sample in read_models(path, Sample, rejected.append):
         try:
-            rows = convert(published, line, where)
-        except RequestError as error:
-            rejected.append(Failure(str(published.get("id", f"line {line}")), "bad_sample", str(error)))
-            continue
-        for row in rows:
-            try:
-                sample = _usable(row, where, Path(frames), Path(features))
-                if sample.id in samples:
-                    raise ItemError(f"{where}: id {sample.id!r} occurs again", reason="repeated_id")
-            except ItemError as error:
-                rejected.append(Failure(str(row.get("id", f"line {line}")), error.reason, str(error)))
-            else:
-                samples[sample.id] = sample
-    return list(samples.values()), rejected
+            samples.append(_usable(sample, path, Path(frames), Path(features)))
+        except ItemError as error:
+            rejected.append(Failure(sample.id, error.reason, str(error)))
+    return samples, rejected
 
 
-def _usable(row: dict[str, Any], where: str, frames: Path, features: Path) -> Sample:
-    try:
-        sample = validate(Sample, row, where)
-    except RequestError as error:
-        raise ItemError(str(error), reason="bad_sample") from error
+def _usable(sample: Sample, file: Path | str, frames: Path, features: Path) -> Sample:
     if not sample.answer.strip():
-        raise ItemError(f"{where}: sample {sample.id!r} has no answer to train on", reason="no_answer")
+        raise ItemError(f"{file}: sample {sample.id!r} has no answer to train on", reason="no_answer")
     if sample.type == "multiple_choice":
         letter = answer_letter(sample.answer, sample.options)
         if letter is None:
             raise ItemError(
-                f"{where}: the answer {sample.answer[:80]!r} of sample {sample.id!r} is no letter and no text of its "
+                f"{file}: the answer {sample.answer[:80]!r} of sample {sample.id!r} is no letter and no text of its "
                 f"{len(sample.options)} options",
                 reason="bad_answer",
             )
@@ -90,7 +75,7 @@ def _usable(row: dict[str, Any], where: str, frames: Path, features: Path) -> Sa
         cache = inside(root, sample.video + suffix)
         if not cache.is_file():
             raise ItemError(
-                f"{where}: sample {sample.id!r} needs {cache}, which the stage {stage!r} did not make",
+                f"{file}: sample {sample.id!r} needs {cache}, which the stage {stage!r} did not make",
                 reason="missing_cache",
             )
     return sample

@@ -13,17 +13,17 @@ import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from timesearch.batch import BatchResult, Made, run_batch
+from timesearch.batch import BatchResult, Failure, Made, run_batch
 from timesearch.digests import remembered
 from timesearch.errors import ItemError
 from timesearch.exclusive import exclusive
 from timesearch.files import file_digest, inside, json_digest
 from timesearch.http import may_pass, status_of, tries
-from timesearch.samples import Sample, read_samples
+from timesearch.samples import Sample, read_all_samples
 from timesearch.settings import Download, Settings
 from timesearch.video.frames import BROKEN, WHOLE
 from timesearch.video.probe import probe
@@ -40,15 +40,19 @@ _HEADER_BLOCK = 2**12
 
 def run(settings: Settings) -> BatchResult:
     """Stage `download`: the videos of all samples, to `cache/videos`."""
-    samples = [*read_samples(settings.paths.train_samples), *read_samples(settings.paths.test_samples)]
-    return download_videos(samples, settings.paths.videos, settings.download)
+    broken: list[Failure] = []
+    samples = read_all_samples((settings.paths.train_samples, settings.paths.test_samples), broken.append)
+    return download_videos(samples, settings.paths.videos, settings.download, broken)
 
 
-def download_videos(samples: Iterable[Sample], out: Path, settings: Download) -> BatchResult:
-    """Fetch each video that the samples name, once, into `out`; what failed is listed in its `failures.jsonl`.
+def download_videos(
+    samples: Iterable[Sample], out: Path, settings: Download, set_aside: Sequence[Failure] = ()
+) -> BatchResult:
+    """Fetch each video that the samples name, once, into `out`.
 
     A video is one however its path is spelled (``./a.mp4``). Where no SHA-256 says what it is, it must be a video: an
-    error page is none, and what is there but broken is fetched again.
+    error page is none, and what is there but broken is fetched again. What failed is listed in `failures.jsonl` of
+    `out`, with `set_aside`: rows that gave no sample.
     """
     wanted: dict[str, Sample] = {}
     for sample in samples:
@@ -58,7 +62,13 @@ def download_videos(samples: Iterable[Sample], out: Path, settings: Download) ->
     with exclusive(out):
         work = functools.partial(_fetch_one, wanted=wanted, out=out, settings=settings)
         return run_batch(
-            "download", list(wanted), work, failures=out / "failures.jsonl", workers=settings.workers, unit="MB"
+            "download",
+            list(wanted),
+            work,
+            failures=out / "failures.jsonl",
+            workers=settings.workers,
+            unit="MB",
+            set_aside=set_aside,
         )
 
 

@@ -40,7 +40,7 @@ from timesearch.video.sampling import sample_jpegs, slot
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from timesearch.batch import BatchResult, Made
+    from timesearch.batch import BatchResult, Failure, Made
     from timesearch.settings import Frames, Settings
 
 VERSION = 2
@@ -444,13 +444,17 @@ def why_stale(cache: Path, video: Path, settings: Frames) -> str | None:
     return None if same else "of another video"
 
 
-def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames") -> BatchResult:
+def cache_frames(
+    videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames", set_aside: Sequence[Failure] = ()
+) -> BatchResult:
     """Make or renew the frame caches of many videos.
 
     Args:
         videos: name of each video (its cache is `<out>/<name>.frames`) and its file.
         out: folder of the caches; what failed is listed in its `failures.jsonl`.
         settings: sampling, size, quality and workers.
+        title: shown before the progress bar.
+        set_aside: rows of sample files that name no video; they are listed with what fails.
     """
     from timesearch.batch import run_batch
     from timesearch.exclusive import exclusive
@@ -466,6 +470,7 @@ def cache_frames(videos: dict[str, Path], out: Path, settings: Frames, title: st
             failures=out / "failures.jsonl",
             workers=settings.workers,
             ray_address=settings.ray_address,
+            set_aside=set_aside,
         )
 
 
@@ -485,15 +490,19 @@ def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frame
         raise
 
 
-def sample_videos(settings: Settings) -> list[str]:
-    """Names of all videos that the train and test samples ask about, each once however it is spelled."""
-    from timesearch.samples import read_samples
+def sample_videos(settings: Settings) -> tuple[list[str], list[Failure]]:
+    """Names of all videos that the train and test samples ask about, each once however it is spelled; and the rows
+    that give no sample.
+    """
+    from timesearch.samples import read_all_samples
 
-    samples = [*read_samples(settings.paths.train_samples), *read_samples(settings.paths.test_samples)]
-    return list(dict.fromkeys(os.path.normpath(sample.video) for sample in samples))
+    broken: list[Failure] = []
+    samples = read_all_samples((settings.paths.train_samples, settings.paths.test_samples), broken.append)
+    return list(dict.fromkeys(os.path.normpath(sample.video) for sample in samples)), broken
 
 
 def run(settings: Settings) -> BatchResult:
     """Stage `frames`: the videos of all samples, from `cache/videos` to `cache/frames`."""
-    videos = {video: settings.paths.videos / video for video in sample_videos(settings)}
-    return cache_frames(videos, settings.paths.frames, settings.frames)
+    names, broken = sample_videos(settings)
+    videos = {video: settings.paths.videos / video for video in names}
+    return cache_frames(videos, settings.paths.frames, settings.frames, set_aside=broken)
