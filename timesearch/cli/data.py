@@ -171,9 +171,9 @@ def _say_left_out(folder: Path, suffixes: Collection[str]) -> None:
         others.update(ending or "without ending" for ending in endings if ending not in suffixes)
         others.update("link to a folder" for name in folders if os.path.islink(Path(place, name)))  # noqa: PTH114
     if others:
-        kinds = [f"{count} {_visible(kind)}" for kind, count in others.most_common(8)]
+        kinds = [f"{count} {visible(kind)}" for kind, count in others.most_common(8)]
         more = ", ..." if len(others) > len(kinds) else ""
         typer.echo(
-            f"  left out of {_visible(str(folder))}, as not named like a video: {', '.join(kinds)}{more}", err=True
+            f"  left out of {visible(str(folder))}, as not named like a video: {', '.join(kinds)}{more}", err=True
         )
         typer.echo("  to have such a file read, name it itself", err=True)
