@@ -528,6 +528,31 @@ def test_a_fault_of_this_machine_stops_the_run(play: Callable[..., Any], monkeyp
         play([[CALL], [ANSWER]], steps=1)
 
 
+ODD_TURNS = (
+    '<think>t</think>\n<tool_call>\n{"name": "\\ud83d", "arguments": {"\\ud83d": "\\ud83d"}}\n</tool_call>',
+    '<think>t</think>\n<tool_call>\n{"name": "seek_video_frames", "arguments": {"query": "\\ud83d"}}\n</tool_call>',
+    '<tool_call>\n{"name": "seek_video_frames", "arguments": {"num_frames": ' + "9" * 30 + "}}\n</tool_call>",
+    '<tool_call>\n{"name": "seek_video_frames", "arguments": [1]}\n</tool_call>',
+    '<tool_call>\n{"name": "seek_video_frames", "arguments": "[[["}\n</tool_call>',
+    "<tool_call>\n" + "[" * 40,
+    "<think><think></think><answer></answer><answer>",
+    "seconds " * 40,
+)
+
+
+def test_a_step_with_what_a_policy_may_write_finishes(play: Callable[..., Any]) -> None:
+    odd = [turn.replace("{", "{{").replace("}", "}}") for turn in ODD_TURNS]
+    trainer = play([odd, [odd[0], ANSWER]], reanswer=odd[-1], steps=1, micro_batch=8)
+    (row,) = metrics()
+    assert len(trainer.episodes) == 8
+    assert math.isfinite(row["reward"])
+    for written in ("[" * 100_000, '{"a":' * 5_000, '"' + "9" * 5_000):
+        with pytest.raises((ValueError, TypeError)):  # for which TRL takes the turn as plain text
+            rollouts._parsed_response(lambda text: {"tool_calls": json.loads(text)}, written)
+    parsed = rollouts._parsed_response(lambda: {"content": "\ud83d", "tool_calls": [{"function": {"name": "\ud83d"}}]})
+    json.dumps(parsed, ensure_ascii=False).encode()
+
+
 def test_a_wrong_call_is_answered_as_in_inference(play: Callable[..., Any]) -> None:
     odd = CALL.replace('"query"', '"what"')
     trainer = play([[odd], [ANSWER]], steps=1)
