@@ -179,19 +179,18 @@ def exchanges(messages: Sequence[Message]) -> list[Exchange]:
     """
     found: list[Exchange] = []
     turn = 0
-    calls: list[ToolCall] = []
+    calls: Iterator[ToolCall] = iter(())
     for message in messages:
         if message["role"] == "assistant":
             turn += 1
-            calls = parse_turn(text_of(message)).calls
+            calls = iter(parse_turn(text_of(message)).calls)
         elif message["role"] == "tool":
             seen = evidence_in(message)
             of_evidence = {id(block) for _, blocks in seen for block in blocks}
             content = message.get("content") or ""
             rest = [] if isinstance(content, str) else [block for block in content if id(block) not in of_evidence]
             said = content if isinstance(content, str) else text_of({"content": rest})
-            call = calls.pop(0) if calls else None
-            found.append(Exchange(turn, call, tuple(each for each, _ in seen), said.strip(), message))
+            found.append(Exchange(turn, next(calls, None), tuple(each for each, _ in seen), said.strip(), message))
     return found
 
 
