@@ -150,6 +150,26 @@ JSON: tuple[str, ...] = (
         {"choices": [{"message": {"content": None, "tool_calls": [{"function": {"name": 1, "arguments": []}}]}}]}
     ),
 )
+YAML: tuple[str, ...] = (
+    *("[" * 100_000, "[" * 500, '{"a":' * 500, "- " * 30_000, "? " * 30_000, "&a " * 9_000, "&a [*a]", "&a {<<: *a}"),
+    "a: &a {"
+    + ", ".join(f"{letter}: 1" for letter in "abcdefghij")
+    + "}\n"
+    + "".join(f"{chr(n + 1)}: &{chr(n + 1)} {{<<: [{', '.join([f'*{chr(n)}'] * 10)}]}}\n" for n in range(97, 106)),
+    "".join(
+        f"{chr(n + 1)}: &{chr(n + 1)} [{', '.join([f'*{chr(n)}' if n > 96 else '1'] * 10)}]\n" for n in range(96, 106)
+    ),
+    *(f"seed: {'9' * 5_000}", f"seed: 0b{'1' * 60_000}", f"seed: {'1:' * 30_000}1", f"seed: {'1:' * 30_000}1.0"),
+    *("seed: !!timestamp A", "seed: !!int ''", "seed: !!bool a", "seed: !!set {a: b}", "seed: 9999-99-99"),
+    *("seed: !!python/object/apply:os.system [id]", "? [a]\n: b", "1: 2", "<<: a", "- 1", "a: b: c", "seed: .inf"),
+    *(
+        "frames: {fps: .nan}",
+        "frames: {fps: 1e999}",
+        'paths: {videos: "a\\0b"}',
+        'profile: "\\ud83d"',
+        "a: b\n" * 10_000,
+    ),
+)
 BYTES: tuple[bytes, ...] = (
     *(
         b"",
@@ -173,8 +193,3 @@ BYTES: tuple[bytes, ...] = (
 )
 VALUES: tuple[Any, ...] = (*TEXT, *NUMBERS, *TIMES, *PATHS, *JSON)
 """All of them but the bytes, which no field of a row can hold."""
-
-
-def dumps(value: Any) -> str:
-    """A value as JSON of Python writes it, NaN and surrogates included, but for integers longer than it writes."""
-    return json.dumps(value)

@@ -14,12 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from timesearch.errors import RequestError
 from timesearch.rewards import REWARDS, weighed
+from timesearch.untrusted import mend_text
+
+_MAX_BYTES = 64 * 2**10
+"""Of a parameter file: ten times all parameters with their explanations. PyYAML takes a second for 200 KiB."""
+_MAX_OPENED = 500
+"""Brackets that a parameter file may open. PyYAML takes quadratic time for those that stay open."""
+_MAX_MERGED = 1000
+"""Names of a section with those that merge keys (``<<``) bring: merges of merges multiply."""
 
 
 class Section(BaseModel):
     """A group of settings in which an unknown name is an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Paths(Section):
@@ -241,7 +249,7 @@ class Settings(Section):
     """All of `params.yaml`."""
 
     profile: str = "pocket"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     paths: Paths = Field(default_factory=Paths)
     download: Download = Field(default_factory=Download)
     models: Models = Field(default_factory=Models)
@@ -256,27 +264,57 @@ class Settings(Section):
     tracking: Tracking = Field(default_factory=Tracking)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe one, without what it multiplies and what no file name and no UTF-8 text can hold."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_MERGED:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MAX_MERGED} names", node.start_mark)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and ("\0" in value or mend_text(value) != value):
+            raise yaml.constructor.ConstructorError(None, None, "NUL or half a character", node.start_mark)
+        return value
+
+
+def _parse_yaml(data: bytes) -> Any:
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES // 2**10} KiB")
+    text = data.decode("utf-8")
+    if text.count("[") + text.count("{") > _MAX_OPENED:
+        raise RecursionError
+    return yaml.load(text, Loader=_Loader)
+
+
 def load_settings(path: Path | str = "params.yaml") -> Settings:
     """Read and check a parameter file.
 
     Raises:
-        RequestError: the file is missing, is not YAML, or has an unknown name or a wrong value (named).
+        RequestError: the file is missing, is not YAML, is too large, or has an unknown name or a wrong value (named).
     """
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"{path} does not exist: run in the project folder, or name a parameter file by --params")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    except (RecursionError, ValueError) as error:  # other bytes, a long number, no date
-        wrong = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:100]
-        raise RequestError(f"{path} is not YAML in UTF-8: {wrong}") from error
+        values = _parse_yaml(data)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RequestError(f"{path} is not YAML{line}: {(error.problem or error.context or '')[:100]}") from error
+    except RecursionError as error:
+        raise RequestError(f"{path} is not YAML: nested too deeply") from error
+    except Exception as error:  # PyYAML stumbles over some values in ways that it does not name (AttributeError, ...)
+        raise RequestError(f"{path} is not YAML in UTF-8: {str(error).partition(chr(10))[0][:100]}") from error
+    if not isinstance(values, dict | None):
+        raise RequestError(f"{path} holds no sections of parameters")
     try:
         return Settings.model_validate(values or {})
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"])[:100]
         if first["type"] == "extra_forbidden":
             raise RequestError(f"{path}: unknown parameter {name!r}") from error
         raise RequestError(f"{path}: parameter {name!r}: {first['msg']}") from error
