@@ -24,7 +24,6 @@ from timesearch.errors import RequestError
 from timesearch.judge.client import Verdicts
 from timesearch.profiles import load_profile, profile_names, render
 from timesearch.settings import Judge, Settings, load_settings
-from timesearch.training.folder import PACE
 from timesearch.video.download import TRY_AGAIN
 
 
@@ -67,11 +66,17 @@ def test_every_parameter_that_a_stage_depends_on_exists_and_is_written_out() -> 
                     at = at[part]
 
 
-@pytest.mark.parametrize("stage", ["coldstart", "train"])
-def test_a_training_depends_on_all_of_its_parameters_but_those_of_its_pace(stage: str) -> None:
-    named = {name for name in pipeline_file()["stages"][stage]["params"] if name.startswith(f"{stage}.")}
-    assert PACE[stage] < set(Settings().model_dump()[stage])
-    assert named == {f"{stage}.{name}" for name in Settings().model_dump()[stage] if name not in PACE[stage]}
+def test_stages_depend_on_what_shapes_their_results_and_on_no_pace() -> None:
+    """A stage names a section whole, or all of it that is not marked as pace."""
+    for stage, told in pipeline_file()["stages"].items():
+        named: dict[str, set[str]] = {}
+        for parameter in told.get("params", []):
+            section, _, name = parameter.partition(".")
+            named.setdefault(section, set()).add(name)
+        for section, names in named.items():
+            if names == {""} or (stage, section) == ("evaluate", "infer"):
+                continue
+            assert names == set(type(getattr(Settings(), section)).shaping_names()), (stage, section)
 
 
 def test_params_yaml_is_the_pocket_profile_written_out() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from timesearch.search import prompts
 from timesearch.settings import Settings
-from timesearch.training.folder import PACE, latest_checkpoint, prepare_run_folder
+from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 
 
 @pytest.fixture
@@ -35,11 +35,6 @@ def prepare(settings: Settings) -> None:
 
 def write_checkpoint(name: str) -> None:
     Path("runs/train/checkpoints", name).mkdir(parents=True)
-
-
-def test_pace_only_settings_are_names_of_their_sections() -> None:
-    for stage, names in PACE.items():
-        assert names <= getattr(Settings(), stage).model_dump().keys()
 
 
 @pytest.mark.parametrize(

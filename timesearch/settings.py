@@ -7,7 +7,7 @@ profiles state what differs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,11 +23,28 @@ _MAX_OPENED = 500
 _MAX_MERGED = 1000
 """Names of a section with those that merge keys (``<<``) bring: merges of merges multiply."""
 
+T = TypeVar("T")
+
 
 class Section(BaseModel):
     """A group of settings in which an unknown name is an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def shaping_names(cls) -> list[str]:
+        """Names of the settings that shape a result; the others, marked by `Pace`, change how fast or where it is made."""
+        return [name for name, field in cls.model_fields.items() if PACE not in field.metadata]
+
+    def shaping(self) -> dict[str, Any]:
+        """The settings that shape a result, as JSON values. What was made is stale when one of them changes."""
+        return self.model_dump(mode="json", include=set(self.shaping_names()))
+
+
+PACE = "pace"
+"""Mark of a setting that does not shape a result. What makes a stage stale (`dvc.yaml`, caches, predictions, an unfinished
+training) follows from these marks alone."""
+Pace = Annotated[T, PACE]
 
 
 class Paths(Section):
@@ -47,8 +64,8 @@ class Paths(Section):
 class Download(Section):
     """Stage `download`: sources to `cache/videos`."""
 
-    workers: int = Field(4, ge=1, description="videos fetched at the same time")
-    retries: int = Field(4, ge=0, description="further tries for each video, with backoff")
+    workers: Pace[int] = Field(4, ge=1, description="videos fetched at the same time")
+    retries: Pace[int] = Field(4, ge=0, description="further tries for each video, with backoff")
 
 
 class Models(Section):
@@ -73,17 +90,17 @@ class Frames(Section):
         le=31,
         description="quantiser scale of the JPEGs (ffmpeg -q:v); at 2, the finest, SSIM of RGB is 0.98",
     )
-    workers: int = Field(2, ge=1)
-    ray_address: str | None = Field(None, description="address of a Ray cluster, 'local' to start one, or null")
+    workers: Pace[int] = Field(2, ge=1)
+    ray_address: Pace[str | None] = Field(None, description="address of a Ray cluster, 'local' to start one, or null")
 
 
 class Features(Section):
     """Stage `features`: frame caches to feature caches."""
 
-    batch_size: int = Field(64, ge=1)
-    workers: int = Field(1, ge=1)
+    batch_size: Pace[int] = Field(64, ge=1)
+    workers: Pace[int] = Field(1, ge=1)
     url: str | None = Field(None, description="an OpenAI-compatible embeddings endpoint instead of the local encoder")
-    ray_address: str | None = None
+    ray_address: Pace[str | None] = None
 
 
 class SearchSettings(Section):
@@ -114,18 +131,20 @@ class ColdStart(Section):
     traces: str = Field(
         "pocket", description="'pocket', 'teacher', 'policy' (the base policy's own episodes), or a file of episodes"
     )
-    teacher_url: str | None = Field(None, description="base URL of the teacher's server, with /v1")
+    teacher_url: Pace[str | None] = Field(None, description="base URL of the teacher's server, with /v1")
     teacher_model: str | None = Field(None, description="name under which the server lists the teacher")
     teacher_temperature: float = Field(0.7, ge=0, description="of the teacher, or of the base policy")
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1, description="examples an optimiser step")
-    micro_batch: int = Field(4, ge=1, description="examples of one forward and backward pass")
+    micro_batch: Pace[int] = Field(4, ge=1, description="examples of one forward and backward pass")
     learning_rate: float = Field(1e-6, gt=0)
     reanswer_share: float = Field(0.25, ge=0, le=1, description="share of re-answer examples in the mix")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Pace[bool] = False
     bf16: bool = True
-    save_steps: int = Field(50, ge=1, description="steps between the checkpoints that an interrupted run resumes from")
+    save_steps: Pace[int] = Field(
+        50, ge=1, description="steps between the checkpoints that an interrupted run resumes from"
+    )
 
 
 class Train(Section):
@@ -147,20 +166,20 @@ class Train(Section):
     mask_truncated: bool = Field(False, description="episodes cut by the length limit carry no loss")
     max_completion_length: int = Field(8192, ge=16, description="tokens of an episode after its prompt")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Pace[bool] = False
     bf16: bool = True
     generation: Literal["transformers", "vllm_colocate", "vllm_server"] = "vllm_colocate"
-    vllm_url: str | None = None
+    vllm_url: Pace[str | None] = None
     launcher: Literal["single", "ddp", "zero2", "zero3", "fsdp"] = Field(
         "single", description="one process, or what configs/ holds a file of for `accelerate launch`"
     )
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(1, ge=0)
-    micro_batch: int = Field(1, ge=1, description="episodes of one forward and backward pass, a process")
-    gpu_memory: float = Field(80.0, gt=0, description="GiB of one GPU, for `train --plan`")
+    micro_batch: Pace[int] = Field(1, ge=1, description="episodes of one forward and backward pass, a process")
+    gpu_memory: Pace[float] = Field(80.0, gt=0, description="GiB of one GPU, for `train --plan`")
     processes: int = Field(1, ge=1, description="training processes on a machine without GPUs")
-    save_steps: int = Field(50, ge=1)
-    log_episodes_every: int = Field(20, ge=1)
+    save_steps: Pace[int] = Field(50, ge=1)
+    log_episodes_every: Pace[int] = Field(20, ge=1)
 
     @field_validator("rewards")
     @classmethod
@@ -182,18 +201,18 @@ class Judge(Section):
     """Who decides whether an open-ended answer is right."""
 
     kind: Literal["rule", "server"] = "server"
-    url: str = "http://127.0.0.1:8765/v1"
+    url: Pace[str] = "http://127.0.0.1:8765/v1"
     model: str = "Qwen/Qwen2.5-72B-Instruct"
-    command: list[str] = Field(
+    command: Pace[list[str]] = Field(
         default_factory=list, description="starts the server ({model}, {host}, {port} filled in); empty: vLLM"
     )
-    start: bool = Field(True, description="start the server if none answers at `url`")
-    start_timeout: float = Field(1800.0, gt=0, description="seconds")
-    concurrency: int = Field(32, ge=1, description="questions in flight")
-    timeout: float = Field(60.0, gt=0, description="seconds a question")
-    retry_for: float = Field(600.0, ge=0, description="seconds that an absent judge is waited for")
-    cache: Path = Field(Path("cache/judge.sqlite"), description="where verdicts are kept")
-    log: Path = Field(Path("runs/judge.log"), description="where the output of a started server goes")
+    start: Pace[bool] = Field(True, description="start the server if none answers at `url`")
+    start_timeout: Pace[float] = Field(1800.0, gt=0, description="seconds")
+    concurrency: Pace[int] = Field(32, ge=1, description="questions in flight")
+    timeout: Pace[float] = Field(60.0, gt=0, description="seconds a question")
+    retry_for: Pace[float] = Field(600.0, ge=0, description="seconds that an absent judge is waited for")
+    cache: Pace[Path] = Field(Path("cache/judge.sqlite"), description="where verdicts are kept")
+    log: Pace[Path] = Field(Path("runs/judge.log"), description="where the output of a started server goes")
     max_candidate_chars: int = Field(100, ge=1, description="a longer answer is scored 0, as the paper's code does")
 
 
@@ -201,23 +220,23 @@ class Infer(Section):
     """Stage `infer`: episodes on the test samples."""
 
     engine: Literal["transformers", "openai"] = "openai"
-    urls: list[str] = Field(
+    urls: Pace[list[str]] = Field(
         default_factory=list, description="servers with /v1 that are up already; empty: one is started a checkpoint"
     )
     model: str | None = Field(None, description="name under which `urls` serve the policy; null: its path")
-    command: list[str] = Field(
+    command: Pace[list[str]] = Field(
         default_factory=list, description="starts a server ({model}, {host}, {port} filled in); empty: vLLM"
     )
-    port: int = Field(8770, ge=1, le=65535, description="of the started server, on 127.0.0.1")
-    start_timeout: float = Field(1800.0, gt=0, description="seconds")
-    log: Path = Field(Path("runs/policy.log"), description="where the output of a started server goes")
+    port: Pace[int] = Field(8770, ge=1, le=65535, description="of the started server, on 127.0.0.1")
+    start_timeout: Pace[float] = Field(1800.0, gt=0, description="seconds")
+    log: Pace[Path] = Field(Path("runs/policy.log"), description="where the output of a started server goes")
     temperature: float = Field(0.0, ge=0)
     preview: Literal["images", "video"] = Field(
         "images", description="'video' for models trained on one (Qwen3-VL; Qwen2.5-VL by engine transformers)"
     )
-    concurrency: int = Field(32, ge=1, description="episodes in flight")
-    timeout: float = Field(600.0, gt=0, description="seconds a call")
-    retry_for: float = Field(600.0, ge=0, description="seconds that an absent server is waited for")
+    concurrency: Pace[int] = Field(32, ge=1, description="episodes in flight")
+    timeout: Pace[float] = Field(600.0, gt=0, description="seconds a call")
+    retry_for: Pace[float] = Field(600.0, ge=0, description="seconds that an absent server is waited for")
     baselines: list[str] = Field(
         default_factory=lambda: ["uniform", "one_shot", "coldstart"],
         description="methods beside the trained policy: uniform, one_shot, one_shot_<selection>, base, coldstart",

@@ -147,8 +147,7 @@ def checkpoint_of(method: str, settings: Settings) -> Path:
 
 def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
     """Digest of all that predictions depend on besides the sample; others are not taken up."""
-    infer, caches = settings.infer, settings.frames.model_dump()
-    caches.pop("workers"), caches.pop("ray_address")
+    infer = settings.infer
     weights = {
         str(path.relative_to(checkpoint)): file_digest(path)
         for path in sorted(checkpoint.rglob("*"))
@@ -158,9 +157,10 @@ def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
         {
             "method": method,
             "model": [infer.model, weights] if infer.model else weights,
-            "search": settings.search.model_dump(),
+            "search": settings.search.shaping(),
             "prompts": Prompts.load(settings.search.prompts).texts,
-            "frames": caches | {"format": FRAMES_FORMAT},
+            "frames": settings.frames.shaping() | {"format": FRAMES_FORMAT},
+            "features": settings.features.shaping(),
             "encoder": settings.models.model_dump(include={"encoder", "pretrained", "encoder_steps"}),
             "sampling": [infer.temperature, settings.seed],
             "preview": infer.preview,

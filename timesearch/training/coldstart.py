@@ -262,8 +262,8 @@ def _origin(settings: Settings) -> str:
     options = settings.coldstart
     player = weights_of(settings.paths.models / "policy") if options.traces == "policy" else options.teacher_model
     prompts = Prompts.load(settings.search.prompts).texts
-    search = settings.search.model_dump(mode="json")
-    return json_digest([player, options.teacher_temperature, settings.seed, search, prompts])[:12]
+    made_of = [player, options.teacher_temperature, settings.seed, settings.search.shaping(), prompts]
+    return json_digest(made_of)[:12]
 
 
 def play_traces(settings: Settings, samples: Sequence[Sample], encoder: Encoder, file: Path) -> None:

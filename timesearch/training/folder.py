@@ -13,13 +13,6 @@ from timesearch.progress import console
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 
-PACE = {
-    "coldstart": {"teacher_url", "micro_batch", "gradient_checkpointing", "save_steps"},
-    "train": {"vllm_url", "gpu_memory", "micro_batch", "gradient_checkpointing", "save_steps", "log_episodes_every"},
-}
-"""Settings of each training that change its pace and not its result: an interrupted run goes on after an edit.
-`dvc.yaml` leaves out the same ones."""
-
 
 def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Path) -> None:
     """Keep what an interrupted run of the same settings left, and make room where another run was.
@@ -28,12 +21,15 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
 
     Args:
         folder: of the run; `checkpoints/` in it is what a run goes on from.
-        settings: the section `stage` without its `PACE`, the search and the seed tell one run from another.
+        settings: what shapes the result of the section `stage`, the search and the seed tell one run from another.
         stage: name of the stage.
         policy: folder of the policy that the run starts from.
     """
     identity = {
-        "settings": settings.model_dump(mode="json", include={"seed", "search", stage}, exclude={stage: PACE[stage]}),
+        "settings": {
+            "seed": settings.seed,
+            **{name: getattr(settings, name).shaping() for name in ("search", stage)},
+        },
         "prompts": Prompts.load(settings.search.prompts).texts,
         "policy": weights_of(policy),
         "samples": file_digest(settings.paths.train_samples),
