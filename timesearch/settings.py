@@ -33,7 +33,7 @@ class Section(BaseModel):
 
     @classmethod
     def shaping_names(cls) -> list[str]:
-        """Names of the settings that shape a result; the others, marked by `Pace`, change how fast or where it is made."""
+        """Names of the settings that shape a result; those marked by `Pace` change how fast or where it is made."""
         return [name for name, field in cls.model_fields.items() if PACE not in field.metadata]
 
     def shaping(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 PACE = "pace"
-"""Mark of a setting that does not shape a result. What makes a stage stale (`dvc.yaml`, caches, predictions, an unfinished
+"""Mark of a setting that does not shape a result. What makes a stage stale (`dvc.yaml`, predictions, an unfinished
 training) follows from these marks alone."""
 Pace = Annotated[T, PACE]
 
