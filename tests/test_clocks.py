@@ -19,6 +19,7 @@ from timesearch.samples import Sample
 from timesearch.search.budget import preview_plan
 from timesearch.search.search import Search
 from timesearch.settings import Frames, SearchSettings
+from timesearch.video.exact import read_frames
 from timesearch.video.frames import make_frame_cache
 
 SMALL = Frames(max_pixels=4 * 28 * 28, min_pixels=28 * 28)
@@ -72,8 +73,8 @@ def test_at_a_steady_rate_time_is_frame_number(rate, fps, count, milliseconds, k
         len(cache), (64, 64), SearchSettings(total_video_tokens=k, min_tokens=1, max_tokens=1, patch=32)
     )
     assert cache.evenly(k) == [(index, cache.timestamps[index]) for index in indices]
-    for method in ("uniform", "gated_logdet"):
-        features = np.zeros((len(cache), 4))
+    features = np.random.default_rng(count).standard_normal((len(cache), 4))
+    for method in ("uniform", "aks", "gated_logdet"):
         assert select_frames(features, np.eye(4)[0], k, method, cache.places) == select_frames(
             features, np.eye(4)[0], k, method
         )
@@ -93,11 +94,13 @@ def test_a_held_picture_is_seen_whenever_it_is_on_the_screen(tmp_path: Path) -> 
     assert list(cache.window(100, 121)) == [40, 41, 42, 43]
     assert list(cache.window(5.1, 6)) == [11, 12]
     assert not cache.window(125, 140)
-    assert [cache.nearest(time) for time in (19.6, 70.0, 119.4, 119.8)] == [39, 40, 40, 41]
+    assert [cache.nearest(time) for time in (19.6, 70.0, 119.4, 119.8, 119.96)] == [39, 40, 40, 40, 41]
     picked = select_frames(np.zeros((51, 4)), None, 6, "uniform", cache.places)
     assert len(picked) == 6
     assert 40 in picked
     assert grey(cache, 40) == pytest.approx(80, abs=12)
+    source = read_frames(tmp_path / "screen.mp4", [19.6, 70.0, 119.8, 120.0])
+    assert [float(pixels.mean()) for pixels in source] == pytest.approx([28, 75, 75, 121], abs=4)
 
 
 def test_a_search_shows_a_held_picture_at_the_time_of_the_look(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def select_frames(
     if query is None or features.ndim != 2 or query.shape != features.shape[1:]:
         shape = None if query is None else query.shape
         raise RequestError(f"a query of shape {features.shape[1:]} is expected for {features.shape} features: {shape}")
-    picked = _METHODS[method](features, relevance_of(features, query), k)
+    picked = _METHODS[method](features, relevance_of(features, query), k, places)
     return sorted(cover(places, picked, k))
 
 
@@ -173,12 +173,12 @@ def _widen_rows(features: np.ndarray, indices: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _dpp(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
+def _dpp(features: np.ndarray, relevance: np.ndarray, k: int, places: np.ndarray) -> list[int]:
     """TimeSearch-R's search: a DPP with kernel diag(r) S diag(r), r the min-max normalised relevance."""
     return _greedy_logdet(features, _unit_range(relevance), k)
 
 
-def _topk(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
+def _topk(features: np.ndarray, relevance: np.ndarray, k: int, places: np.ndarray) -> list[int]:
     """The k most relevant frames; the earlier of two equally relevant."""
     scores = _unit_range(relevance)
     if scores.min() == scores.max():
@@ -186,14 +186,15 @@ def _topk(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
     return [int(index) for index in np.argsort(-scores, kind="stable")[:k]]
 
 
-def _aks(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
+def _aks(features: np.ndarray, relevance: np.ndarray, k: int, places: np.ndarray) -> list[int]:
     """Adaptive keyframe sampling (Tang et al., CVPR 2025): a stretch of video whose best frames stand out gives its
-    top frames; any other is split in the middle and each half gets half of the frames.
+    top frames; any other is split in the middle of its time and each half gets half of the frames.
 
     Threshold 0.8 and depth 5 are those of the authors' code; an odd frame goes to the half with the better mean.
     """
     scores = _unit_range(relevance)
     standing_out, deepest = 0.8, 5
+    ends = np.append(places, places[-1] + 1)
     if scores.min() == scores.max():
         return []
 
@@ -205,14 +206,15 @@ def _aks(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
         order = np.argsort(-part, kind="stable")[:count]
         if count == 1 or depth == deepest or part[order].mean() - part.mean() >= standing_out:
             return [first + int(index) for index in order]
-        middle = (first + last) // 2
+        middle_time = (places[first] + ends[last]) / 2
+        middle = max(first + 1, int(np.searchsorted(places, middle_time, side="right")) - 1)
         left = (count + int(scores[first:middle].mean() >= scores[middle:last].mean())) // 2
         return pick(first, middle, left, depth + 1) + pick(middle, last, count - left, depth + 1)
 
     return pick(0, len(scores), k, 0)
 
 
-def _gated_logdet(features: np.ndarray, relevance: np.ndarray, k: int) -> list[int]:
+def _gated_logdet(features: np.ndarray, relevance: np.ndarray, k: int, places: np.ndarray) -> list[int]:
     """The most various of the relevant frames: greedy log det(I + F F') over those that stand out of the noise.
 
     A frame stands out if it exceeds the median by the universal threshold sigma sqrt(2 ln N) (Donoho and Johnstone
@@ -229,7 +231,7 @@ def _gated_logdet(features: np.ndarray, relevance: np.ndarray, k: int) -> list[i
     return [int(relevant[index]) for index in picked]
 
 
-_METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int], list[int]]] = {
+_METHODS: dict[str, Callable[[np.ndarray, np.ndarray, int, np.ndarray], list[int]]] = {
     "dpp": _dpp,
     "topk": _topk,
     "aks": _aks,

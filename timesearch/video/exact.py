@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 _SEEK_GAP = 10.0
 """Seconds ahead beyond which seeking to a key frame is cheaper than decoding on."""
+_ROUNDING = 0.05 + 1e-6
+"""Seconds by which a recorded time may precede its frame: traces hold tenths of seconds."""
 
 
 def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, int] | None = None) -> list[np.ndarray]:
-    """Decode the frames whose presentation times are nearest to `seconds`.
+    """Decode the frames that are on the screen at `seconds`, or that come within a rounding of tenths and are nearer.
 
     The video is walked through once, forwards, with a seek over each long gap; nothing but the frames asked for is
     kept. Frames that are asked for twice are one array.
@@ -80,7 +82,7 @@ class _Walk:
         return float(frame.time or 0.0) - self._start
 
     def nearest(self, wanted: float) -> VideoFrame:
-        """The frame nearest to `wanted` (s); calls come in increasing order."""
+        """The frame shown at `wanted` (s), or the next where that is nearer and all but there; calls come in order."""
         if wanted - self._time(self._current) > _SEEK_GAP:
             self._seek(wanted)
         while self._time(self._current) < wanted:
@@ -91,7 +93,7 @@ class _Walk:
         if self._earlier is None:
             return self._current
         ahead, behind = self._time(self._current) - wanted, wanted - self._time(self._earlier)
-        return self._earlier if behind <= ahead else self._current
+        return self._earlier if behind <= ahead or ahead > _ROUNDING else self._current
 
     def _seek(self, wanted: float) -> None:
         """Go to the key frame before `wanted`; stay where the container leads elsewhere."""

@@ -51,6 +51,8 @@ BROKEN = frozenset({"damaged_video", "empty_file", "not_a_video", "truncated"})
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _ROUNDING = 1e-6
 """Seconds to which timestamps are rounded."""
+_TENTHS = 0.05 + _ROUNDING
+"""Seconds by which a time in tenths, as policies read it, may precede the frame that it stands for."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 Look = tuple[int, float]
@@ -246,25 +248,28 @@ class FrameCache:
         return max(0, int(np.searchsorted(self.timestamps, seconds + _ROUNDING, side="right")) - 1)
 
     def nearest(self, seconds: float) -> int:
-        """Index of the frame whose time is nearest to `seconds`, the earlier of two equally near; within a held picture
-        that picture, unless the next one follows within 1/fps.
+        """Index of the frame whose time is nearest to `seconds`, the earlier of two equally near; while a picture is
+        held, that picture, unless `seconds` rounded to tenths may stand for the next one's time.
         """
         shown = self.shown_at(seconds)
         following = self.timestamps[shown + 1 : shown + 2] - seconds
         before = abs(seconds - self.timestamps[shown])
-        return shown + int(np.any(following < min(before, 1 / self.meta["fps"])))
+        return shown + int(np.any(following < (min(before, _TENTHS) if self._held(shown) else before)))
+
+    def _held(self, index: int) -> bool:
+        """Whether a frame is the only one for more than its slot of 1/fps."""
+        slots = [slot(seconds, self.meta["fps"]) for seconds in self.timestamps[index : index + 2]]
+        return slots[-1] > slots[0] + 1
 
     def window(self, start: float, end: float) -> range:
         """Indices of the frames with start <= time <= end (s), and of the picture that is held when the window starts.
 
-        A picture is held if it is the only one for more than its slot of 1/fps. At a steady rate, which is then below
-        the cache's, it counts only where no other one does.
+        At a steady rate, which is then below the cache's, that one counts only where no other does.
         """
         first, last = (int(place) for place in np.searchsorted(self.timestamps, [start - _ROUNDING, end + _ROUNDING]))
         last = max(first, last)
         if 0 < first < len(self) and start <= end and (not self.steady or first == last):
-            before, after = (slot(self.timestamps[index], self.meta["fps"]) for index in (first - 1, first))
-            first -= int(after > before + 1)
+            first -= int(self._held(first - 1))
         return range(first, last)
 
     def evenly(self, count: int) -> list[Look]:
