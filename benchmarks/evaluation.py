@@ -1,6 +1,10 @@
-"""Measures the evaluation: 10,000 predictions (time, peak memory), and SSIM against the pair-by-pair method.
+"""Measures what evaluation costs as files grow, and SSIM against the pair-by-pair method.
 
-    uv run python benchmarks/evaluation.py [--predictions 10000] [--size 640x360] [--frames 30]
+    uv run python benchmarks/evaluation.py [--predictions 200000] [--rows 1000000] [--size 640x360] [--frames 30]
+
+Sample rows are read, and predictions scored and written as `timesearch evaluate` does, a tenth of the number first:
+a cost that is linear is ten times as much for ten times the rows. Each runs in a process of its own, whose peak memory
+is that of the whole process.
 
 Pair by pair, mode ``standard`` is scikit-image's, and mode ``tstar`` T*'s own: five convolutions in PyTorch for each
 pair. Neither side uses a second core.
@@ -10,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from timesearch.evaluation.evaluate import evaluate_files
+from timesearch.evaluation.evaluate import evaluate_files, write_evaluation
 from timesearch.evaluation.visual import Mode, ssim_matrix
+from timesearch.samples import read_samples
 from timesearch.settings import Evaluate
 
 GROUND_TRUTH, SEARCHED, TURNS = 5, 30, 4
@@ -64,6 +69,55 @@ def write_predictions(path: Path, count: int, seed: int = 0) -> None:
             handle.write(json.dumps(row) + "\n")
 
 
+def write_samples(path: Path, count: int) -> None:
+    """Multiple-choice questions of about 300 bytes."""
+    with path.open("w", encoding="utf-8") as handle:
+        for number in range(count):
+            row = {
+                "id": str(number),
+                "video": f"{number % 5000}.mp4",
+                "question": f"What passes by at {number} seconds?",
+                "options": OPTIONS,
+                "answer": "B",
+                "type": "multiple_choice",
+                "duration": 1800.0,
+                "gt_seconds": [number / 600, number / 600 + 5.0],
+                "meta": {"duration_group": 600},
+            }
+            handle.write(json.dumps(row) + "\n")
+
+
+def read_through(path: Path) -> None:
+    """Read a sample file as a stage does, and go through it once."""
+    for _ in read_samples(path):
+        pass
+
+
+def evaluate(path: Path) -> None:
+    """Score a prediction file without videos, and write all results."""
+    methods = evaluate_files({"searched": path}, Evaluate(), None)
+    write_evaluation(methods, path.with_suffix(".results"), Evaluate(), seed=0, flat=True)
+
+
+def cost(work: Callable[[Path], None], path: Path) -> tuple[float, float]:
+    """Processor time (s) of `work` on a file, and peak memory (MB) of the process that did it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured, args=(work, path, sender))
+    process.start()
+    seconds, megabytes = receiver.recv()
+    process.join()
+    return seconds, megabytes
+
+
+def _measured(work: Callable[[Path], None], path: Path, sender: Any) -> None:
+    started = time.process_time()
+    work(path)
+    spent = time.process_time() - started
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    sender.send((spent, int(status["VmHWM"].split()[0]) * 1024 / 1e6))
+
+
 def by_scikit_image(a: np.ndarray, b: np.ndarray) -> float:
     """SSIM of one pair as scikit-image computes it."""
     from skimage.metrics import structural_similarity
@@ -96,23 +150,29 @@ def by_convolution(a: np.ndarray, b: np.ndarray) -> float:
 def main() -> None:
     """Run both measurements and print them as tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictions", type=int, default=10_000)
+    parser.add_argument("--predictions", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of a sample file")
     parser.add_argument("--size", default="640x360", help="width x height of the frames in pixels")
     parser.add_argument("--frames", type=int, default=8, help="searched frames that meet 5 of the ground truth")
     arguments = parser.parse_args()
     console = Console()
 
-    counts = Table("predictions", "seconds", "a second", "peak memory (MB)", title="Temporal and QA metrics, one core")
+    costs = Table("file", "rows", "seconds", "times a tenth", "peak memory (MB)", title="Linear costs, one core")
     with tempfile.TemporaryDirectory() as folder:
-        for count in (arguments.predictions // 10, arguments.predictions):
-            path = Path(folder) / f"{count}.jsonl"
-            write_predictions(path, count)
-            started = time.process_time()
-            evaluate_files({"searched": path}, Evaluate(), None)
-            spent = time.process_time() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            counts.add_row(str(count), f"{spent:.2f}", f"{count / spent:.0f}", f"{peak:.0f}")
-    console.print(counts)
+        path = Path(folder) / "rows.jsonl"
+        for title, most, write, work in (
+            ("samples, read", arguments.rows, write_samples, read_through),
+            ("predictions, evaluated", arguments.predictions, write_predictions, evaluate),
+        ):
+            before = 0.0
+            for count in (most // 10, most):
+                write(path, count)
+                spent, peak = cost(work, path)
+                costs.add_row(
+                    title, f"{count:,}", f"{spent:.1f}", f"{spent / before:.1f}" if before else "", f"{peak:.0f}"
+                )
+                before = spent
+    console.print(costs)
 
     width, height = map(int, arguments.size.split("x"))
     rng = np.random.default_rng(0)

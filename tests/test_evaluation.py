@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,18 @@ import pytest
 from evaluated import OPTIONS, make_project, sample_row, searching, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_metric
 from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
 from timesearch.cli import main
 from timesearch.errors import RequestError
 from timesearch.evaluation import frames
-from timesearch.evaluation.evaluate import evaluate_files, run, write_evaluation
+from timesearch.evaluation.episodes import Values
+from timesearch.evaluation.evaluate import evaluate_files, files_by_name, run, tracked_metrics, write_evaluation
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
-from timesearch.evaluation.table import markdown_table, method_label, method_order
+from timesearch.evaluation.table import markdown_table, method_label, method_order, print_table
 from timesearch.evaluation.temporal import (
     nearest_neighbour_distances,
     precision_recall_f1,
@@ -31,6 +34,7 @@ from timesearch.evaluation.temporal import (
 )
 from timesearch.evaluation.visual import ssim_matrix, ssim_precision_recall
 from timesearch.files import write_jsonl
+from timesearch.report.build import write_report
 from timesearch.rewards import answer_letter, interval_iou
 from timesearch.settings import Evaluate
 
@@ -356,6 +360,50 @@ def test_the_reference_and_tstar_evaluate_without_conversion(tmp_path: Path) -> 
     assert (metrics["temporal_precision"], metrics["qa_accuracy"]) == (pytest.approx(1 / 3), None)
 
 
+def test_odd_groups_and_names_reach_tables_and_records_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["..", "a//b", "a?", "a!", "/", " ", "\ud83d", "x" * 200, "c" * 201, "\n\x1b[31m", "[/red]"]
+    metas = [*words, ["p", "q", "p"], list(range(101)), {"a": 1}, None, True]
+    rows = [sample_row(number, "a.mp4") | {"meta": {"duration_group": meta}} for number, meta in enumerate(metas)]
+    name = "[red] a|b\\\x1b[31m" + "n" * 100
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = files_by_name(sorted(tmp_path.glob("*.jsonl")))
+    methods = evaluate_files(files, WITHOUT_INTERVALS, None)
+    result = write_evaluation(methods, tmp_path / "results", WITHOUT_INTERVALS, 0)
+    assert sorted(failure.item.rpartition("/")[2] for failure in result.failures if failure.reason == "bad_group") == [
+        "q12",
+        "q12",
+        "q8",
+        "q8",
+    ]
+    assert methods[0].metrics["by"]["duration_group"].keys() == {
+        *words[:6], "\ufffd", "x" * 200, "\n\x1b[31m", "[/red]", "p", "q", "True",
+    }  # fmt: skip
+    for method in methods:
+        tracked = tracked_metrics(method)
+        assert len(tracked) == len(set(tracked)) > 13 * 3
+        for key in tracked:
+            _validate_metric(key, 0.0, 0, 0)
+    assert len({key.split("/")[0] for method in methods for key in tracked_metrics(method)}) == 2
+    print_table(methods)
+    shown = capsys.readouterr().out
+    assert "[red] a|b" in shown
+    assert "\x1b" not in shown
+    table = markdown_table(methods).splitlines()
+    assert {line.replace("\\\\", "").replace("\\|", "").count("|") for line in table} == {9}
+    write_report(files, tmp_path / "results/evaluation", tmp_path / "report.html")
+
+
+def test_a_group_of_too_many_values_is_left_out(tmp_path: Path) -> None:
+    rows = [sample_row(number, "a.mp4") | {"meta": {"duration_group": number}} for number in range(501)]
+    metrics, reasons = score(tmp_path, rows)
+    assert reasons["bad_group"] == ["duration_group"]
+    assert metrics["failures"]["bad_group"] == 1
+    assert metrics["by"].keys() == {"type"}
+
+
 def test_a_path_cannot_lead_out_of_the_videos_folder(tmp_path: Path) -> None:
     write_video(tmp_path / "secret.mp4", hue=0)
     (tmp_path / "videos").mkdir()
@@ -398,6 +446,31 @@ def test_intervals_cover_the_mean_and_narrow_with_more_episodes() -> None:
     assert percentile_interval(draws[:, 1]) is None
     few = percentile_interval(bootstrap_means(values[:25], 500, seed=0)[:, 0]) or (0, 0)
     assert few[1] - few[0] > 2 * (high - low)
+
+
+def test_gaps_are_left_out_of_the_draws() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random((50, 3))
+    values[:20, 1] = values[:, 2] = np.nan
+    draws = bootstrap_means(values, 40, seed=3)
+    rng = np.random.default_rng(3)
+    for draw in draws:
+        drawn = values[rng.integers(0, 50, 50)]
+        assert draw[:2] == pytest.approx(np.nanmean(drawn[:, :2], axis=0))
+        assert math.isnan(draw[2])
+
+
+def test_values_are_a_mapping_that_shares_its_names() -> None:
+    columns: dict[str, int] = {}
+    a, b = Values(columns), Values(columns)
+    a.update(x=1, y=2.0)
+    b["z"] = 0.0
+    assert (dict(a), dict(b), len(a), len(b)) == ({"x": 1.0, "y": 2.0}, {"z": 0.0}, 2, 1)
+    assert ("x" in b, b.get("x"), b.get("w", 5), a.get("z")) == (False, None, 5, None)
+    del a["x"]
+    assert list(a) == ["y"]
+    with pytest.raises(KeyError):
+        a["x"]
 
 
 def test_mcnemar_is_the_exact_binomial_test() -> None:

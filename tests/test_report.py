@@ -12,7 +12,7 @@ from evaluated import HOSTILE, SECONDS, make_project, searching
 
 from timesearch.cli import main
 from timesearch.errors import RequestError
-from timesearch.evaluation.evaluate import evaluate_files, prediction_files, write_evaluation
+from timesearch.evaluation.evaluate import evaluate_files, load_metrics, prediction_files, write_evaluation
 from timesearch.files import write_jsonl
 from timesearch.report import build
 from timesearch.settings import Evaluate, Settings
@@ -212,6 +212,45 @@ def test_pictures_and_transcripts_keep_to_their_budgets(
     carried = re.search(r"12 of 12 transcripts and (\d+) pictures; (\d+) further", out.read_text())
     assert carried
     assert 0 < int(carried[1]) < int(carried[2]) + int(carried[1])
+
+
+def test_hostile_episodes_and_runs_make_a_report_of_bounded_size(tmp_path: Path, open_report) -> None:
+    said = '<think>\ud83d</think><tool_call>{"name": "f", "arguments": {"q": "\\ud83d", "n": 1e999}}</tool_call>'
+    babble = [{"role": "assistant", "content": f"again {number}"} for number in range(50_000)]
+    shown = [{"type": "image", "seconds": time} for time in (1.0, None, "x", float("nan"), [1], 10**400)]
+    rows = [
+        searching(0, "a.mp4", [[9.0]], "A") | {"prediction": babble},
+        searching(1, "a.mp4", [[9.0]], "A")
+        | {"prediction": [{"role": "assistant", "content": said}, {"role": "tool", "content": shown * 5000}]},
+        searching(2, "a.mp4", [[9.0]], "A")
+        | {"question": "\ud83d" * 9, "answer": "x" * 300_000, "reanswer": "y" * 300_000, "options": ["z" * 300_000]},
+        searching(3, "a.mp4", [[9.0]], "A") | {"searched_seconds": [number / 9 for number in range(99_999)]},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = [{"step": 1, "reward": 0.5}, {"reward": 1.0}, {"step": "x", "reward": 1}, {"step": 2, "reward": None}, {}]
+    for name, text in (
+        ("ok", "\n".join(map(json.dumps, curve)) + '\n{"step": 3, "rew'),
+        ("\udcff", "[]\n\xff"),
+        ("no", ""),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
+    options = Evaluate(bootstrap=0)
+    write_evaluation(evaluate_files({"mine": path}, options, None), tmp_path, options, seed=0)
+    build.write_report({"mine": path}, tmp_path / "evaluation", tmp_path / "report.html", runs=tmp_path / "runs")
+    assert (tmp_path / "report.html").stat().st_size < 1_500_000
+    page = open_report(tmp_path / "report.html")
+    page.locator(".row").first.click()
+    assert re.search(r"\d+ further turns are not shown", page.locator(".detail").inner_text())
+    assert "Training: reward" in page.locator("#charts h3").all_inner_texts()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{", '{"by": {}, "failures": {}}', "[" * 100_000])
+def test_metrics_that_no_evaluation_wrote_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(RequestError, match="is not what an evaluation writes"):
+        load_metrics(tmp_path / "mine.json")
 
 
 def test_the_command_writes_the_report_of_any_prediction_file(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timesearch import samples
 from timesearch.batch import Failure
 from timesearch.errors import ItemError, RequestError
 from timesearch.files import atomic_path, inside, json_digest, write_jsonl
@@ -62,6 +64,68 @@ def test_broken_lines_are_set_aside_where_asked(tmp_path: Path) -> None:
         read_samples(path, failures.append)
 
 
+TEXTS = r"""
+null true 0 -0 1 -1 0.5 1e5 1E+5 1e-7 1e999 -1e999 NaN Infinity 007 +5 1. .5 1e 9223372036854775807 9223372036854775808
+18446744073709551616 123456789012345678901234567890 1234567890123456789012.5e3 "" "a" "5" "\ud83d" "\ud83d\ude00"
+"\u0000" "1e999" "NaN" [] [1] [NaN] [[1,2]] [[1,null]] [null] ["a","b"] {} {"a":1e999} {"a":{"b":[1e400]}}
+{"a":1,"a":2} "a
+"""
+VALUES = [
+    *TEXTS.split(),
+    '"\ufeff"',
+    '"\ud83d"',
+    '"\t"',
+    "[" * 70 + "]" * 70,
+    '{"a":' * 65 + "1" + "}" * 65,
+    "1" * 5000,
+]
+NAMES = [*Prediction.model_fields, "video_path", "candidates", "options\\u0041", "\\ud800"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=5), st.sampled_from(["", " ", "}"])
+)
+def test_the_fast_way_reads_a_line_as_the_long_way_does(
+    tmp_path_factory: pytest.TempPathFactory, odd: list[tuple[str, str]], end: str
+) -> None:
+    fields = {name: json.dumps(value) for name, value in ROW.items()} | dict(odd)
+    line = "{" + ",".join(f'"{name}":{value}' for name, value in fields.items()) + "}" + end
+    path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
+    path.write_bytes(line.encode("utf-8", "surrogatepass"))
+    for model in (Sample, Prediction):
+        ways = []
+        for plain in (samples.is_plain, lambda _: False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(samples, "is_plain", plain)
+                failures: list[Failure] = []
+                rows = [repr(row) for row in samples.read_models(path, model, failures.append)]
+                ways.append((rows, failures))
+        assert ways[0] == ways[1]
+
+
+def test_many_rows_read_as_few_do(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({**ROW, "id": str(number), "duration": 5.0}) for number in range(20_001)]
+    lines[7] = json.dumps({**ROW, "id": "7", "meta": {"deep": [1e300]}, "duration": float("nan")})
+    path.write_text("\n".join(lines[:-1]))
+    few = read_samples(path)
+    path.write_text("\n".join(lines))
+    many = read_samples(path)
+    assert isinstance(few, list)
+    assert not isinstance(many, list)
+    assert (len(few), len(many)) == (20_000, 20_001)
+    assert [sample.id for sample in many] == [str(number) for number in range(20_001)]
+    assert list(islice(many, 20_000)) == few
+    assert (many[7], many[-1].id, [sample.id for sample in many[510:514]]) == (
+        few[7],
+        "20000",
+        ["510", "511", "512", "513"],
+    )
+    with pytest.raises(IndexError):
+        many[20_001]
+
+
 HALF = {"video_path": "v.mp4", "candidates": ["a", "b"]}  # looks like LongVideoBench, and has no question
 
 
@@ -79,8 +143,8 @@ def test_training_takes_letters_and_lists_what_it_cannot_use(tmp_path: Path) -> 
     write_jsonl(path, [HALF, *({**choice, "id": name, "answer": answer} for name, answer in answers.items())])
     for cache in ("a.mp4.frames", "a.mp4.safetensors"):
         (tmp_path / cache).touch()
-    samples, rejected = usable_samples(path, tmp_path, tmp_path)
-    assert {sample.id: sample.answer for sample in samples} == dict.fromkeys(["letter", "text", "lower", "marked"], "B")
+    usable, rejected = usable_samples(path, tmp_path, tmp_path)
+    assert {sample.id: sample.answer for sample in usable} == dict.fromkeys(["letter", "text", "lower", "marked"], "B")
     assert [(failure.item, failure.reason) for failure in rejected] == [
         ("line 1", "invalid_row"),
         ("none", "bad_answer"),

@@ -16,6 +16,8 @@ What is not as it should be is named, with a reason, and handled as follows:
 ``no_ground_truth``    no ground-truth time, in a file whose other rows have some: left out of the temporal and visual
                        metrics
 ``unknown_frame_rate`` ground truth in frame numbers of a video that is not there, with no rate in `meta`: as above
+``bad_group``          a value of a group that is a list of more than 100, or longer than 200 characters: left out of
+                       that group; a group of more than 500 values is left out itself
 ``bad_answer``         the right answer names none of the options, or no interval: left out of the accuracy
 ``missing_video``      the visual metrics need the video and it is not there (or why it cannot be read): left out of
                        them
@@ -26,7 +28,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,57 @@ END_TOLERANCE = 1.0
 _LONGEST_PATH = 4096
 """Bytes of a path, at most, on Linux."""
 
+_GROUPS_OF_ONE = 100
+"""Values of one group that an episode may have."""
+_GROUP_CHARS = 200
+
 Report = Callable[[Failure], None]
+
+
+class Values(MutableMapping[str, float]):
+    """The metrics of one episode by name, in a fifth of a dictionary's memory.
+
+    The numbers stand in an array; `columns` tells the place of each name, and is shared by all episodes of a file,
+    which have much the same metrics. A number that is NaN is not there.
+    """
+
+    __slots__ = ("_columns", "_numbers")
+
+    def __init__(self, columns: dict[str, int] | None = None) -> None:
+        self._columns = {} if columns is None else columns
+        self._numbers = array("d")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The number of a name, or `default`."""
+        place = self._columns.get(name)
+        if place is None or place >= len(self._numbers):
+            return default
+        number = self._numbers[place]
+        return default if math.isnan(number) else number
+
+    def __getitem__(self, name: str) -> float:
+        number: float | None = self.get(name)
+        if number is None:
+            raise KeyError(name)
+        return number
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def __setitem__(self, name: str, number: float) -> None:
+        place = self._columns.setdefault(name, len(self._columns))
+        if place >= len(self._numbers):
+            self._numbers.extend([math.nan] * (place + 1 - len(self._numbers)))
+        self._numbers[place] = number
+
+    def __delitem__(self, name: str) -> None:
+        self[name] = math.nan
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._columns if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(slots=True)
@@ -55,7 +108,8 @@ class EpisodeScore:
     """What evaluation keeps of an episode: no messages, so that memory does not grow with them.
 
     `values` holds the metrics that the episode has a value of; `truth` and `times` are seconds, for the visual metrics;
-    `judged` holds open-ended answers that wait for the judge, by the metric that the verdict becomes.
+    `judged` holds open-ended answers that wait for the judge: the metric that the verdict becomes, and (question, right
+    answer, answer).
     """
 
     id: str
@@ -63,14 +117,14 @@ class EpisodeScore:
     type: str
     groups: dict[str, list[str]]
     duration: float | None
-    values: dict[str, float] = field(default_factory=dict)
+    values: Values = field(default_factory=Values)
     answer: str | None = None
     choice: str | None = None
     unparsed: bool = False
-    truth: list[float] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    judged: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-    calls_by_turn: list[int] = field(default_factory=list)
+    truth: Sequence[float] = ()
+    times: Sequence[float] = ()
+    judged: tuple[tuple[str, tuple[str, str, str]], ...] = ()
+    calls_by_turn: tuple[int, ...] = ()
 
 
 @dataclass
@@ -213,13 +267,21 @@ class Scorer:
         self._videos = videos
         self._report = report
         self._group_sets: dict[str, dict[str, list[str]]] = {}
+        self._columns: dict[str, int] = {}
+        self._same: dict[Any, Any] = {}
+        """Names of videos and counts of calls, of which many episodes have equal ones: each is held once."""
         self.without_truth: list[str] = []
         """Ids of episodes without ground-truth times."""
 
     def score(self, prediction: Prediction) -> EpisodeScore:
         """Score one episode."""
         episode = EpisodeScore(
-            prediction.id, prediction.video, prediction.type, self._group(prediction), prediction.duration
+            prediction.id,
+            self._same.setdefault(prediction.video, prediction.video),
+            prediction.type,
+            self._group(prediction),
+            prediction.duration,
+            Values(self._columns),
         )
         if episode.duration is None:
             episode.duration = self._videos.duration(prediction.video)
@@ -243,22 +305,29 @@ class Scorer:
         for name in self._groups:
             value = prediction.meta.get(name)
             if isinstance(value, str | int | float | list) and value not in ("", []):
-                found[name] = [_word(item) for item in value] if isinstance(value, list) else [_word(value)]
+                listed = value if isinstance(value, list) else [value]
+                if len(listed) > _GROUPS_OF_ONE or any(len(str(item)) > _GROUP_CHARS for item in listed):
+                    self._fail(prediction, "bad_group", f"its {name} is no name of a group: left out of that group")
+                else:
+                    found[name] = list(dict.fromkeys(map(_word, listed)))
         return self._group_sets.setdefault(str(found), found)
 
     def _count(self, prediction: Prediction, episode: EpisodeScore) -> None:
-        for message in prediction.prediction:
-            if message.get("role") == "assistant":
-                episode.calls_by_turn.append(len(parse_turn(text_of(message)).calls))
+        made = tuple(
+            len(parse_turn(text_of(message)).calls)
+            for message in prediction.prediction
+            if message.get("role") == "assistant"
+        )
+        episode.calls_by_turn = self._same.setdefault(made, made)
         calls = sum(episode.calls_by_turn) if prediction.prediction else prediction.tool_calls
-        episode.values |= {
-            "frames": len(episode.times),
-            "preview_frames": len(prediction.preview_seconds),
-            "tool_calls": calls,
-            "turns": len(episode.calls_by_turn) or prediction.turns,
-            "searched": float(bool(episode.times)),
-            "error": float(prediction.error is not None),
-        }
+        episode.values.update(
+            frames=len(episode.times),
+            preview_frames=len(prediction.preview_seconds),
+            tool_calls=calls,
+            turns=len(episode.calls_by_turn) or prediction.turns,
+            searched=float(bool(episode.times)),
+            error=float(prediction.error is not None),
+        )
 
     def _score_times(self, prediction: Prediction, episode: EpisodeScore) -> None:
         end = math.inf if episode.duration is None else episode.duration + END_TOLERANCE
@@ -276,8 +345,9 @@ class Scorer:
             scores = _with_misses(scores, len(sound), bad)
         if spans:
             scores["span_coverage"] = span_coverage(spans, sound)
-        episode.values |= scores
-        episode.truth, episode.times = truth or [(start + stop) / 2 for start, stop in spans], sound
+        episode.values.update(scores)
+        episode.truth = array("d", truth or [(start + stop) / 2 for start, stop in spans])
+        episode.times = sound
 
     def _ground_truth(self, prediction: Prediction, end: float) -> tuple[list[float], list[tuple[float, float]]]:
         """Times and spans of the ground truth: `gt_seconds`, else the times of `gt_frame_index`; `gt_spans`."""
@@ -353,7 +423,7 @@ class Scorer:
     def _ask(self, prediction: Prediction, episode: EpisodeScore, metric: str, answer: str | None) -> None:
         episode.values[metric] = 0.0
         if answer and answer.strip():
-            episode.judged[metric] = (prediction.question, prediction.answer, answer)
+            episode.judged += ((metric, (prediction.question, prediction.answer, answer)),)
 
 
 def _searched(prediction: Prediction) -> list[float]:

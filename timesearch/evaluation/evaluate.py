@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ from timesearch.evaluation.episodes import EpisodeScore, MethodScores, Scorer, V
 from timesearch.evaluation.summary import compare, headline, plain, plot_data, summarise
 from timesearch.evaluation.table import markdown_table, method_order, print_table
 from timesearch.exclusive import exclusive
-from timesearch.files import atomic_path, write_json, write_jsonl, write_text
+from timesearch.files import atomic_path, json_digest, write_json, write_jsonl, write_text
 from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
 from timesearch.progress import console, progress_bar
 from timesearch.rewards import completeness
 from timesearch.settings import Evaluate, Judge, Settings
+from timesearch.untrusted import UntrustedError, parse_json
 
 _TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
-_UNTRACKABLE = re.compile(r"[^\w\-. /]")  # characters that MLflow refuses in a metric's name
+_TRACKABLE = re.compile(r"[\w-][\w\-. ]{,63}")
+"""A method or a group's value that can be part of a metric's name in MLflow, which reads such names as paths."""
+_UNTRACKABLE = re.compile(r"[^\w-]")
+_OWN_FILES = {"comparisons", "plots"}
+"""Names of files that are written beside those of the methods."""
 MakeJudge = Callable[[], "JudgeClient | RuleJudge"]
 
 
@@ -69,7 +74,7 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
         for prediction in read_predictions(path, failures.append):
             episode = scorer.score(prediction)
             if not compare_frames:
-                episode.times = []
+                episode.times = ()
             episodes.append(episode)
             bar.advance()
     if len(scorer.without_truth) < len(episodes):
@@ -86,13 +91,13 @@ def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
         (episode, metric, triple)
         for method in methods
         for episode in method.episodes
-        for metric, triple in episode.judged.items()
+        for metric, triple in episode.judged
     ]
     if waiting:
         verdicts = asyncio.run(make().score_many([triple for _, _, triple in waiting]))
         for (episode, metric, _), verdict in zip(waiting, verdicts, strict=True):
             episode.values[metric] = verdict
-            episode.judged.clear()
+            episode.judged = ()
     for method in methods:
         if not any("reanswer_accuracy" in episode.values for episode in method.episodes):
             continue
@@ -114,7 +119,7 @@ def _score_frames(methods: Sequence[MethodScores], videos: Videos) -> None:
                 jobs.setdefault(episode.video, []).append((method, episode))
             elif episode.truth:
                 for mode in ("visual", "visual_tstar"):
-                    episode.values |= dict.fromkeys((f"{mode}_precision", f"{mode}_recall", f"{mode}_f1"), 0.0)
+                    episode.values.update(dict.fromkeys((f"{mode}_precision", f"{mode}_recall", f"{mode}_f1"), 0.0))
     score_videos(jobs, videos)
 
 
@@ -173,7 +178,7 @@ def episode_row(episode: EpisodeScore) -> dict[str, Any]:
         "video": episode.video,
         "type": episode.type,
         "duration": episode.duration,
-        "truth": episode.truth,
+        "truth": list(episode.truth),
         "groups": episode.groups,
         "answer": episode.answer,
         "choice": episode.choice,
@@ -206,14 +211,16 @@ def prediction_files(settings: Settings) -> dict[str, Path]:
 
 
 def files_by_name(paths: Sequence[Path]) -> dict[str, Path]:
-    """Prediction files by the name of their method, which is the file's.
+    """Prediction files by the name of their method, which is the file's; bytes that are no text become escapes.
 
     Raises:
-        RequestError: two have one name.
+        RequestError: two have one name, or one has the name of a file of the results.
     """
-    files = {path.stem: path for path in paths}
+    files = {os.fsencode(path.stem).decode("utf-8", "backslashreplace"): path for path in paths}
     if len(files) < len(paths):
         raise RequestError("two prediction files have the same name: rename one, methods are told apart by it")
+    if taken := sorted(files.keys() & _OWN_FILES):
+        raise RequestError(f"{files[taken[0]]} has the name of a file of the results: rename it")
     return files
 
 
@@ -233,11 +240,20 @@ def held_judge(settings: Judge) -> Iterator[MakeJudge]:
 
 def tracked_metrics(method: MethodScores) -> dict[str, float]:
     """Numbers by the names that MLflow gets: ``grpo_csv/temporal_f1``, ``grpo_csv/duration_group/60/qa_accuracy``."""
-    named = {f"{method.name}/{name}": value for name, value in headline(method.metrics).items()}
+    whose = trackable(method.name)
+    named = {f"{whose}/{name}": value for name, value in headline(method.metrics).items()}
     for group, values in method.metrics["by"].items():
         for value, block in values.items():
-            named |= {f"{method.name}/{group}/{value}/{name}": block[name] for name in _TRACKED_BY_GROUP}
-    return {_UNTRACKABLE.sub("_", name): number for name, number in named.items() if number is not None}
+            place = f"{whose}/{trackable(group)}/{trackable(value)}"
+            named |= {f"{place}/{name}": block[name] for name in _TRACKED_BY_GROUP}
+    return {name.replace("@", "_"): number for name, number in named.items() if number is not None}
+
+
+def trackable(name: str) -> str:
+    """A name as MLflow takes it; one that has to be changed gets a mark of its own, so that no two become one."""
+    if _TRACKABLE.fullmatch(name):
+        return name
+    return f"{_UNTRACKABLE.sub('_', name[:50])}-{json_digest(name)[:8]}"
 
 
 def run(settings: Settings) -> BatchResult:
@@ -272,9 +288,12 @@ def load_metrics(path: Path) -> dict[str, Any]:
     """Metrics that an evaluation wrote.
 
     Raises:
-        RequestError: there are none.
+        RequestError: there are none, or the file holds something else.
     """
     if not path.is_file():
         raise RequestError(f"{path} does not exist: run `timesearch evaluate` first")
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded
+    with suppress(UntrustedError):
+        loaded = parse_json(path.read_bytes())
+        if isinstance(loaded, dict) and loaded.keys() >= {"by", "failures", "threshold", *_TRACKED_BY_GROUP}:
+            return loaded
+    raise RequestError(f"{path} is not what an evaluation writes: run `timesearch evaluate` again")

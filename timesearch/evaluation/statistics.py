@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 CONFIDENCE = 0.95
-_CHUNK = 32  # resamples whose weights are held at once: 32 x 10,000 episodes are 2.5 MB
+_MOST_AT_ONCE = 32
+"""Resamples that are computed by one product of matrices; more are no faster."""
+_WEIGHTS = 2_000_000
+"""Weights of episodes in resamples that are held at once: 16 MB."""
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -26,15 +29,22 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
     """
     count = len(values)
     rng = np.random.default_rng(seed)
-    present = (~np.isnan(values)).astype(np.float64)
-    filled = np.nan_to_num(values)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, _CHUNK):
-        weights = np.empty((min(_CHUNK, resamples - start), count))
+    means = np.full((resamples, values.shape[1]), np.nan)
+    present = ~np.isnan(values)
+    known = present.any(axis=0)  # of a column without any value there is nothing to draw
+    present = present[:, known]
+    filled = np.nan_to_num(values[:, known])
+    partly = ~present.all(axis=0)
+    gaps = present[:, partly].astype(np.float64)
+    at_once = min(_MOST_AT_ONCE, max(1, _WEIGHTS // max(count, 1)))
+    for start in range(0, resamples, at_once):
+        weights = np.empty((min(at_once, resamples - start), count))
         for row in weights:
             row[:] = np.bincount(rng.integers(0, count, count), minlength=count)
+        counts = np.full((len(weights), filled.shape[1]), float(count))
+        counts[:, partly] = weights @ gaps
         with np.errstate(invalid="ignore"):
-            means[start : start + len(weights)] = (weights @ filled) / (weights @ present)
+            means[start : start + len(weights), known] = (weights @ filled) / counts
     return means
 
 

@@ -20,13 +20,15 @@ Headline names, as in `metrics.json` (a mean over the episodes that have such a 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from timesearch.batch import Failure
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.temporal import harmonic_mean
@@ -56,11 +58,17 @@ _MEANS = {
     "search_rate": "searched",
 }
 """Headline name -> value of an episode that it is the mean of."""
+_MOST_GROUPS = 500
+"""Values of a group, of which each has its numbers and intervals."""
 _OF_MEANS = ("temporal", "visual", "visual_tstar")
 
 
-def _matrix(episodes: Sequence[EpisodeScore], names: Iterable[str]) -> np.ndarray:
-    return np.array([[episode.values.get(name, np.nan) for name in names] for episode in episodes], dtype=np.float64)
+def _matrix(episodes: Sequence[EpisodeScore], names: Sequence[str]) -> np.ndarray:
+    """Values of the episodes, shape (episodes, names); NaN where one has no such value."""
+    values = np.empty((len(episodes), len(names)))
+    for row, episode in zip(values, episodes, strict=True):
+        row[:] = [episode.values.get(name, math.nan) for name in names]
+    return values
 
 
 def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, Any]:
@@ -71,20 +79,25 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
         for part in ("precision", "recall", "f1")
     ]
     means = {**_MEANS, **{name: name for name in thresholds}}
-    metrics = _block(method.episodes, means, settings.bootstrap, seed)
+    values = _matrix(method.episodes, [*means.values(), "error"])
+    unparsed = np.array([episode.unparsed for episode in method.episodes], dtype=bool)
+    metrics = _block(values, unparsed, list(means), settings.bootstrap, seed)
     metrics["threshold"] = settings.thresholds[0]
-    metrics["failures"] = dict(sorted(Counter(failure.reason for failure in method.failures).items()))
     by: dict[str, dict[str, Any]] = {}
     for name in ("type", *settings.groups):
-        members: dict[str, list[EpisodeScore]] = {}
-        for episode in method.episodes:
+        members: dict[str, array[int]] = {}
+        for place, episode in enumerate(method.episodes):
             for value in episode.groups.get(name, []):
-                members.setdefault(value, []).append(episode)
-        if members:
+                members.setdefault(value, array("q")).append(place)
+        if len(members) > _MOST_GROUPS:
+            message = f"{name} has {len(members)} values, more than {_MOST_GROUPS}, and so makes no groups: left out"
+            method.failures.append(Failure(name, "bad_group", message))
+        elif members:
             by[name] = {
-                value: _block(members[value], means, settings.bootstrap, seed)
+                value: _block(values[members[value]], unparsed[members[value]], list(means), settings.bootstrap, seed)
                 for value in sorted(members, key=_natural)
             }
+    metrics["failures"] = dict(sorted(Counter(failure.reason for failure in method.failures).items()))
     return {**metrics, "by": by}
 
 
@@ -96,23 +109,31 @@ def _natural(value: str) -> tuple[int, float, str]:
     return (0, number, value) if math.isfinite(number) else (1, 0.0, value)
 
 
-def _block(episodes: Sequence[EpisodeScore], means: Mapping[str, str], resamples: int, seed: int) -> dict[str, Any]:
-    """Headline numbers of some episodes and their intervals."""
-    values = _matrix(episodes, means.values()) if episodes else np.empty((0, len(means)))
-    numbers = dict(zip(means, _column_means(values), strict=True))
-    metrics: dict[str, Any] = {name: plain(number) for name, number in numbers.items()}
+def _block(values: np.ndarray, unparsed: np.ndarray, names: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+    """Headline numbers of some episodes and their intervals.
+
+    Args:
+        values: shape (n, m + 1): the values of `names`, and whether the episode ended in an error.
+        unparsed: shape (n,): whether its answer could not be read.
+        names: m headline names.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    values, errors = values[:, :-1], values[:, -1]
+    metrics: dict[str, Any] = {name: plain(number) for name, number in zip(names, _column_means(values), strict=True)}
     for kind in _OF_MEANS:
         precision, recall = metrics[f"{kind}_precision"], metrics[f"{kind}_recall"]
         metrics[f"{kind}_f1_of_means"] = None if precision is None else plain(harmonic_mean(precision, recall))
-    metrics["qa_episodes"] = sum("qa_accuracy" in episode.values for episode in episodes)
-    metrics["qa_unparsed"] = sum(episode.unparsed for episode in episodes)
-    metrics["temporal_episodes"] = sum("temporal_f1" in episode.values for episode in episodes)
-    metrics["visual_episodes"] = sum("visual_f1" in episode.values for episode in episodes)
-    metrics["episodes"] = len(episodes)
-    metrics["errors"] = int(sum(episode.values.get("error", 0.0) for episode in episodes))
-    if resamples and episodes:
+    having = dict(zip(names, np.count_nonzero(~np.isnan(values), axis=0).tolist(), strict=True))
+    metrics["qa_episodes"] = having["qa_accuracy"]
+    metrics["qa_unparsed"] = int(unparsed.sum())
+    metrics["temporal_episodes"] = having["temporal_f1"]
+    metrics["visual_episodes"] = having["visual_f1"]
+    metrics["episodes"] = len(values)
+    metrics["errors"] = int(errors.sum())
+    if resamples and len(values):
         draws = bootstrap_means(values, resamples, seed)
-        intervals = {name: percentile_interval(draws[:, column]) for column, name in enumerate(means)}
+        intervals = {name: percentile_interval(draws[:, column]) for column, name in enumerate(names)}
         metrics["intervals"] = {
             name: [round(low_high[0], 6), round(low_high[1], 6)] for name, low_high in intervals.items() if low_high
         }
@@ -120,10 +141,11 @@ def _block(episodes: Sequence[EpisodeScore], means: Mapping[str, str], resamples
 
 
 def _column_means(values: np.ndarray) -> list[float]:
-    present = ~np.isnan(values)
-    counts = present.sum(axis=0)
-    sums = np.where(present, values, 0.0).sum(axis=0)
-    return [float(total / count) if count else float("nan") for total, count in zip(sums, counts, strict=True)]
+    means = []
+    for column in values.T:
+        present = column[~np.isnan(column)]
+        means.append(float(present.mean()) if len(present) else math.nan)
+    return means
 
 
 def plain(number: float) -> float | None:

@@ -18,13 +18,15 @@ METHODS = {
 
 
 def method_label(name: str) -> str:
-    """The words for a method: `one_shot_topk` is one-shot retrieval (topk)."""
+    """The words for a method: `one_shot_topk` is one-shot retrieval (topk); another file's name stands as it is, with
+    control characters as escapes.
+    """
     if name in METHODS:
         return METHODS[name]
     for known in sorted(METHODS, key=len, reverse=True):
         if name.startswith(f"{known}_"):
             return f"{METHODS[known]} ({name.removeprefix(known)[1:].replace('_', ' ')})"
-    return name
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def method_order(name: str) -> tuple[int, str]:
@@ -63,7 +65,8 @@ def table_rows(methods: Sequence[MethodScores]) -> list[list[str]]:
 def markdown_table(methods: Sequence[MethodScores]) -> str:
     """The comparison table in Markdown."""
     heads = ["method", *(column for column, _, _ in TABLE_COLUMNS)]
-    lines = [heads, ["---", *["---:"] * len(TABLE_COLUMNS)], *table_rows(methods)]
+    rows = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in table_rows(methods)]
+    lines = [heads, ["---", *["---:"] * len(TABLE_COLUMNS)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -72,11 +75,13 @@ def print_table(methods: Sequence[MethodScores]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="in per cent, ± half a 95% interval")
     table.add_column("method", no_wrap=True)
     for column, _, _ in TABLE_COLUMNS:
         table.add_column(column.replace("accuracy", "acc.").replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in table_rows(methods):
-        table.add_row(*(cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in row))
+    for label, *cells in table_rows(methods):
+        shown = (cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in cells)
+        table.add_row(Text(label), *shown)
     Console().print(table)

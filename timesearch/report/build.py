@@ -13,8 +13,10 @@ import base64
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from timesearch.messages import Message, exchanges, parse_turn, text_of
 from timesearch.rewards import REWARDS, answer_letter
 from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
+from timesearch.untrusted import mend_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +45,11 @@ _THUMBNAIL_SIDE = 144
 _THUMBNAIL_QUALITY = 55
 _PREVIEWS = 12  # preview frames of an episode that get a picture, evenly chosen
 _TEXT_LIMIT = 20_000  # characters of one turn; a policy that never stops must not fill the page
+_TRANSCRIPT_LIMIT = 400_000
+"""Bytes of one transcript's turns, about; what does not fit is counted on the page."""
+_TURNS_LIMIT = 200
+_ITEMS_LIMIT = 1000
+"""Times, options or words in one list of a transcript."""
 _GROUP_VALUES = 60
 _CURVES = ("reward", *(part.name for part in REWARDS), "search_rate", "tool_calls")
 
@@ -114,6 +122,7 @@ def _hash(text: str) -> str:
 def _write_data(handle: IO[str], identity: str, value: Any) -> int:
     """Embed a JSON value. ``<`` is escaped, so that no text can end the element or open a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    text = mend_text(text)  # names of files and times of messages pass no reader of JSON on their way here
     handle.write(f'<script type="application/json" id="{identity}">{text}</script>\n')
     return len(text)
 
@@ -186,9 +195,10 @@ class _Page:
         turns = _turns(prediction.prediction)
         if not turns and prediction.searched_seconds:
             turns = [_turn(frames=_times(prediction.searched_seconds))]
+        turns = _fitting(turns)
         self._want(prediction.video, [time for turn in turns for time in turn["frames"]], preview)
         reported = {name: score[name] for name in _REPORTED if score.get(name) is not None}
-        return {
+        transcript = {
             "video": prediction.video,
             "duration": score.get("duration"),
             "options": prediction.options,
@@ -205,6 +215,7 @@ class _Page:
             "error": f"{prediction.error.type}: {prediction.error.message}" if prediction.error else None,
             "thumbs": self.videos.get(prediction.video),
         }
+        return {name: _cut(value) for name, value in transcript.items()}
 
     def _want(self, video: str, searched: list[float], preview: list[float]) -> None:
         """Ask for pictures: of searched frames, and of some of the preview."""
@@ -299,6 +310,34 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             elif each.seconds is not None:
                 told["frames"].extend(_times([each.seconds]))
     return [given, *turns] if given["frames"] or given["words"] else turns
+
+
+def _fitting(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many turns as fit into a transcript, and how many do not."""
+    size = 0
+    kept: list[dict[str, Any]] = []
+    for turn in turns:
+        if (beyond := len(turn["frames"]) - _ITEMS_LIMIT) > 0:
+            turn["words"].insert(0, f"{beyond} further frames are not shown.")
+        turn = _cut(turn)
+        size += len(json.dumps(turn))
+        if (size > _TRANSCRIPT_LIMIT and kept) or len(kept) == _TURNS_LIMIT:
+            left = len(turns) - len(kept)
+            words = f"{left} further turn{'s are' if left > 1 else ' is'} not shown, to keep the file small."
+            return [*kept, _turn(number=turn["number"], text=words)]
+        kept.append(turn)
+    return kept
+
+
+def _cut(value: Any) -> Any:
+    """A value of a transcript without what no reader gets to: the ends of long texts and lists."""
+    if isinstance(value, str):
+        return value if len(value) <= _TEXT_LIMIT else f"{value[:_TEXT_LIMIT]}…"
+    if isinstance(value, list):
+        return [_cut(item) for item in value[:_ITEMS_LIMIT]]
+    if isinstance(value, dict):
+        return {key[:_TEXT_LIMIT]: _cut(item) for key, item in islice(value.items(), _ITEMS_LIMIT)}
+    return value
 
 
 def _plain_json(value: Any) -> Any:
@@ -434,17 +473,21 @@ def _plots(names: Sequence[str], evaluation: Path) -> Iterator[dict[str, Any]]:
         yield {"title": title, "x": x, "y": y, "share": share, "categories": present, "series": series}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _curves(runs: Path | None) -> Iterator[dict[str, Any]]:
-    """Curves of training runs, one plot a number."""
+    """Curves of training runs, one plot a number; what is no whole row with a step (a kill cut it off) has no point."""
     histories = {
-        path.parent.name: [row for _, row in read_rows(path)]
+        path.parent.name: [row for _, row in read_rows(path, lambda *_: None) if _is_number(row.get("step"))]
         for path in sorted(runs.glob("*/metrics.jsonl") if runs else [])
     }
     for name in _CURVES:
         series = [
             {
                 "name": run_name,
-                "points": [[row["step"], row[name]] for row in rows if isinstance(row.get(name), (int, float))],
+                "points": [[row["step"], row[name]] for row in rows if _is_number(row.get(name))],
             }
             for run_name, rows in histories.items()
             if any("reward" in row for row in rows)
