@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from timesearch import formats, messages, redaction, rewards, untrusted
+from timesearch.dialects import qwen
 from timesearch.evaluation.qa import parse_choice
-from timesearch.serve.api import is_named
+from timesearch.serve.guard import is_named
 from timesearch.video.sampling import _Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,7 @@ def read_row(text: str) -> None:
 READERS: dict[str, Callable[[str], Any]] = {
     "parse_turn": messages.parse_turn,
     "neutralise": messages.neutralise,
-    "tagged_answers": messages.tagged_answers,
+    "tagged_answers": qwen.tagged_answers,
     "final_answer": lambda text: messages.final_answer(assistant(text)),
     "exchanges": lambda text: messages.exchanges([{"role": "tool", "content": [{"type": "text", "text": text}]}]),
     "format_reward": lambda text: rewards.format_reward(assistant(text)),

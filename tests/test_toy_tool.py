@@ -9,13 +9,16 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from players import Puppet, answer_turn, build_library, new_search, script, search_turn
 from rich.console import Console
 
+from timesearch import dialects
 from timesearch.cli import inference as cli
+from timesearch.dialects import ToolCall, Turn
+from timesearch.errors import RequestError
 from timesearch.messages import Evidence, exchanges
 from timesearch.report import build
 from timesearch.rewards import score_episode
@@ -186,6 +189,40 @@ def test_report_page_and_command_line_show_it(played: tuple[Prediction, list[Ste
     assert "found     10.0s sign 1: EXIT <im_end>; 20.0s sign 2" in screen.getvalue()
 
 
+def plain_turn(text: str) -> Turn:
+    said, _, query = text.partition("SEARCH:")
+    if query.strip():
+        return Turn(said.strip(), [ToolCall("seek_video_frames", {"query": query.strip()})])
+    thought, found, answer = text.partition("ANSWER:")
+    return Turn(thought.strip(), answer=answer.strip() if found else None)
+
+
+def plain_act(text: str) -> Literal["call", "answer"] | None:
+    return "call" if "SEARCH:" in text else "answer" if "ANSWER:" in text else None
+
+
+PLAIN = dialects.Dialect("plain", ("SEARCH:", "ANSWER:"), plain_turn, plain_act, lambda text, tools: f"{text} SEARCH:")
+
+
+def test_an_agent_that_speaks_otherwise_is_a_dialect_more(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialects, "DIALECTS", (*dialects.DIALECTS, PLAIN))
+    own = settings.model_copy(deep=True)
+    own.search.dialect, own.search.protocol = "plain", "text"
+    sample = read_samples(own.paths.test_samples)[0]
+    puppet = Puppet(script("I look. SEARCH: star", f"There. ANSWER: {sample.answer}"))
+    prediction = asyncio.run(run_episode(new_search(own), puppet, sample))
+    assert puppet.seen[0][0]["content"].endswith("SEARCH:")
+    assert (prediction.predicted_answer, prediction.reanswer, prediction.tool_calls) == (
+        sample.answer,
+        sample.answer,
+        1,
+    )
+    assert score_episode(prediction.prediction, sample.answer, "open_ended", prediction.reanswer)["format"] == 1.0
+    own.search.dialect = "klingon"
+    with pytest.raises(RequestError, match="'klingon', which is no dialect"):
+        new_search(own)
+
+
 def test_nobody_reaches_into_the_search() -> None:
     """What other rooms need of a search is public."""
     root = Path(__file__).parents[1]
@@ -201,8 +238,6 @@ def test_nobody_reaches_into_the_search() -> None:
 
 
 def test_a_tool_that_does_not_exist_is_refused(settings: Settings) -> None:
-    from timesearch.errors import RequestError
-
     for names, told in ((["zoom"], "'zoom', which is no tool"), ([], "is empty")):
         with pytest.raises(RequestError, match=told):
             tools.offered(names)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from timesearch.messages import tagged_answers
+from timesearch.dialects.qwen import tagged_answers
 from timesearch.samples import LETTERS, Prediction, UnreadableError
 from timesearch.untrusted import UntrustedError, parse_json
 

@@ -2,8 +2,8 @@
 
 This is the one trace format: rewards, evaluation, MLflow and the report all read it. A message has a `role` and
 `content`, a string or a list of blocks ``{"type": "text", "text": ...}`` and ``{"type": "image", ...}``. An assistant
-turn is ``<think>...</think>`` and then either one ``<tool_call>{json}</tool_call>`` or one ``<answer>...</answer>``;
-a tool message puts a text block such as ``12.5s`` before each image.
+turn is what the policy wrote, in its dialect (`timesearch.dialects`); a tool message puts a text block such as
+``12.5s`` before each image.
 """
 
 from __future__ import annotations
@@ -14,21 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from timesearch.untrusted import MAX_DEPTH, UntrustedError, mend_text, parse_json
+from timesearch.dialects import ToolCall, parse_turn
+from timesearch.untrusted import mend_text
 
 Message = dict[str, Any]
 Block = dict[str, Any]
 
 # A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _CONTROL = re.compile(r"<\|(\w*+)\|>")
 _SECONDS = re.compile(r"\s*+(\d++(?:\.\d++)?+)\s*+s\s*+")
-
-_REPAIRED_CHARS = 1000
-"""Length of a damaged call that is still repaired: twice the longest query. The repair takes quadratic time at worst,
-0.05 s at this length."""
-_REPAIRED_CALLS = 8
-"""Damaged calls of one turn that are repaired at most."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -53,86 +47,12 @@ def text_of(message: Message) -> str:
     return "".join(block.get("text", "") for block in content if block.get("type") == "text")
 
 
-def tagged_answers(text: str) -> list[str]:
-    """What stands between ``<answer>`` and ``</answer>``, innermost where they nest, in order."""
-    closed = (part.rpartition("<answer>") for part in text.split("</answer>")[:-1])
-    return [answer.strip() for _, opened, answer in closed if opened]
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A tool call as the policy wrote it; `error` says what is wrong where it cannot be read."""
-
-    name: str
-    arguments: dict[str, Any]
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one assistant message says."""
-
-    thought: str | None
-    calls: list[ToolCall] = field(default_factory=list)
-    answer: str | None = None
-
-
-def parse_turn(text: str) -> Turn:
-    """Read an assistant turn leniently: damaged JSON in a call is repaired where its meaning is plain.
-
-    A turn that calls a tool does not answer, whatever else it says: it has not seen the tool's frames yet.
-    """
-    thought, closed, spoken = text.partition("<think>")[2].partition("</think>")
-    if not closed:
-        spoken = text
-    repairs = iter(range(_REPAIRED_CALLS))
-    calls = [_parse_call(body, repairs) for body in _TOOL_CALL.findall(spoken)]
-    answers = [] if calls else tagged_answers(spoken)
-    return Turn(
-        thought=thought.strip() if closed else None,
-        calls=calls,
-        answer=answers[-1] if answers else None,
-    )
-
-
 def describe_call(call: ToolCall) -> str:
     """A tool call in a few words, for people: ``seek_video_frames: heart, start_time 10, end_time 20``."""
     if call.error:
         return f"{call.name or 'call'} not understood: {call.error}"
     given = (value if name == "query" else f"{name} {value}" for name, value in call.arguments.items())
     return f"{call.name}: {', '.join(map(str, given))}".removesuffix(": ")
-
-
-def _parse_call(body: str, repairs: Iterator[int]) -> ToolCall:
-    """A call from the JSON that it was written as; each item of `repairs` allows one repair."""
-    try:
-        value = parse_json(body)
-    except UntrustedError:
-        value = _repaired(body) if next(repairs, None) is not None else None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        return ToolCall("", {}, 'not a JSON object with "name" and "arguments"')
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments)
-        except UntrustedError:
-            arguments = None
-    if not isinstance(arguments, dict):
-        return ToolCall(value["name"], {}, '"arguments" must be a JSON object')
-    return ToolCall(value["name"], arguments)
-
-
-def _repaired(body: str) -> Any:
-    """What a damaged JSON text means, where that is plain; else None."""
-    if len(body) > _REPAIRED_CHARS or sum(map(body.count, "{[(")) > MAX_DEPTH:
-        return None
-    import json_repair
-
-    try:
-        return parse_json(json_repair.repair_json(body))
-    except Exception:
-        # The library guesses, and stumbles over some texts in ways that it does not name (AssertionError and others).
-        return None
 
 
 def final_answer(messages: Sequence[Message]) -> str | None:

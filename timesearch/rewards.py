@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
 
+from timesearch.dialects import act_of
 from timesearch.messages import Message, final_answer, text_of
 from timesearch.samples import LETTERS
 from timesearch.untrusted import UntrustedError, parse_json
@@ -26,13 +27,6 @@ from timesearch.untrusted import UntrustedError, parse_json
 Judge = Callable[[str, str], float]
 """(reference answer, candidate answer) -> score in [0, 1]"""
 
-# A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
-_TURN = re.compile(
-    r"\s*+<think>(?:(?!</?(?:think|answer|tool_call)>).)*+</think>\s*+"
-    r"(?P<act><tool_call>(?:(?!</?(?:think|answer|tool_call)>).)*+</tool_call>"
-    r"|<answer>(?:(?!</?(?:think|answer|tool_call)>).)*+</answer>)\s*+",
-    re.DOTALL,
-)
 _LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*+)?", re.DOTALL)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _NUMBER = r"-?(?<!\d)\d++(?:\.\d++)?+"
@@ -42,11 +36,8 @@ _PAIR = re.compile(rf"({_NUMBER})(?:s(?:ec(?:ond)?)?|,|-|to|\s)++({_NUMBER})")
 
 def format_reward(messages: Sequence[Message]) -> float:
     """1.0 if the episode keeps the format above, else 0.0."""
-    turns = [_TURN.fullmatch(text_of(message)) for message in messages if message["role"] == "assistant"]
-    if not turns or not all(turns):
-        return 0.0
-    acts = [turn.group("act") for turn in turns if turn]
-    return float(acts[-1].startswith("<answer>") and not any(act.startswith("<answer>") for act in acts[:-1]))
+    acts = [act_of(text_of(message)) for message in messages if message["role"] == "assistant"]
+    return float(acts[-1:] == ["answer"] and all(act == "call" for act in acts[:-1]))
 
 
 def choice_letter(answer: str) -> str | None:

@@ -119,6 +119,7 @@ class SearchSettings(Section):
     patch: int = Field(28, ge=1, description="pixels along the side of one vision token: 28 Qwen2.5-VL, 32 Qwen3-VL")
     max_new_tokens: int = Field(256, ge=1, description="tokens that the policy writes a turn at most")
     prompts: str = Field("default", description="name of a prompt set of the package, or a folder of text files")
+    dialect: str = Field("qwen", description="how the policy writes its turns and is told of its tools as text")
     protocol: Literal["template", "text"] = Field(
         "template",
         description="tools rendered by the chat template, or as text in the system prompt (inference alone)",

@@ -8,12 +8,12 @@ reinforcement learning can then mend.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from timesearch.dialects.qwen import write_turn
 from timesearch.messages import Block, Message
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
@@ -200,9 +200,8 @@ def _times(blocks: list[Block]) -> list[float]:
 
 def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
     if call is None:
-        return {"role": "assistant", "content": f"<think>{thought}</think>\n<answer>{answer}</answer>"}
-    body = json.dumps({"name": "seek_video_frames", "arguments": call})
-    text = f"<think>{thought}</think>\n<tool_call>\n{body}\n</tool_call>"
+        return {"role": "assistant", "content": write_turn(thought, answer=answer)}
+    text = write_turn(thought, {"name": "seek_video_frames", "arguments": call})
     return {"role": "assistant", "content": text, "call": call}
 
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from timesearch.dialects.qwen import describe_tools
 from timesearch.errors import RequestError, TemporaryError
 from timesearch.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
 from timesearch.messages import Block, Message
@@ -25,7 +26,6 @@ from timesearch.search.policy import (
     ContextOverflowError,
     EngineError,
     Reply,
-    describe_tools,
     video_metadata,
     with_video_preview,
 )

@@ -12,17 +12,15 @@ from; wrong arguments in a readable call are answered by the search, here and th
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn
 from timesearch.errors import CacheMismatchError, ItemError
 from timesearch.messages import (
     Block,
     Message,
-    ToolCall,
-    Turn,
     exchanges,
     final_answer,
     neutralise,
@@ -31,7 +29,7 @@ from timesearch.messages import (
 )
 from timesearch.samples import EpisodeError, Prediction, Sample, Usage
 from timesearch.search.budget import TIME_TOKENS, searched_size
-from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session, describe_tools
+from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session
 from timesearch.search.prompts import Prompts
 from timesearch.search.search import Search
 from timesearch.video.frames import Look
@@ -61,18 +59,12 @@ class Step:
 Watch = Callable[[Step], None]
 
 
-def system_message(prompts: Prompts, tools: list[dict[str, Any]], protocol: str) -> Message:
-    """The system message: with the tools in it for the protocol ``text``, else the chat template adds them.
-
-    Tools go where the prompt says ``{tools}``; a prompt that does not gets them at its end, worded as Qwen's chat
-    templates word them, so that both protocols render to the same tokens.
-    """
-    if protocol == "template":
-        return {"role": "system", "content": prompts.texts["system"]}
-    if "{tools}" in prompts.texts["system"]:
-        schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        return {"role": "system", "content": prompts.render("system", tools=schemas)}
-    return {"role": "system", "content": f"{prompts.texts['system']}\n\n{describe_tools(tools)}"}
+def system_message(
+    prompts: Prompts, tools: list[dict[str, Any]], protocol: str, dialect: Dialect = DIALECTS[0]
+) -> Message:
+    """The system message: with the tools in it for the protocol ``text``, else the chat template adds them."""
+    text = prompts.texts["system"]
+    return {"role": "system", "content": dialect.system_text(text, tools) if protocol == "text" else text}
 
 
 async def run_episode(
@@ -149,7 +141,7 @@ class _Episode:
         self._watch(Step("preview", blocks=tuple(blocks)))
         tools = self._search.schemas
         self.messages = [
-            system_message(self._search.prompts, tools, self._settings.protocol),
+            system_message(self._search.prompts, tools, self._settings.protocol, self._search.dialect),
             {"role": "user", "content": blocks},
         ]
         offered = tools if self._settings.protocol == "template" else []

@@ -7,7 +7,6 @@ is rendered: in training, in process, and in a server.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -107,15 +106,3 @@ def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
     share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
     total = max(indices[-1] + 1, round(share * len(indices)))
     return {"fps": 10.0, "frames_indices": indices, "total_num_frames": total}
-
-
-def describe_tools(tools: Sequence[dict[str, Any]]) -> str:
-    """The tools in the words in which Qwen's chat templates put them after the system text."""
-    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return (
-        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{schemas}\n</tools>\n\n"
-        "For each function call, return a json object with function name and arguments within "
-        "<tool_call></tool_call> XML tags:\n"
-        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-    )

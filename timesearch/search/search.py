@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timesearch.dialects import named
 from timesearch.messages import Block, Evidence, format_seconds, neutralise
 from timesearch.search.budget import preview_plan, searched_size
 from timesearch.search.prompts import Prompts
@@ -47,7 +48,7 @@ class Search:
         room: frames that still fit into the policy's context; None where that is not known.
 
     Raises:
-        RequestError: an unknown prompt set or tool.
+        RequestError: an unknown prompt set, tool or dialect.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Search:
         self.settings = settings
         self.encoder = encoder
         self.prompts = Prompts.load(settings.prompts)
+        self.dialect = named(settings.dialect)
         self.tools = {tool.__name__: tool for tool in offered(settings.tools)}
         self._frames, self._features, self._encoded = Path(frames), Path(features), encoded
         self._forget()

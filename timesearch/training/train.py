@@ -24,7 +24,6 @@ from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
-from timesearch.search.episode import system_message
 from timesearch.search.prompts import Prompts
 from timesearch.search.search import Search
 from timesearch.settings import Settings, Train
@@ -75,7 +74,7 @@ def run(settings: Settings) -> Path:
     encoder = default_encoder(settings)
     make_search = partial(Search, settings.search, encoder, settings.paths.frames, settings.paths.features)
     environment = environment_factory(make_search, settings.search.tools, partial(clock, "decode"))
-    system = system_message(Prompts.load(settings.search.prompts), [], "template")["content"]
+    system = Prompts.load(settings.search.prompts).texts["system"]
     with ExitStack() as stack:
         callbacks = []
         if main:

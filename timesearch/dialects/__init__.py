@@ -1,0 +1,47 @@
+"""How agents write their turns: a dialect is a file here, and an entry of the tuple.
+
+Whoever reads a trace need not know who wrote it: a turn is read by the dialect whose marks are in it. In which one a
+policy is spoken to is a setting (`search.dialect`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from timesearch.dialects.dialect import Dialect, ToolCall, Turn
+from timesearch.dialects.qwen import QWEN
+from timesearch.errors import RequestError
+
+__all__ = ["DIALECTS", "Dialect", "ToolCall", "Turn", "act_of", "named", "parse_turn"]
+
+DIALECTS: tuple[Dialect, ...] = (QWEN,)
+"""All dialects; a turn without marks is read by the first."""
+
+
+def parse_turn(text: str) -> Turn:
+    """Read an assistant turn leniently: damage is mended where the meaning is plain.
+
+    A turn that calls a tool does not answer, whatever else it says: it has not seen what the tool found yet.
+    """
+    return _of(text).parse_turn(text)
+
+
+def act_of(text: str) -> Literal["call", "answer"] | None:
+    """What a well-formed turn does; None for a turn that breaks the form of its dialect."""
+    return _of(text).act_of(text)
+
+
+def named(name: str) -> Dialect:
+    """The dialect of a name.
+
+    Raises:
+        RequestError: there is none.
+    """
+    known = {dialect.name: dialect for dialect in DIALECTS}
+    if name not in known:
+        raise RequestError(f"search.dialect is {name!r}, which is no dialect: choose from {', '.join(known)}")
+    return known[name]
+
+
+def _of(text: str) -> Dialect:
+    return next((dialect for dialect in DIALECTS if any(mark in text for mark in dialect.marks)), DIALECTS[0])
