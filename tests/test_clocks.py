@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,7 +43,7 @@ def screen(path: Path, steps: str, *options: object, seconds: float = 125, rate:
     shade = "+".join(f"40*gte(T,{step})" for step in ["0", *steps.split()])
     ffmpeg(
         *("-f", "lavfi", "-i", f"color=black:s=96x64:r={rate}:d={seconds}"),
-        *("-vf", f"geq=lum='{shade}':cb=128:cr=128,{options[0]}", "-fps_mode", "vfr"),
+        *("-vf", f"{options[0]},geq=lum='{shade}':cb=128:cr=128", "-fps_mode", "vfr"),
         *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", *options[1:], path),
     )
     return path
@@ -131,6 +132,55 @@ def test_a_search_shows_a_held_picture_at_the_time_of_the_look(tmp_path: Path) -
     assert [each.frame for each in looks] == [20, 40, 40, 40, 40, 40]
     assert [each.seconds for each in looks] == pytest.approx([10.0, 31.25, 52.083, 72.917, 93.75, 114.583], abs=1e-3)
     assert len(_choose(search, "one_shot_dpp", sample, 6)) == 6
+
+
+def test_what_is_held_is_the_last_picture_of_its_slot(tmp_path: Path) -> None:
+    """A picture that comes amid a slot and stays; the same, more often than a command line can say."""
+    video = screen(tmp_path / "amid.mkv", "20.3 120", "select='lt(t,20)+eq(n,200)+eq(n,203)+gte(t,120)'")
+    cache = cached(video)
+    assert list(cache.timestamps[39:43]) == [19.5, 20.0, 20.3, 120.0]
+    assert (cache.shown_at(60), cache.end) == (41, cache.timestamps[-1])
+    assert [grey(cache, index) for index in (40, 41, 42)] == pytest.approx([40, 80, 120], abs=15)
+    assert list(cache.window(40, 60)) == [41]
+    often = screen(tmp_path / "often.mp4", "1", "select='not(mod(n,25))+not(mod(n-3,25))'", seconds=2600)
+    times = cached(often).timestamps
+    assert len(times) == 1040 + 1000
+    assert np.all(np.diff(times) > 0)
+
+
+@pytest.mark.parametrize("how", ["duration", "sound"])
+def test_a_picture_is_held_to_the_end(tmp_path: Path, how: str) -> None:
+    """By the length of its packet, or for as long as the sound goes on."""
+    video = screen(tmp_path / "part.mp4", "20", "select='lt(t,20)+eq(n,203)'", seconds=30)
+    target = tmp_path / "whole.mp4"
+    if how == "sound":
+        sound = ("-f", "lavfi", "-i", "sine=d=125:r=8000", "-c:v", "copy", "-c:a", "aac")
+        ffmpeg("-i", video, *sound, target)
+    else:
+        with av.open(str(video)) as source, av.open(str(target), "w") as made:
+            stream = made.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.duration = round((125 - float(packet.pts * packet.time_base)) / packet.time_base)
+                    packet.stream = stream
+                    made.mux(packet)
+    cache = cached(target)
+    assert cache.end == pytest.approx(125, abs=0.2)
+    assert [round(time, 1) for _, time in cache.evenly(4)] == pytest.approx([15.5, 46.9, 78.1, 109.4], abs=0.1)
+    assert list(cache.window(40, 60)) == list(cache.window(124, 124.5)) == [len(cache) - 1]
+    assert not cache.window(126, 130)
+    assert FrameCache.open(cache.path).end == cache.end
+
+
+def test_sound_that_outlasts_a_film_holds_no_picture(tmp_path: Path) -> None:
+    video = tmp_path / "film.mp4"
+    ffmpeg(
+        *("-f", "lavfi", "-i", "testsrc2=s=96x64:r=25:d=3", "-f", "lavfi", "-i", "sine=d=4.5:r=8000"),
+        *("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", video),
+    )
+    cache = cached(video)
+    assert "end" not in cache.meta
+    assert cache.end == cache.timestamps[-1]
 
 
 @given(st.lists(st.floats(0.2, 60), min_size=1, max_size=40), st.integers(1, 50))

@@ -115,7 +115,7 @@ class Search:
         """Content of the user message: a time and an image for each preview frame, then the question."""
         frames = self.video.frames
         indices, size = preview_plan(len(frames), frames.size, self.settings)
-        duration = format_seconds(float(frames.timestamps[-1]))
+        duration = format_seconds(frames.end)
         return [*self.video.preview(len(indices), size), *self.say("user", question=self.question, duration=duration)]
 
     def call(self, name: str, arguments: dict[str, Any]) -> list[Block]:

@@ -52,7 +52,7 @@ def seek_video_frames(
     start, end = number("start_time", start_time), number("end_time", end_time)
     count = number("num_frames", num_frames)
     if end < 0:
-        end = float(times[-1])
+        end = video.frames.end
     if start > end:
         raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
     if count < 1:
@@ -60,7 +60,7 @@ def seek_video_frames(
     window = video.frames.window(start, end)
     if not window:
         raise WrongCallError(
-            f"no frame lies between {start:g} and {end:g} seconds: the video ends at {times[-1]:.1f} seconds"
+            f"no frame lies between {start:g} and {end:g} seconds: the video ends at {video.frames.end:.1f} seconds"
         )
     picked = select_frames(
         video.features.features[window.start : window.stop],

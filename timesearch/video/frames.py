@@ -1,7 +1,8 @@
 """The frame cache: a video's sampled frames in one ZIP of JPEGs, made by one ffmpeg pass, read by seeking.
 
 `meta.json` holds `timestamps` (s from the first frame), `fps`, `source` (name, size, sha256), `width`, `height`
-(pixels), `transform` (the parameters that shaped the frames), `frames_sha256` (over all JPEGs in order) and `version`.
+(pixels), `transform` (the parameters that shaped the frames), `frames_sha256` (over all JPEGs in order) and `version`;
+of a video whose last picture is held, also `end` (s), until when.
 
 A timestamp is the time from which a frame is on the screen. Of a video at a steady rate every frame is there as long as
 any other; of one at a variable rate (a screen recording, slides) a picture may be *held* for minutes, and whoever looks
@@ -20,7 +21,7 @@ import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ from timesearch.errors import ItemError
 from timesearch.files import atomic_path, inside, json_digest
 from timesearch.stopping import NEVER, Stop
 from timesearch.untrusted import parse_json
+from timesearch.video.holds import held
 from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs, slot
 
@@ -86,6 +88,7 @@ class Meta(BaseModel):
     transform: dict[str, int | float]
     frames_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     timestamps: list[Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]] = Field(min_length=1)
+    end: float | None = Field(None, le=1e9, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -95,6 +98,8 @@ class Meta(BaseModel):
             raise ValueError(f"{self.fps:g} frames a second, made with {self.transform.get('fps')}")
         if any(later <= earlier for earlier, later in pairwise(self.timestamps)):
             raise ValueError("times that do not ascend")
+        if self.end is not None and self.end <= self.timestamps[-1]:
+            raise ValueError("an end before the last time")
         return self
 
 
@@ -144,6 +149,7 @@ class FrameCache:
         self.path = path
         self.meta = meta
         self.timestamps = np.asarray(meta["timestamps"], dtype=np.float64)
+        self.end = float(meta.get("end") or self.timestamps[-1])
         self.size: tuple[int, int] = (meta["width"], meta["height"])
         self.digest = json_digest(meta)
         self._index = index
@@ -236,7 +242,9 @@ class FrameCache:
     def steady(self) -> bool:
         """Whether the frames come at a steady rate: none is a step or more from where even steps would put it."""
         step = self.timestamps[-1] / max(1, len(self) - 1)
-        return bool(np.all(np.abs(self.timestamps - step * np.arange(len(self))) < max(step, _ROUNDING)))
+        return self.end == self.timestamps[-1] and bool(
+            np.all(np.abs(self.timestamps - step * np.arange(len(self))) < max(step, _ROUNDING))
+        )
 
     @functools.cached_property
     def places(self) -> np.ndarray:
@@ -258,8 +266,8 @@ class FrameCache:
 
     def _held(self, index: int) -> bool:
         """Whether a frame is the only one for more than its slot of 1/fps."""
-        slots = [slot(seconds, self.meta["fps"]) for seconds in self.timestamps[index : index + 2]]
-        return slots[-1] > slots[0] + 1
+        following = self.timestamps[index + 1] if index + 1 < len(self) else self.end
+        return slot(following, self.meta["fps"]) > slot(self.timestamps[index], self.meta["fps"]) + 1
 
     def window(self, start: float, end: float) -> range:
         """Indices of the frames with start <= time <= end (s), and of the picture that is held when the window starts.
@@ -268,7 +276,7 @@ class FrameCache:
         """
         first, last = (int(place) for place in np.searchsorted(self.timestamps, [start - _ROUNDING, end + _ROUNDING]))
         last = max(first, last)
-        if 0 < first < len(self) and start <= end and (not self.steady or first == last):
+        if first > 0 and start <= min(end, self.end) and (not self.steady or first == last):
             first -= int(self._held(first - 1))
         return range(first, last)
 
@@ -285,7 +293,7 @@ class FrameCache:
             indices = [int((position + 0.5) * len(self) / count) for position in range(count)]
             return [(index, float(self.timestamps[index])) for index in indices]
         step = 1 / self.meta["fps"]
-        share = (float(self.timestamps[-1]) + step) / count
+        share = max(float(self.timestamps[-1]) + step, self.end) / count
         middles = [(position + 0.5) * share for position in range(count)]
         shown = [self.shown_at(middle) for middle in middles]
         begun = [float(self.timestamps[index]) for index in shown]
@@ -368,7 +376,9 @@ def transform_of(settings: Frames) -> dict[str, Any]:
 def make_frame_cache(
     video: Path | str, target: Path | str, settings: Frames, threads: int = 0, stop: Stop = NEVER
 ) -> int:
-    """Decode `video` once and write its frame cache; memory does not grow with the length of the video.
+    """Decode `video` once, or twice where pictures are held, and write its frame cache.
+
+    Memory does not grow with the length of the video.
 
     Args:
         video: a video file.
@@ -378,7 +388,8 @@ def make_frame_cache(
         stop: ends the work; nothing is written then.
 
     Returns:
-        Number of frames kept: of each slot of 1/fps seconds, counted from the first frame, its first frame.
+        Number of frames kept: of each slot of 1/fps seconds, counted from the first frame, its first frame; and where
+        no frame follows in the next slot, its last, which stays on the screen.
 
     Raises:
         ItemError: the video cannot be used; the reason says why. Whatever went wrong with a video that changed
@@ -405,31 +416,42 @@ def _changed(video: Path, fingerprint: Fingerprint) -> bool:
 
 
 def _write_cache(video: Path, info: VideoInfo, target: Path, settings: Frames, threads: int, stop: Stop) -> int:
-    width, height = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
+    size = smart_size(info.width, info.height, settings.factor, settings.min_pixels, settings.max_pixels)
     with atomic_path(target) as partial:
-        times: list[float] = []
-        digest = hashlib.sha256()
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with closing(sample_jpegs(video, info, (width, height), settings, threads, stop)) as sampled:
-                for seconds, jpeg in sampled:
-                    archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
-                    digest.update(jpeg)
-                    times.append(seconds)
-            source = {"name": video.name, "size": info.fingerprint.size, "sha256": remembered(video)}
-            if _changed(video, info.fingerprint):
-                raise ItemError(f"{video} was changed", reason="changed_while_reading")
-            meta = {
-                "version": VERSION,
-                "source": source,
-                "fps": settings.fps,
-                "width": width,
-                "height": height,
-                "transform": transform_of(settings),
-                "frames_sha256": digest.hexdigest(),
-                "timestamps": [round(seconds, 6) for seconds in times],
-            }
+        times, digest = _write_frames(partial, sample_jpegs(video, info, size, settings, threads, stop))
+        also, end = held(video, info, times, settings.fps)
+        if also:
+            sampled = sample_jpegs(video, info, size, settings, threads, stop, also)
+            times, digest = _write_frames(partial, sampled)
+        source = {"name": video.name, "size": info.fingerprint.size, "sha256": remembered(video)}
+        if _changed(video, info.fingerprint):
+            raise ItemError(f"{video} was changed", reason="changed_while_reading")
+        meta = {
+            "version": VERSION,
+            "source": source,
+            "fps": settings.fps,
+            "width": size[0],
+            "height": size[1],
+            "transform": transform_of(settings),
+            "frames_sha256": digest,
+            "timestamps": [round(seconds, 6) for seconds in times],
+            **({} if end is None else {"end": round(end, 6)}),
+        }
+        with zipfile.ZipFile(partial, "a", zipfile.ZIP_STORED) as archive:
             archive.writestr(zipfile.ZipInfo("meta.json", _ZIP_TIME), json.dumps(meta))
     return len(times)
+
+
+def _write_frames(target: Path, sampled: Generator[tuple[float, bytes], None, None]) -> tuple[list[float], str]:
+    """Write sampled frames into a new ZIP; return their times (s) and the SHA-256 over all of them."""
+    times: list[float] = []
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive, closing(sampled):
+        for seconds, jpeg in sampled:
+            archive.writestr(zipfile.ZipInfo(frame_name(len(times)), _ZIP_TIME), jpeg)
+            digest.update(jpeg)
+            times.append(seconds)
+    return times, digest.hexdigest()
 
 
 def why_stale(cache: Path, video: Path, settings: Frames) -> str | None:

@@ -10,7 +10,7 @@ import errno
 import re
 import subprocess
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -51,7 +51,13 @@ _SOURCE = re.compile(r"\[[^][]*+] ")
 
 
 def sample_jpegs(
-    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0, stop: Stop = NEVER
+    video: Path,
+    info: VideoInfo,
+    size: tuple[int, int],
+    settings: Frames,
+    threads: int = 0,
+    stop: Stop = NEVER,
+    also: Sequence[float] = (),
 ) -> Generator[tuple[float, bytes], None, None]:
     """Yield (seconds from the first frame, JPEG) of the sampled frames as ffmpeg decodes them.
 
@@ -62,6 +68,7 @@ def sample_jpegs(
         settings: rate and quality.
         threads: of the decoder; 0 for one a core.
         stop: kills ffmpeg.
+        also: increasing times (s on the container's clock) of frames to keep besides the first ones of their slots.
 
     Raises:
         ItemError: `truncated`, `damaged_video`, `no_frames` or `undecodable`, after the frames that could be decoded.
@@ -71,21 +78,23 @@ def sample_jpegs(
     import av
 
     kept = 0
+    asked = {round(time, 4) for time in also}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        command = ffmpeg_command(video, info, size, settings, threads)
+        command = ffmpeg_command(video, info, size, settings, threads, also)
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         try:
             with stop.child(process), av.open(process.stdout, mode="r", format="nut") as container:
-                first, last_slot = 0.0, -1
+                first, last, last_slot = 0.0, -1.0, -1
                 for packet in container.demux(container.streams.video[0]):
                     if not packet.size or packet.pts is None or packet.time_base is None:
                         continue
                     time = float(packet.pts * packet.time_base)
                     first = time if kept == 0 else first
                     current = slot(time - first, settings.fps)
-                    if current > last_slot:  # where the picture changes its size, ffmpeg begins to sample anew
-                        last_slot, kept = current, kept + 1
+                    held = round(time, 4) in asked and time - first > last
+                    if current > last_slot or held:  # where the picture changes its size, ffmpeg begins to sample anew
+                        last, last_slot, kept = time - first, current, kept + 1
                         yield time - first, bytes(packet)
         except av.FFmpegError:
             pass  # no whole stream came: the log, below, says why
@@ -162,8 +171,21 @@ class _Verdict:
             raise ItemError(f"{video}: its video stream holds no frame", reason="no_frames")
 
 
+def _among(times: Sequence[float]) -> str:
+    """ffmpeg's expression for `t` being one of increasing `times`, by bisection."""
+    if len(times) == 1:
+        return f"lt(abs(t-{times[0]!r}),0.00005)"
+    half = len(times) // 2
+    return f"if(lt(t,{(times[half - 1] + times[half]) / 2!r}),{_among(times[:half])},{_among(times[half:])})"
+
+
 def ffmpeg_command(
-    video: Path, info: VideoInfo, size: tuple[int, int], settings: Frames, threads: int = 0
+    video: Path,
+    info: VideoInfo,
+    size: tuple[int, int],
+    settings: Frames,
+    threads: int = 0,
+    also: Sequence[float] = (),
 ) -> list[str]:
     """The arguments of the pass: NUT with MJPEG on standard output, a verbose log on standard error."""
     import ffmpeg
@@ -178,7 +200,7 @@ def ffmpeg_command(
         protocol_whitelist=PROTOCOLS,
         format_whitelist=CONTAINERS,
     )[str(info.stream)]
-    stream = stream.filter("select", first_of_slot)
+    stream = stream.filter("select", f"{first_of_slot}+{_among(also)}" if also else first_of_slot)
     stream = stream.filter("estdif", mode="frame", deint="interlaced")  # needs no neighbours, which are gone by now
     if info.hdr:
         # PQ or HLG to BT.709 at 100 cd/m2, by Hable's curve; ITU-R BT.2100 fixes primaries and matrix to BT.2020
