@@ -147,11 +147,12 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
     )
 
 
-_WELCOME = """\
-The whole pipeline at pocket size: videos are made and fetched, frames and features cached, a policy is cold-started and
-trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 8 minutes on two cores, and
-once all is up to date half a minute. All of it stays in this folder. Ctrl-C stops it, and the same command goes on.
-"""
+_WELCOME = (
+    "The whole pipeline at pocket size: videos are made and fetched, frames and features cached, a policy is "
+    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 8 "
+    "minutes on two cores, and once all is up to date half a minute. All of it stays in this folder. Ctrl-C stops it, "
+    "and the same command goes on.\n"
+)
 
 
 def main() -> None:
