@@ -31,7 +31,7 @@ def setup_environment(*, ctx: HookContext) -> None:
     """Put the guard where Prefect's server puts its middleware for foreign origins."""
     import fastapi.middleware.cors
 
-    fastapi.middleware.cors.CORSMiddleware = Guard  # type: ignore[misc]
+    fastapi.middleware.cors.CORSMiddleware = Guard  # type: ignore[assignment,misc]
 
 
 class Guard(CORSMiddleware):

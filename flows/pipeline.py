@@ -123,7 +123,8 @@ def _bring(stage: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> bool:
     logger = get_run_logger()
     for _ in range(2):
         try:
-            return bool(TASKS[stage](tree, fresh, env).result())  # a task that returns a state hands back that state
+            state: Any = TASKS[stage](tree, fresh, env)  # as a task's own return value, Prefect hands it back
+            return bool(state.result())
         except AWAY as error:
             logger.warning("Prefect does not answer (%s): %s waits for it", redact(str(error)), stage)
         if not is_back():
