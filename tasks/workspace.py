@@ -35,7 +35,7 @@ _STATE = ("params.yaml", "dvc.yaml", "dvc.lock", *_DATA)
 _CODE = ("timesearch", "configs")
 """What a stage's command runs from its tree; flows and tasks are always the checkout's."""
 _PARAMETER = re.compile(r"[a-z_]++(\.[a-z_]++)*+")
-_WORDS = frozenset({"profile", "train.loss_type", "infer.baselines", "evaluate.groups"})
+_WORDS = frozenset({"profile", "train.loss_type", "train.rewards", "infer.baselines", "evaluate.groups"})
 """Parameters of text that are words of this project or of TRL, and lead nowhere."""
 
 
@@ -91,13 +91,15 @@ def is_protected(name: str) -> bool:
     """Whether a parameter is text of any content: a command, path, address or model, which may start a program, write
     a file, or send data and keys away. Numbers, switches and choices do nothing of that kind."""
     section: type[BaseModel] = Settings
-    *sections, last = name.split(".")
-    for part in sections:
-        inner = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, Section)):
-            return False
-        section = inner
-    return last in section.model_fields and name not in _WORDS and _takes_text(section.model_fields[last].annotation)
+    parts = name.split(".")
+    for depth, part in enumerate(parts, 1):
+        field = section.model_fields.get(part)
+        if field is None:
+            return False  # there is none of this name
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return ".".join(parts[:depth]) not in _WORDS and _takes_text(field.annotation)  # what lies in it, too
+        section = field.annotation
+    return False
 
 
 def _takes_text(annotation: Any) -> bool:

@@ -282,8 +282,10 @@ def test_a_run_may_change_values_and_what_the_checkout_allows_and_no_command_pat
         "coldstart.teacher_model", "train.vllm_url", "judge.url", "judge.model", "judge.command", "judge.cache",
         "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "tracking.uri", "tracking.experiment",
     }  # fmt: skip
-    for name in ("", ".", "judge", "judge.", "judge..command", "judge.command.0", "train.steps.x", "Judge.command"):
+    for name in ("", ".", "judge", "judge.", "judge..command", "train.steps.x", "Judge.command"):
         assert not is_protected(name)  # and no parameter
+    assert is_protected("judge.command.0")
+    assert not is_protected("train.rewards.completeness")
     params = here / "params.yaml"
     before = params.read_text()
     params.write_text(before.replace("overridable: []", "overridable: [search.prompts]"))
