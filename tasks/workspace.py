@@ -35,7 +35,9 @@ _STATE = ("params.yaml", "dvc.yaml", "dvc.lock", *_DATA)
 _CODE = ("timesearch", "configs")
 """What a stage's command runs from its tree; flows and tasks are always the checkout's."""
 _PARAMETER = re.compile(r"[a-z_]++(\.[a-z_]++)*+")
-_WORDS = frozenset({"profile", "train.loss_type", "train.rewards", "infer.baselines", "evaluate.groups"})
+_WORDS = frozenset(
+    {"profile", "train.loss_type", "train.rewards", "search.dialect", "infer.baselines", "evaluate.groups"}
+)
 """Parameters of text that are words of this project or of TRL, and lead nowhere."""
 
 
