@@ -47,6 +47,8 @@ from timesearch.samples import Prediction, read_models
 END_TOLERANCE = 1.0
 """Seconds past the stated duration that a time may lie: stated durations and rounded times differ by less."""
 
+_SAME = 0.0005
+"""Seconds by which times of one frame may differ: ticks are no finer in Matroska."""
 _LONGEST_PATH = 4096
 """Bytes of a path, at most, on Linux."""
 
@@ -156,7 +158,7 @@ class Videos:
 
     def __init__(self, root: Path | str | None) -> None:
         self._root = Path(root) if root else None
-        self._known: dict[str, tuple[Path, float, float | None] | ItemError] = {}
+        self._known: dict[str, tuple[Path, float | None, float | None] | ItemError] = {}
         self._times: dict[str, np.ndarray] = {}
 
     def __bool__(self) -> bool:
@@ -174,9 +176,12 @@ class Videos:
         """Frames a second, on average, as the container states them.
 
         Raises:
-            ItemError: as `path`.
+            ItemError: as `path`, or `unknown_frame_rate`.
         """
-        return self._look_up(video)[1]
+        path, rate, _ = self._look_up(video)
+        if rate is None:
+            raise ItemError(f"{path} states no frame rate", reason="unknown_frame_rate")
+        return rate
 
     def frame_times(self, video: str) -> np.ndarray:
         """Presentation time (s) of each frame of the video, by its number; empty where the container states none.
@@ -196,7 +201,7 @@ class Videos:
         except ItemError:
             return None
 
-    def _look_up(self, video: str) -> tuple[Path, float, float | None]:
+    def _look_up(self, video: str) -> tuple[Path, float | None, float | None]:
         if video not in self._known:
             try:
                 path = self._find(video)
@@ -218,19 +223,26 @@ class Videos:
         raise ItemError(f"{video[:200]} is not under {self._root}", reason="missing_video")
 
 
-def _header(path: Path) -> tuple[float, float | None]:
-    """Frame rate and length of a video, from its container."""
+def _header(path: Path) -> tuple[float | None, float | None]:
+    """Frame rate and length of a video, as far as its container states them.
+
+    Recordings that are joined byte by byte state the length of one: theirs is read off the packets.
+    """
+    from timesearch.video.clock import Clock
     from timesearch.video.probe import check_readable, choose_stream, open_video
 
     check_readable(path)
     with open_video(path) as container:
         stream = choose_stream(container, path)
-        if not stream.average_rate:
-            raise ItemError(f"{path} states no frame rate", reason="unknown_frame_rate")
+        clock = Clock.of(container, stream)
         duration = float(stream.duration * stream.time_base) if stream.duration else None
         if duration is None and container.duration:
             duration = container.duration / 1_000_000
-        return float(stream.average_rate), duration
+    rate = float(clock.rate) if clock.rate else None
+    if clock.joined:
+        times = frame_times(path)
+        duration = float(times[-1]) + 1 / (rate or 1) if len(times) else duration
+    return rate, duration
 
 
 def frame_times(path: Path) -> np.ndarray:
@@ -243,19 +255,23 @@ def frame_times(path: Path) -> np.ndarray:
     """
     import av
 
-    from timesearch.video.probe import choose_stream, open_video
+    from timesearch.video.clock import Mender, mended_packets
+    from timesearch.video.probe import open_video, probe
 
+    info = probe(path)
     with open_video(path) as container:
-        stream = choose_stream(container, path)
+        stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         try:
             # the last packet is empty, and only says that the stream is at its end
-            packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+            read = mended_packets(container, stream, Mender(info.clock))
+            packets = [(packet.pts, packet.is_discard) for packet in read if packet.size]
         except av.FFmpegError as error:
             raise ItemError(f"{path} cannot be read to its end: {error.strerror}", reason="undecodable") from error
-        if any(pts is None for pts, _ in packets):
+        if info.clock.ordered or any(pts is None for pts, _ in packets):
             return np.empty(0)
         stamps = np.sort(np.array([pts for pts, discarded in packets if not discarded], dtype=np.float64))
-        return (stamps - stamps[:1]) * float(stream.time_base)
+        times = stamps * float(stream.time_base or 1) - info.start
+        return times[times > -_SAME]  # frames before the first one that decodes are not shown
 
 
 class Scorer:

@@ -1,7 +1,12 @@
-"""Source frames at given times, at full size: what the visual metrics compare."""
+"""Source frames at given times, at full size: what the visual metrics compare.
+
+What the frame cache takes is read here too, at the same times: by the same stream and clock, and past packets that are
+damaged.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,16 +14,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.errors import ItemError
-from timesearch.video.probe import open_video, probe
+from timesearch.video.clock import Mender, Times, mended_packets
+from timesearch.video.probe import VideoInfo, open_video, probe
+from timesearch.video.sampling import DAMAGE_ALLOWED
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
 
-_SEEK_GAP = 10.0
-"""Seconds ahead beyond which seeking to a key frame is cheaper than decoding on."""
+_GAP = 10.0
+"""Seconds ahead beyond which going to a key frame is cheaper than decoding on."""
+_RUN_UP = 2.0
+"""Seconds before a wanted frame at which decoding begins, for decoders that recover over some frames."""
+_SEEKABLE = ("mov", "matroska", "avi")
+"""Containers with an index of times. In others a seek finds what has such a time on some clock, or fails."""
 _ROUNDING = 0.05 + 1e-6
 """Seconds by which a recorded time may precede its frame: traces hold tenths of seconds."""
+_HELD = 64 * 2**20
+"""Bytes of packets that are held while a key frame is looked for."""
 
 
 def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, int] | None = None) -> list[np.ndarray]:
@@ -42,21 +56,61 @@ def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, in
 
     video = Path(video)
     info = probe(video)
+    try:
+        found = _read(video, info, seconds, size, careful=False)
+    except av.FFmpegError:
+        try:
+            found = _read(video, info, seconds, size, careful=True)
+        except av.FFmpegError as error:
+            raise ItemError(f"{video} cannot be decoded: {error.strerror}", reason="undecodable") from error
+    return [found[wanted] for wanted in seconds]
+
+
+def _read(
+    video: Path, info: VideoInfo, seconds: Sequence[float], size: tuple[int, int] | None, careful: bool
+) -> dict[float, np.ndarray]:
+    """The frame of each time.
+
+    Args:
+        video: the file.
+        info: what `probe` says of it.
+        seconds: as `read_frames`.
+        size: as `read_frames`.
+        careful: pass over damaged packets, one after the other, without a seek.
+
+    Raises:
+        av.FFmpegError: a packet is damaged, or a seek failed.
+        ItemError: `damaged_video`.
+    """
     found: dict[float, np.ndarray] = {}
     before: VideoFrame | None = None
     with open_video(video) as container:
         stream = next(stream for stream in container.streams.video if stream.index == info.stream)
-        stream.thread_type = "AUTO"
-        walk = _Walk(container, stream, info.start)
-        try:
-            for wanted in sorted(set(seconds)):
-                frame = walk.nearest(wanted)
-                if before is not frame or before is None:
-                    array = _upright(frame, size)
-                found[wanted], before = array, frame
-        except av.FFmpegError as error:
-            raise ItemError(f"{video} cannot be decoded: {error.strerror}", reason="undecodable") from error
-    return [found[wanted] for wanted in seconds]
+        stream.thread_type = "NONE" if careful else "AUTO"
+        walk = _Walk(container, stream, info, careful)
+        for wanted in sorted(set(seconds)):
+            frame = walk.nearest(wanted)
+            if before is not frame or before is None:
+                array = _upright(frame, size)
+            found[wanted], before = array, frame
+        if walk.damaged - info.lead > DAMAGE_ALLOWED * max(walk.packets, _stated_packets(container, stream)):
+            raise ItemError(
+                f"{video} is damaged: {walk.damaged} of its frames do not decode; fetch it again",
+                reason="damaged_video",
+            )
+    return found
+
+
+def _stated_packets(container: InputContainer, stream: Any) -> float:
+    """How many packets a stream has by what its container states; 0 if nothing."""
+    rate = float(stream.average_rate or 0)
+    return float(stream.frames or _stated_seconds(container, stream) * rate)
+
+
+def _stated_seconds(container: InputContainer, stream: Any) -> float:
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / 1_000_000
 
 
 def _upright(frame: VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
@@ -72,39 +126,92 @@ def _upright(frame: VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
 class _Walk:
     """A forward walk through the frames of a stream."""
 
-    def __init__(self, container: InputContainer, stream: Any, start: float) -> None:
-        self._container, self._stream, self._start = container, stream, start
-        self._frames: Iterator[VideoFrame] = container.decode(stream)
-        self._earlier: VideoFrame | None = None
-        self._current: VideoFrame = next(self._frames)
+    def __init__(self, container: InputContainer, stream: Any, info: VideoInfo, careful: bool) -> None:
+        self._container, self._stream, self._info, self._careful = container, stream, info, careful
+        self.packets = self.damaged = 0
+        self._earlier: tuple[float, VideoFrame] | None = None
+        self._begin()
+        first = next(self._frames, None)
+        if first is None:
+            raise ItemError(f"{container.name}: its video stream holds no frame", reason="no_frames")
+        self._current = first
 
-    def _time(self, frame: VideoFrame) -> float:
-        return float(frame.time or 0.0) - self._start
+    def _begin(self) -> None:
+        """Read on from where the container stands."""
+        self._mender = Mender(self._info.clock)
+        self._times = Times(self._info.clock, self._stream.time_base)
+        self._packets = mended_packets(self._container, self._stream, self._mender)
+        self._held: deque[Packet] = deque()
+        self._frames = self._decode()
+
+    def _decode(self) -> Iterator[tuple[float, VideoFrame]]:
+        import av
+
+        while True:
+            packet = self._held.popleft() if self._held else next(self._packets, None)
+            if packet is None:
+                return
+            self.packets += 1
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                if not self._careful:
+                    raise
+                self.damaged += 1
+                continue
+            for frame in frames:
+                yield self._times.of(frame) - self._info.start, frame
 
     def nearest(self, wanted: float) -> VideoFrame:
         """The frame shown at `wanted` (s), or the next where that is nearer and all but there; calls come in order."""
-        if wanted - self._time(self._current) > _SEEK_GAP:
-            self._seek(wanted)
-        while self._time(self._current) < wanted:
+        if wanted - self._current[0] > _GAP:
+            self._go_on(wanted)
+        while self._current[0] < wanted:
             following = next(self._frames, None)
             if following is None:
-                return self._current
+                return self._current[1]
             self._earlier, self._current = self._current, following
         if self._earlier is None:
-            return self._current
-        ahead, behind = self._time(self._current) - wanted, wanted - self._time(self._earlier)
-        return self._earlier if behind <= ahead or ahead > _ROUNDING else self._current
+            return self._current[1]
+        ahead, behind = self._current[0] - wanted, wanted - self._earlier[0]
+        return self._earlier[1] if behind <= ahead or ahead > _ROUNDING else self._current[1]
+
+    def _go_on(self, wanted: float) -> None:
+        """Go to a key frame before `wanted`: by a seek where the times are those of the file's index."""
+        indexed = self._container.format.name.startswith(_SEEKABLE) and not self._mender.offset
+        if indexed and not self._careful and wanted <= _stated_seconds(self._container, self._stream):
+            self._seek(wanted)
+        elif not self._info.clock.ordered:
+            self._skip(wanted)
 
     def _seek(self, wanted: float) -> None:
-        """Go to the key frame before `wanted`; stay where the container leads elsewhere."""
-        reached = self._time(self._current)
-        self._container.seek(round((wanted + self._start) / self._stream.time_base), stream=self._stream)
-        frame = next(self._frames_from_here(), None)
-        if frame is None or not reached <= self._time(frame) <= wanted:
-            self._container.seek(round(self._start / self._stream.time_base), stream=self._stream)
-            frame = next(self._frames_from_here())
-        self._earlier, self._current = None, frame
+        """Stay where the container leads elsewhere."""
+        reached, start = self._current[0], self._info.start
+        self._container.seek(round((wanted + start) / self._stream.time_base), stream=self._stream)
+        self._begin()
+        found = next(self._frames, None)
+        if found is None or not reached <= found[0] <= wanted:
+            self._container.seek(round(start / self._stream.time_base), stream=self._stream)
+            self._begin()
+            found = next(self._frames)
+        self._earlier, self._current = None, found
 
-    def _frames_from_here(self) -> Iterator[VideoFrame]:
-        self._frames = self._container.decode(self._stream)
-        return self._frames
+    def _skip(self, wanted: float) -> None:
+        """Leave the packets before a key frame undecoded."""
+        held: list[Packet] = []
+        weight, skipped = 0, False
+        for packet in self._packets:
+            stamp = packet.pts if packet.dts is None else packet.dts
+            time = None if stamp is None else float(stamp * self._stream.time_base) - self._info.start
+            if packet.is_keyframe and time is not None and time <= wanted - _RUN_UP:
+                self.packets += len(held)
+                held, weight, skipped = [], 0, True
+            held.append(packet)
+            weight += packet.size
+            if weight > _HELD or (time is not None and time > wanted):
+                break
+        self._held.extend(held)
+        if skipped:
+            self._stream.codec_context.flush_buffers()
+            self._frames = self._decode()
+            self._earlier, self._current = None, next(self._frames, self._current)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from timesearch.video.clock import Mender
 from timesearch.video.probe import open_video
 from timesearch.video.sampling import slot
 
@@ -47,12 +48,15 @@ def held(video: Path, info: VideoInfo, kept: Sequence[float], fps: float) -> tup
     steady = bool(np.all(np.diff(slots) <= 1))
     times: list[float] = []
     end = sound = 0.0
+    mender = Mender(info.clock)
     with open_video(video) as container:
         stated = (container.duration or 0) / av.time_base + (container.start_time or 0) / av.time_base - info.start
         if steady and slot(stated, fps) <= slots[-1] + 1:
             return [], None
         try:
             for packet in container.demux([*container.streams.video, *container.streams.audio]):
+                if packet.stream.index == info.stream:
+                    mender.mend(packet)
                 if packet.pts is None or packet.time_base is None or packet.is_discard:
                     continue
                 seconds, length = float(packet.pts * packet.time_base), float((packet.duration or 0) * packet.time_base)
@@ -63,6 +67,8 @@ def held(video: Path, info: VideoInfo, kept: Sequence[float], fps: float) -> tup
                     sound = max(sound, seconds + length)
         except av.FFmpegError:
             return [], None  # what can be decoded has been: a damaged end tells nothing of holds
+    if mender.offset:
+        sound = 0.0  # it goes by clocks that start anew
     own = np.unique([seconds for seconds in times if seconds >= info.start])
     last_of_slot = {slot(seconds - info.start, fps): seconds for seconds in own.tolist()}
     first_of_slot = {slot(seconds - info.start, fps): seconds for seconds in own[::-1].tolist()}

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError
+from timesearch.video.clock import Clock, Mender, Times, mended_packets
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.frame import VideoFrame
 
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,ogg,asf,nut,gif,ivf,obu,h264,hevc,"
@@ -29,6 +31,14 @@ SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """What a video's name may end with, where a folder is searched for videos: all that the demuxers are known by."""
 HDR_TRANSFERS = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}
 """`color_trc` codes (ITU-T H.273, table 3) of high dynamic range."""
+
+
+_MOVES = 0.1
+"""Share of the busiest stream's pictures from which another one is no row of stills beside it."""
+_COUNTED = 256
+"""Pictures of a stream after which it is known which ones move."""
+_LEAD = 300
+"""Packets without their key frame that a file may start with: the longest usual group of pictures."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,17 @@ class VideoInfo:
     """The video stream of a file.
 
     `width` and `height` are those of the picture as shown (rotated, square pixels); `start` (s) is the presentation
-    time of its first frame on the container's clock; `duration` (s) is None where the container states none.
+    time of its first frame on the container's clock, `lead` the packets before it that do not decode, as where a file
+    starts in the middle of a group of pictures; `duration` (s) is None where the container states none.
     """
 
     stream: int
     codec: str
     width: int
     height: int
+    clock: Clock
     start: float
+    lead: int
     duration: float | None
     hdr: bool
     fingerprint: Fingerprint
@@ -140,7 +153,7 @@ def _check_pictures(avi: InputContainer, path: Path) -> None:
 
 
 def choose_stream(container: InputContainer, path: Path) -> Any:
-    """The stream that the container marks as default, else its first; cover pictures are no videos.
+    """Of the streams that move, the one that the container marks as default, else the first; covers are no videos.
 
     Raises:
         ItemError: `no_video_stream`.
@@ -150,7 +163,25 @@ def choose_stream(container: InputContainer, path: Path) -> Any:
     streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     if not streams:
         raise ItemError(f"{path} holds no video stream (audio only?)", reason="no_video_stream")
+    if len(streams) > 1:
+        pictures = _pictures(path, [stream.index for stream in streams])
+        most = max(pictures.values())
+        streams = [stream for stream in streams if pictures[stream.index] >= _MOVES * most]
     return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
+
+
+def _pictures(path: Path, indices: list[int]) -> dict[int, int]:
+    """Pictures of each stream: as the container states them, else counted until one has had enough."""
+    with open_video(path) as container:
+        streams = [stream for stream in container.streams.video if stream.index in indices]
+        if all(stream.frames for stream in streams):
+            return {stream.index: stream.frames for stream in streams}
+        found = dict.fromkeys(indices, 0)
+        for packet in container.demux(streams):
+            found[packet.stream_index] += bool(packet.size)
+            if found[packet.stream_index] >= _COUNTED:
+                break
+        return found
 
 
 def probe(path: Path | str) -> VideoInfo:
@@ -159,18 +190,12 @@ def probe(path: Path | str) -> VideoInfo:
     Raises:
         ItemError: with the reason why the file is no usable video.
     """
-    import av
-
     path = Path(path)
     fingerprint = check_readable(path)
     with open_video(path) as container:
         stream = choose_stream(container, path)
-        try:
-            first = next(container.decode(stream), None)
-        except av.FFmpegError as error:
-            raise ItemError(f"{path}: its video cannot be decoded ({error.strerror})", reason="undecodable") from error
-        if first is None:
-            raise ItemError(f"{path}: its video stream holds no frame", reason="no_frames")
+        clock = Clock.of(container, stream)
+        first, lead = _first_frame(container, stream, clock, path)
         aspect = stream.sample_aspect_ratio or Fraction(1)
         width, height = shown_size(first.width, first.height, aspect, first.rotation)
         return VideoInfo(
@@ -178,11 +203,34 @@ def probe(path: Path | str) -> VideoInfo:
             codec=stream.codec_context.name,
             width=width,
             height=height,
-            start=float(first.time or 0.0),
+            clock=clock,
+            start=Times(clock, stream.time_base).of(first),
+            lead=min(lead, _LEAD),
             duration=float(stream.duration * stream.time_base) if stream.duration else None,
             hdr=int(first.color_trc) in HDR_TRANSFERS,
             fingerprint=fingerprint,
         )
+
+
+def _first_frame(container: InputContainer, stream: Any, clock: Clock, path: Path) -> tuple[VideoFrame, int]:
+    """The first frame that decodes, and how many packets before it do not."""
+    import av
+
+    failed: list[str] = []
+    try:
+        for packet in mended_packets(container, stream, Mender(clock)):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                failed.append(str(error.strerror))
+                continue
+            if frames:
+                return frames[0], len(failed)
+    except av.FFmpegError as error:
+        failed.append(str(error.strerror))
+    if failed:
+        raise ItemError(f"{path}: its video cannot be decoded ({failed[0]})", reason="undecodable")
+    raise ItemError(f"{path}: its video stream holds no frame", reason="no_frames")
 
 
 def shown_size(width: int, height: int, aspect: Fraction, rotation: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from timesearch.errors import ItemError
 from timesearch.stopping import NEVER, Stop
+from timesearch.video.clock import STILL
 from timesearch.video.probe import CONTAINERS, PROTOCOLS, VideoInfo
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 0.001
 """Seconds by which a frame may precede its slot: Matroska rounds times to milliseconds."""
-_DAMAGE_ALLOWED = 0.01
+DAMAGE_ALLOWED = 0.01
 """Share of a video's frames that may be damaged: a broadcast recording has some, a broken file many."""
 _ACCURATE = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 """swscale's exact arithmetic: only the kept frames are scaled, so that it costs little."""
@@ -71,7 +72,7 @@ def sample_jpegs(
         also: increasing times (s on the container's clock) of frames to keep besides the first ones of their slots.
 
     Raises:
-        ItemError: `truncated`, `damaged_video`, `no_frames` or `undecodable`, after the frames that could be decoded.
+        ItemError: `truncated`, `damaged_video`, `no_times`, `no_frames` or `undecodable`, after the frames that decode.
         StoppedError: it was asked to stop.
         OSError: there is no room for ffmpeg's log, by which these are told.
     """
@@ -106,7 +107,7 @@ def sample_jpegs(
             code = process.wait()
         stop.check()
         log.seek(0)
-        _Verdict.read(log, code, kept).check(video)
+        _Verdict.read(log, code, kept).check(video, info)
 
 
 def slot(seconds: float, fps: float) -> int:
@@ -149,13 +150,13 @@ class _Verdict:
                 verdict.last_error = _SOURCE.sub("", line).strip()
         return verdict
 
-    def check(self, video: Path) -> None:
+    def check(self, video: Path, info: VideoInfo) -> None:
         """Raise the `ItemError` that fits, if any does."""
         if self.cut_off:
             raise ItemError(
                 f"{video} is cut off: its file ends after {self.packets} frames; fetch it again", reason="truncated"
             )
-        if self.damaged > _DAMAGE_ALLOWED * max(self.packets, 1):
+        if self.damaged - info.lead > DAMAGE_ALLOWED * max(self.packets, 1):
             raise ItemError(
                 f"{video} is damaged: {self.damaged} of {self.packets} frames do not decode whole; fetch it again",
                 reason="damaged_video",
@@ -167,6 +168,12 @@ class _Verdict:
             )
         if self.kept and not self.packets:
             raise OSError(errno.ENOSPC, "No space left for ffmpeg's log", tempfile.gettempdir())
+        if self.kept == 1 and self.packets > STILL and not info.clock.step:
+            raise ItemError(
+                f"{video}: its {self.packets} frames have one and the same time, and no rate is stated; write it anew "
+                "at its rate (ffmpeg -r)",
+                reason="no_times",
+            )
         if not self.kept:
             raise ItemError(f"{video}: its video stream holds no frame", reason="no_frames")
 
@@ -199,6 +206,7 @@ def ffmpeg_command(
         threads=threads,
         protocol_whitelist=PROTOCOLS,
         format_whitelist=CONTAINERS,
+        **({} if info.clock.ordered else {f"bsf:{info.stream}": info.clock.setts()}),
     )[str(info.stream)]
     stream = stream.filter("select", f"{first_of_slot}+{_among(also)}" if also else first_of_slot)
     stream = stream.filter("estdif", mode="frame", deint="interlaced")  # needs no neighbours, which are gone by now
