@@ -34,7 +34,7 @@ class StageFailedError(TimeSearchError):
     """A stage's command failed; `status` is its exit status, negative or above 128 if a signal ended it."""
 
     def __init__(self, stage: str, status: int, tail: str) -> None:
-        super().__init__(f"stage {stage!r} failed with exit status {status}:\n{tail}")
+        super().__init__(f"stage {stage!r} failed with exit status {status}:", tail)
         self.status = status
 
     @property

@@ -1,4 +1,4 @@
-"""About 200 values that have broken a program that reads them, or might, by what they pretend to be.
+"""Nearly 300 values that have broken a program that reads them, or might, by what they pretend to be.
 
 A value that stops a process, hangs it or ends in a traceback belongs here, beside the test of its own.
 """

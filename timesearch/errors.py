@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 
+def _in_a_line(text: str) -> str:
+    """`text` with what steers a terminal, breaks a line or cannot be seen as escapes: foreign names may hold it."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class TimeSearchError(Exception):
-    """Base of all errors raised on purpose; its text is fit to be shown to a person as it is."""
+    """Base of all errors raised on purpose; its text is fit to be shown to a person as it is.
+
+    Args:
+        message: a sentence; what cannot be shown in a line is escaped.
+        end: lines to be shown below it, such as the end of a log.
+    """
+
+    def __init__(self, message: str = "", end: str = "") -> None:
+        super().__init__("\n".join(map(_in_a_line, [message, *end.splitlines()])))
 
 
 class RequestError(TimeSearchError):

@@ -179,12 +179,13 @@ class _Server:
             elif self._process.poll() is not None:
                 raise ServerError(
                     f"the {self._role} stopped with exit status {self._process.returncode} before it answered"
-                    f"{self._hint()}\nthe end of {self._log}:\n{self.tail()}"
+                    f"{self._hint()}",
+                    f"the end of {self._log}:\n{self.tail()}",
                 )
             if now - began > timeout:
                 raise ServerError(
-                    f"the {self._role} did not answer within {timeout:g} s: give {setting} more"
-                    f"\nthe end of {self._log}:\n{self.tail()}"
+                    f"the {self._role} did not answer within {timeout:g} s: give {setting} more",
+                    f"the end of {self._log}:\n{self.tail()}",
                 )
             if now > next_word:
                 self._say(f"{self._role}: loading, {timeout - (now - began):.0f} s left to answer")
