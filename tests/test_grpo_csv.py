@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -504,6 +504,18 @@ def test_generation_suppresses_all_vision_tokens(project: Path) -> None:
     tokenizer = train_stage.load_processor("runs/coldstart").tokenizer
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     assert set(kwargs["suppress_tokens"]) == set(tokenizer.convert_tokens_to_ids(list(names)))
+
+
+def test_an_answer_without_a_verdict_scores_0_and_is_counted(
+    play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def puzzled(self: Any, triples: Sequence[Any]) -> list[float | None]:
+        return [None if candidate == "red" else 1.0 for _, _, candidate in triples]
+
+    monkeypatch.setattr("timesearch.judge.client.RuleJudge.score_many", puzzled)
+    play([[ANSWER, BLUE]], steps=1, micro_batch=8)
+    (row,) = metrics()
+    assert row["unjudged"] == row["accuracy"] == 0.5
 
 
 def test_a_cut_episode_is_counted_and_masked_if_asked(play: Callable[..., Any]) -> None:

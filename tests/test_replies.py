@@ -18,6 +18,7 @@ from synthetic import make_video
 import timesearch.cli.inference as commands
 from timesearch.cli import main
 from timesearch.errors import RequestError, TemporaryError
+from timesearch.evaluation.evaluate import evaluate_files
 from timesearch.http import may_pass, request
 from timesearch.inference.ask import Asker
 from timesearch.inference.infer import Job, play
@@ -27,7 +28,7 @@ from timesearch.protocol import Completion
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.samples import Prediction, read_samples
 from timesearch.search.engine_openai import OpenAIPolicy
-from timesearch.settings import Judge, Settings
+from timesearch.settings import Evaluate, Judge, Settings
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,50 @@ def test_what_gives_no_verdict_is_said(server: ReplyServer, tmp_path: Path) -> N
         with pytest.raises(JudgeError if FAILING.get(kind) == "engine" else JudgeRefusedError) as caught:
             JudgeClient(judge).score("q", "a", "b")
         assert one_sentence(str(caught.value))
+
+
+def test_an_answer_without_a_verdict_is_left_out_and_the_others_count(
+    server: ReplyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the judge replies to one, once and again when the run is repeated."""
+    monkeypatch.setitem(REPLIES, "yes", ("answered", http(completion({"content": "1"}))))
+    judge = Judge(kind="server", url=server.at("yes"), model="tiny", cache=tmp_path / "verdicts", retry_for=0.0)
+    unread = [kind for kind, reason in FAILING.items() if reason != "engine"]
+    said = {f"plain-{number}": (f"cat {number}", "a cat") for number in range(len(unread) // 10 + 1)}
+    said |= {kind: (f"reply-as {kind}.", "a cat") for kind in unread} | {"again": ("a cat", f"reply-as {unread[0]}.")}
+    rows = [
+        {"id": name, "video": "v.mp4", "question": "?", "answer": "a cat", "predicted_answer": first, "reanswer": again}
+        for name, (first, again) in said.items()
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({**row, "type": "open_ended"}) + "\n" for row in rows))
+    for _ in range(2):
+        options = Evaluate(bootstrap=0, visual=False)
+        (method,) = evaluate_files({"p": path}, options, None, lambda: JudgeClient(judge))
+        for episode in method.episodes:
+            absent = {
+                name for name in ("qa_accuracy", "reanswer_accuracy", "completeness") if name not in episode.values
+            }
+            missing = (
+                {"qa_accuracy"} if episode.id in unread else {"reanswer_accuracy"} if episode.id == "again" else {}
+            )
+            assert absent == ({*missing, "completeness"} if missing else set())
+        assert {failure.item for failure in method.failures if failure.reason == "unjudged"} == {*unread, "again"}
+        assert method.metrics["qa_accuracy"] == 1.0
+
+
+def test_a_judge_that_stops_giving_verdicts_ends_the_command(
+    server: ReplyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REPLIES, "yes", ("answered", http(completion({"content": "1"}))))
+    judge = Judge(kind="server", url=server.at("yes"), model="tiny", cache=tmp_path / "verdicts")
+    client = JudgeClient(judge)
+    assert client.score("q", "a", "b") == 1.0
+    unread = [("q", "a", f"{number} reply-as page.") for number in range(11)]
+    assert asyncio.run(client.score_many(unread[:10])) == [None] * 10
+    for judging, candidate in ((client, unread[10]), (JudgeClient(judge), unread[0])):
+        with pytest.raises(JudgeRefusedError):
+            judging.score(*candidate)
 
 
 VERDICTS = {

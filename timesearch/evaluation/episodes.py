@@ -19,6 +19,7 @@ What is not as it should be is named, with a reason, and handled as follows:
 ``bad_group``          a value of a group that is a list of more than 100, or longer than 200 characters: left out of
                        that group; a group of more than 500 values is left out itself
 ``bad_answer``         the right answer names none of the options, or no interval: left out of the accuracy
+``unjudged``           the judge gave no verdict on an open-ended answer: left out of the accuracy
 ``missing_video``      the visual metrics need the video and it is not there (or why it cannot be read): left out of
                        them
 =====================  ==============================================================================================

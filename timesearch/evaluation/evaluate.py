@@ -88,22 +88,29 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
 def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
     """Ask the judge about all open-ended answers at once, then derive completeness."""
     waiting = [
-        (episode, metric, triple)
+        (method, episode, metric, triple)
         for method in methods
         for episode in method.episodes
         for metric, triple in episode.judged
     ]
+    unjudged = set()
     if waiting:
-        verdicts = asyncio.run(make().score_many([triple for _, _, triple in waiting]))
-        for (episode, metric, _), verdict in zip(waiting, verdicts, strict=True):
-            episode.values[metric] = verdict
+        verdicts = asyncio.run(make().score_many([triple for *_, triple in waiting]))
+        for (method, episode, metric, (*_, answer)), verdict in zip(waiting, verdicts, strict=True):
             episode.judged = ()
+            if verdict is not None:
+                episode.values[metric] = verdict
+                continue
+            del episode.values[metric]
+            unjudged.add((method.name, episode.id))
+            message = f"{episode.id}: the judge gave no verdict on the answer {answer[:80]!r}"
+            method.failures.append(Failure(episode.id, "unjudged", message))
     for method in methods:
         if not any("reanswer_accuracy" in episode.values for episode in method.episodes):
             continue
         for episode in method.episodes:
             right = episode.values.get("qa_accuracy", episode.values.get("grounding_iou"))
-            if right is not None:
+            if right is not None and (method.name, episode.id) not in unjudged:
                 again = episode.values.get("reanswer_accuracy", 0.0)
                 episode.values["completeness"] = completeness(right, again)
 

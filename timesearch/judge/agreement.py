@@ -33,7 +33,10 @@ class Labelled(BaseModel):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement over `rows` candidates; `disputed` are those on which judge and person differ, with the judge's say."""
+    """Agreement over `rows` candidates, without those on which the judge gave no verdict.
+
+    `disputed` are those on which judge and person differ, with the judge's say.
+    """
 
     rows: int
     accuracy: float
@@ -75,7 +78,8 @@ def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float:
 def measure(judge: JudgeClient | RuleJudge, rows: Sequence[Labelled]) -> Agreement:
     """Let a judge score labelled answers."""
     triples = [(row.question, row.reference, row.candidate) for row in rows]
-    verdicts = [int(score > 0.5) for score in asyncio.run(judge.score_many(triples))]
-    labels = [row.label for row in rows]
-    disputed = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.label != verdict]
-    return Agreement(len(rows), 1 - len(disputed) / len(rows), cohen_kappa(labels, verdicts), disputed)
+    scores = asyncio.run(judge.score_many(triples))
+    judged = [(row, int(score > 0.5)) for row, score in zip(rows, scores, strict=True) if score is not None]
+    disputed = [(row, verdict) for row, verdict in judged if row.label != verdict]
+    kappa = cohen_kappa([row.label for row, _ in judged], [verdict for _, verdict in judged])
+    return Agreement(len(judged), 1 - len(disputed) / len(judged), kappa, disputed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,10 @@ Triple = tuple[str, str, str]
 _PROMPT = Path(__file__).with_name("prompt.txt")
 _MARK = re.compile(r"\{(question|reference|candidate)\}")
 _MAX_TOKENS = 8
+_PATIENCE = 10
+"""Answers without a verdict that are borne for one verdict, and in a row; more, and the judge is taken for none."""
+
+logger = logging.getLogger(__name__)
 
 
 class JudgeError(TemporaryError):
@@ -41,7 +46,10 @@ class JudgeError(TemporaryError):
 
 
 class JudgeRefusedError(RequestError):
-    """The judge refuses a request or gives no verdict, and would again."""
+    """The judge refuses a request or gives no verdict, and would again.
+
+    It ends a command only if it is the judge's fault: if no verdict at all comes (`JudgeClient.score_many`).
+    """
 
 
 class RuleJudge:
@@ -51,8 +59,8 @@ class RuleJudge:
         """1.0 or 0.0 for one candidate."""
         return rule_judge(reference, candidate)
 
-    async def score_many(self, triples: Sequence[Triple]) -> list[float]:
-        """Scores in the order of `triples`."""
+    async def score_many(self, triples: Sequence[Triple]) -> list[float | None]:
+        """Scores in the order of `triples`, none of them None."""
         return [self.score(*triple) for triple in triples]
 
 
@@ -70,29 +78,26 @@ class JudgeClient:
         check_address(settings.url)
         self._settings = settings
         self._structured = True
+        self._patience = 0
         self._prompt = _PROMPT.read_text(encoding="utf-8")
         self._verdicts = Verdicts(project_folder() / settings.cache)
 
-    def score(self, question: str, reference: str, candidate: str) -> float:
-        """Score one candidate; not to be called inside a running event loop.
-
-        Raises:
-            JudgeError: the judge stays away.
-            JudgeRefusedError: it refuses the request, or answers with something else than a verdict.
-        """
+    def score(self, question: str, reference: str, candidate: str) -> float | None:
+        """Score one candidate as `score_many` does; not to be called inside a running event loop."""
         return asyncio.run(self.score_many([(question, reference, candidate)]))[0]
 
-    async def score_many(self, triples: Sequence[Triple]) -> list[float]:
+    async def score_many(self, triples: Sequence[Triple]) -> list[float | None]:
         """Score candidates, `settings.concurrency` at a time, each distinct one once.
 
         An empty candidate, or one longer than `settings.max_candidate_chars`, scores 0 unasked.
 
         Returns:
-            1.0 or 0.0 for each, in the order of `triples`.
+            1.0 or 0.0 for each, in the order of `triples`; None where the judge refused the question, or answered with
+            something else than a verdict, while it gave verdicts on others.
 
         Raises:
             JudgeError: the judge stays away.
-            JudgeRefusedError: it refuses the request, or answers with something else than a verdict.
+            JudgeRefusedError: it has given no verdict yet, or none on too many (`_PATIENCE`).
         """
         import httpx
 
@@ -110,9 +115,17 @@ class JudgeClient:
                     self._verdicts.put(self._key(triple), verdict)
 
                 ended = await asyncio.gather(*map(one, missing), return_exceptions=True)
-            if errors := [error for error in ended if error is not None]:
+            refused = [error for error in ended if isinstance(error, JudgeRefusedError)]
+            # Verdicts from the disk count too: a run repeated must end as it did.
+            self._patience = min(_PATIENCE, self._patience + _PATIENCE * len(verdicts) - len(refused))
+            errors = [error for error in ended if error is not None and not isinstance(error, JudgeRefusedError)]
+            if self._patience < 0:
+                errors += refused
+            if errors:
                 raise min(errors, key=lambda error: isinstance(error, TemporaryError))
-        return [verdicts.get(triple, 0.0) for triple in triples]
+            if refused:
+                logger.warning("no verdict on %d of %d answers: %s", len(refused), len(missing), refused[0])
+        return [verdicts.get(triple, None if triple in asked else 0.0) for triple in triples]
 
     def _key(self, triple: Triple) -> str:
         return json_digest([*triple, self._settings.model, self._prompt])

@@ -334,7 +334,7 @@ def _teacher(options: ColdStart) -> tuple[str, str]:
 
 
 def _judge_answers(settings: Settings, samples: Sequence[Sample], file: Path) -> None:
-    """Record the judge's verdict on each open-ended answer in `file` that has none yet."""
+    """Record the judge's verdict on each open-ended answer in `file` that has none yet; 0 where it gave none."""
     from timesearch.judge.client import make_judge
     from timesearch.judge.server import judge_server
 
@@ -348,5 +348,5 @@ def _judge_answers(settings: Settings, samples: Sequence[Sample], file: Path) ->
     with judge_server(settings.judge, say=console.print):
         verdicts = asyncio.run(make_judge(settings.judge).score_many(triples))
     for (row, _), verdict in zip(open_ended, verdicts, strict=True):
-        row["rewards"] = {**(row.get("rewards") or {}), "accuracy": verdict}
+        row["rewards"] = {**(row.get("rewards") or {}), "accuracy": verdict or 0.0}
     write_jsonl(file, rows)

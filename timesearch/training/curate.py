@@ -131,15 +131,18 @@ def _play(
 
 
 def _solved(predictions: Sequence[Prediction], settings: Settings) -> dict[str, bool]:
-    """Whether each episode's answer is right; episodes that failed are left out."""
+    """Whether each episode's answer is right; episodes that failed or got no verdict are left out."""
     played = [(row, final_answer(row.prediction)) for row in predictions if row.error is None]
     triples = sorted({(row.question, row.answer, said) for row, said in played if said and row.type == "open_ended"})
     scores = dict(zip(triples, asyncio.run(make_judge(settings.judge).score_many(triples)), strict=True))
     right = {}
     for row, said in played:
+        score = scores.get((row.question, row.answer, said or ""), 0.0)
+        if score is None:
+            continue
 
-        def verdict(reference: str, candidate: str, question: str = row.question) -> float:
-            return scores[question, reference, candidate]
+        def verdict(reference: str, candidate: str, score: float = score) -> float:
+            return score
 
         right[row.id] = accuracy(said, row.answer, row.type, judge=verdict) > 0.5
     return right

@@ -35,8 +35,8 @@ RESAMPLES = 2
 class Judge(Protocol):
     """What the reward needs of a judge."""
 
-    async def score_many(self, triples: Sequence[tuple[str, str, str]]) -> list[float]:
-        """Scores in [0, 1] of (question, reference answer, candidate answer)."""
+    async def score_many(self, triples: Sequence[tuple[str, str, str]]) -> Sequence[float | None]:
+        """Scores in [0, 1] of (question, reference answer, candidate answer); None where there is no verdict."""
         ...
 
 
@@ -108,7 +108,7 @@ class GRPOCSVTrainer(RolloutTrainer):
             row = episode.row
 
             def verdict(reference: str, candidate: str, question: str = row["question"]) -> float:
-                return judged[question, reference, candidate]
+                return judged[question, reference, candidate] or 0.0
 
             episode.scores = score_episode(
                 episode.messages, row["answer"], row["type"], episode.reanswer, judge=verdict
@@ -116,8 +116,10 @@ class GRPOCSVTrainer(RolloutTrainer):
             episode.scores["reanswer_accuracy"] = accuracy(episode.reanswer, row["answer"], row["type"], judge=verdict)
         for name, value in episode_metrics(self.episodes).items():
             log_metric(name, value)
+        log_metric("unjudged", sum(score is None for score in judged.values()) / max(1, len(judged)))
 
-    async def _judge_answers(self) -> dict[tuple[str, str, str], float]:
+    async def _judge_answers(self) -> dict[tuple[str, str, str], float | None]:
+        """Verdicts on the batch's distinct open-ended answers; one without a verdict counts as wrong."""
         triples = sorted(
             {
                 (episode.row["question"], episode.row["answer"], candidate)

@@ -48,6 +48,7 @@ EPISODE_NAMES = (
     "frames",
     "ill_formed",
     "truncated",
+    "unjudged",
     "replaced",
 )
 
