@@ -15,12 +15,13 @@ from evaluated import OPTIONS, make_project, sample_row, searching, write_video
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_metric
+from synthetic import make_video
 from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
 from timesearch.cli import main
 from timesearch.errors import RequestError
 from timesearch.evaluation import frames
-from timesearch.evaluation.episodes import Values
+from timesearch.evaluation.episodes import Values, frame_times
 from timesearch.evaluation.evaluate import evaluate_files, files_by_name, run, tracked_metrics, write_evaluation
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
@@ -611,6 +612,18 @@ def test_times_and_spans_that_are_none_of_the_video_are_named(tmp_path: Path) ->
     assert reasons["invalid_row"] == ["negative length", "letters", "huge", "nul", "line 12"]
     assert reasons["unknown_frame_rate"] == ["name"]
     assert (metrics["episodes"], metrics["span_coverage"]) == (7, 1.0)
+
+
+def test_frame_numbers_count_on_where_a_second_recording_is_joined(tmp_path: Path) -> None:
+    for kind, codec in (("ts", "libx264"), ("vob", "mpeg2video")):
+        one = make_video(tmp_path / f"one.{kind}", "-c:v", codec, seconds=2, size="160x96")
+        joined = tmp_path / f"joined.{kind}"
+        joined.write_bytes(one.read_bytes() * 3)
+        times = frame_times(joined)
+        assert len(times) == 150
+        assert np.diff(times) == pytest.approx(0.04, abs=1e-3)
+    still = make_video(tmp_path / "still.mkv", "-c:v", "libx264", "-bsf:v", "setts=ts=0", seconds=2, size="160x96")
+    assert len(frame_times(still)) == 0
 
 
 def test_a_frame_number_stands_for_the_time_at_which_it_is_shown(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 import os
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ _SAME = 0.0005
 _LONGEST_PATH = 4096
 """Bytes of a path, at most, on Linux."""
 
+_TIMES_HELD = 8_000_000
+"""Presentation times that are held for the next episodes: 64 MB, those of 74 hours at 30 frames a second."""
 _GROUPS_OF_ONE = 100
 """Values of one group that an episode may have."""
 _GROUP_CHARS = 200
@@ -160,7 +163,7 @@ class Videos:
     def __init__(self, root: Path | str | None) -> None:
         self._root = Path(root) if root else None
         self._known: dict[str, tuple[Path, float | None, float | None] | ItemError] = {}
-        self._times: dict[str, np.ndarray] = {}
+        self._times: OrderedDict[str, np.ndarray] = OrderedDict()
 
     def __bool__(self) -> bool:
         return self._root is not None
@@ -193,6 +196,9 @@ class Videos:
         path = self.path(video)
         if video not in self._times:
             self._times[video] = frame_times(path)
+            while len(self._times) > 1 and sum(map(len, self._times.values())) > _TIMES_HELD:
+                self._times.popitem(last=False)
+        self._times.move_to_end(video)
         return self._times[video]
 
     def duration(self, video: str) -> float | None:
@@ -249,10 +255,12 @@ def _header(path: Path) -> tuple[float | None, float | None]:
 def frame_times(path: Path) -> np.ndarray:
     """Presentation times (s) of a video's frames in the order in which they are shown, from the first frame on.
 
-    They are read off the packets, without decoding: at a variable rate a frame's number says nothing of its time.
+    They are read off the packets, without decoding: at a variable rate a frame's number says nothing of its time. Where
+    the clock goes back (two recordings in one file), what follows goes on one frame after what was before.
 
     Returns:
-        Shape (n,) float64; empty where packets carry no such time (AVI, raw streams: their rate is constant).
+        Shape (n,) float64; empty where packets carry no such time (AVI, raw streams: their rate is constant), or all
+        carry one and the same.
     """
     import av
 
