@@ -622,8 +622,6 @@ def test_frame_numbers_count_on_where_a_second_recording_is_joined(tmp_path: Pat
         times = frame_times(joined)
         assert len(times) == 150
         assert np.diff(times) == pytest.approx(0.04, abs=1e-3)
-    still = make_video(tmp_path / "still.mkv", "-c:v", "libx264", "-bsf:v", "setts=ts=0", seconds=2, size="160x96")
-    assert len(frame_times(still)) == 0
 
 
 def test_a_frame_number_stands_for_the_time_at_which_it_is_shown(tmp_path: Path) -> None:

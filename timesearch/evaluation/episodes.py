@@ -259,8 +259,7 @@ def frame_times(path: Path) -> np.ndarray:
     the clock goes back (two recordings in one file), what follows goes on one frame after what was before.
 
     Returns:
-        Shape (n,) float64; empty where packets carry no such time (AVI, raw streams: their rate is constant), or all
-        carry one and the same.
+        Shape (n,) float64; empty where packets carry no such time (AVI, raw streams: their rate is constant).
     """
     import av
 
@@ -279,8 +278,6 @@ def frame_times(path: Path) -> np.ndarray:
         if info.clock.ordered or any(pts is None for pts, _ in packets):
             return np.empty(0)
         stamps = np.sort(np.array([pts for pts, discarded in packets if not discarded], dtype=np.float64))
-        if stamps.size > 1 and stamps[0] == stamps[-1]:
-            return np.empty(0)  # a clock that stands still tells no time
         times = stamps * float(stream.time_base or 1) - info.start
         return times[times > -_SAME]  # frames before the first one that decodes are not shown
 
