@@ -74,7 +74,7 @@ def test_features_on_ray(tmp_path: Path) -> None:
             return np.stack([np.asarray(image, np.float32).mean(axis=(0, 1)) for image in images])
 
         def encode_prepared(self, batch: np.ndarray) -> np.ndarray:
-            return np.append(batch, np.full((len(batch), 1), os.getpid() != here), axis=1)
+            return np.eye(4, dtype=np.float32)[[3 if os.getpid() != here else 0] * len(batch)]
 
     here = os.getpid()
     make_frame_cache(make_video(tmp_path / "a.mp4", seconds=2), tmp_path / "a.frames", Frames())

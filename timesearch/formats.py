@@ -45,6 +45,8 @@ _LONGVIDEOBENCH_FIELDS = (
 _LISTED_LETTER = re.compile(r"\s*+[(\[]?([A-Za-z])\s*+[)\].:]\s*+")
 _MARK = re.compile(r"([(\[]?)([A-Za-z])([)\].:])")
 _SEPARATORS = ";,|/"
+_LONGEST = 20_000
+"""Characters of a question with its options, at most: in a longer text no letters are looked for."""
 _CLOCK = re.compile(r"(?:(\d{1,4}):)?(\d{1,4}):(\d{1,2})(?:[.,](\d{1,3})(?![\d:]))?(?![\d:])")
 _TO = re.compile(r"\s?(?:-|–|—|~|to)\s?")
 _NEXT = re.compile(r"(?:[\s,;&]|and\b)*+")
@@ -203,14 +205,17 @@ def _lettered(text: str) -> tuple[str, list[str]] | None:
     Raises:
         UnreadableError: letters may be read as marks in more than one way.
     """
+    if len(text) > _LONGEST:
+        return None
     marks = [
         _Mark(match.start(), match.end(), ord(match[2].upper()) - ord("A"), (match[1], match[3], match[2].isupper()))
         for match in _MARK.finditer(text)
         if (match[1], match[3]) in (("(", ")"), ("[", "]")) or (not match[1] and match[3] != "]")
     ]
     apart = [mark for mark in marks if _stands_apart(text, mark)]
-    leading = [mark for mark in apart if not text[text.rfind("\n", 0, mark.start) + 1 : mark.start].strip()]
-    joined = [mark for mark in marks if mark.style[0] or (mark in apart) or text[mark.end : mark.end + 1].isalnum()]
+    leading = _leading(text, apart)
+    alone = {mark.start for mark in apart}
+    joined = [m for m in marks if m.style[0] or m.start in alone or text[m.end : m.end + 1].isalnum()]
     joined = [mark for mark in joined if mark.style[0] or not text[mark.start - 1 : mark.start].isalnum()]
     for candidates in (leading, apart, joined):
         chains = [
@@ -235,6 +240,18 @@ def _lettered(text: str) -> tuple[str, list[str]] | None:
     return None
 
 
+def _leading(text: str, marks: Sequence[_Mark]) -> list[_Mark]:
+    """The marks before which their line is blank: on each line it can only be the first."""
+    found: list[_Mark] = []
+    line, looked_at = 0, -1
+    for mark in marks:
+        line = max(line, text.rfind("\n", line, mark.start) + 1)
+        if line != looked_at and not text[line : mark.start].strip():
+            found.append(mark)
+        looked_at = line
+    return found
+
+
 def _stands_apart(text: str, mark: _Mark) -> bool:
     """Whether a mark stands between spaces, as a word does."""
     before, after = text[mark.start - 1 : mark.start] if mark.start else "", text[mark.end : mark.end + 1]
@@ -251,7 +268,7 @@ def _chain(marks: Sequence[_Mark], text: str) -> list[_Mark]:
     reached: list[int] = []
     for mark in marks:
         reached.append(ways[mark.letter - 1] if mark.letter else 1)
-        ways[mark.letter] += reached[-1]
+        ways[mark.letter] = min(2, ways[mark.letter] + reached[-1])  # whether there are several is all that counts
     count = next((letter for letter, way in enumerate(ways) if not way), len(LETTERS))
     if count > 1 and ways[count - 1] > 1:
         raise UnreadableError(f"its options can be told apart in several ways: {text.strip()[:80]!r}")
