@@ -57,8 +57,8 @@ data: .venv/.synced  ## Put data/ and pretrained/pocket, as they are now, under 
 ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left
 	@echo "Prefect http://127.0.0.1:4200   MLflow http://127.0.0.1:5000   Ctrl-C stops both"
 	@trap 'kill 0' EXIT; \
-	PREFECT_HOME=$(CURDIR)/.prefect PREFECT_API_URL= $(RUN) prefect server start & \
-	$(RUN) mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 & wait
+	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_SERVER_MEMO_STORE_PATH="$(CURDIR)/.prefect/memo_store.toml" PREFECT_API_URL= $(RUN) prefect server start & \
+	MLFLOW_DISABLE_TELEMETRY=true $(RUN) mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 & wait
 
 worker: .venv/.synced  ## Work pool, limits, deployments, and a worker that serves them
 	$(RUN) prefect work-pool create timesearch --type process --overwrite

@@ -6,10 +6,11 @@ prefect deployment run 'pipeline/pocket' --watch       on a worker
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL
+from rich.console import Console
 
+from tasks import live
 from tasks.artifacts import show_plan, show_results
 from tasks.judge import asks_judge, judge
 from tasks.outage import AWAY, is_back
@@ -77,6 +80,7 @@ def run_stages(
         settings = _anchored(load_settings(tree / "params.yaml"), tree)
         stale = stale_stages(tree, stages, logger.info)
         show_plan(stale, stages)
+        live.TABLE.plan(stages)
         fresh = stages[: stages.index(stale[0])] if stale else stages
         env = {"MLFLOW_TRACKING_URI": tracking_uri(settings)}
         if stale:
@@ -119,7 +123,8 @@ def _bring(stage: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> bool:
     logger = get_run_logger()
     for _ in range(2):
         try:
-            return bool(TASKS[stage](tree, fresh, env))
+            state: Any = TASKS[stage](tree, fresh, env)  # as a task's own return value, Prefect hands it back
+            return bool(state.result())
         except AWAY as error:
             logger.warning("Prefect does not answer (%s): %s waits for it", redact(str(error)), stage)
         if not is_back():
@@ -143,11 +148,22 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
     )
 
 
+_WELCOME = (
+    "The whole pipeline at pocket size: videos are made and fetched, frames and features cached, a policy is "
+    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 8 "
+    "minutes on two cores, and once all is up to date half a minute. All of it stays in this folder, but for checksums "
+    "of files in ~/.cache/timesearch. Ctrl-C stops it, and the same command goes on.\n"
+)
+
+
 def main() -> None:
     """Run the pipeline here, and close with its table."""
+    terminal = Console(stderr=True)
+    terminal.print(_WELCOME, highlight=False)
     try:
         _start_server()
-        done = pipeline()
+        with live.shown(terminal) if terminal.is_terminal else nullcontext():
+            done = pipeline()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -155,8 +171,17 @@ def main() -> None:
         print(f"\ntimesearch: {redact(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     made = ", ".join(done["ran"]) or "nothing, all was up to date"
-    print(f"\n{done['table']}\nmade: {made}")
-    print("report: results/report.html; pages of this run: make ui; figures: uv run dvc metrics show")
+    print(f"\n{done['table']}\nmade: {made}\n\nNext:")
+    uv = "uv" if shutil.which("uv") else ".uv/bin/uv"
+    video = Path("cache/videos/demo/test/1000.mp4")
+    asked = f'{uv} run timesearch ask {video} "What colour is the heart?"'
+    for what, command in (
+        ("every episode, in a browser", "results/report.html"),
+        *([("ask the trained policy", asked)] if video.is_file() else []),
+        ("Prefect's and MLflow's pages of this run", "make ui"),
+        ("another value, compared", f"{uv} run dvc exp run -S evaluate.bootstrap=200 && {uv} run dvc exp show"),
+    ):
+        print(f"  {what:42}{command}")
 
 
 def _start_server() -> None:

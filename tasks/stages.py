@@ -19,6 +19,7 @@ from prefect.states import Completed
 from prefect.tasks import Task, exponential_backoff
 
 from tasks.artifacts import Progress
+from tasks.live import TABLE
 from tasks.reproduce import StageFailedError, reproduce
 from timesearch.video.download import TRY_AGAIN
 
@@ -45,8 +46,19 @@ def _stage(name: str, tree: Path, fresh: bool, env: Mapping[str, str]) -> State[
     began = time.monotonic()
     ran = False
     if not fresh:
-        with Progress(name) as progress:
-            ran = reproduce(name, tree, line=logger.info, progress=progress.show, env=env)
+        TABLE.begin(name)
+
+        def show(percent: float) -> None:
+            TABLE.move(name, percent)
+            progress.show(percent)
+
+        try:
+            with Progress(name) as progress:
+                ran = reproduce(name, tree, line=logger.info, progress=show, env=env)
+        except BaseException:
+            TABLE.end(name, "failed")
+            raise
+    TABLE.end(name, "done" if ran else "up to date")
     if not ran:
         logger.info("%s is up to date", name)
         return Completed(name="UpToDate", message="DVC found nothing changed", data=False)

@@ -15,15 +15,16 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
 from tasks.reproduce import dvc
 from timesearch.errors import RequestError, TimeSearchError
 from timesearch.files import write_text
 from timesearch.redaction import redact
-from timesearch.settings import Settings, load_settings
+from timesearch.settings import Section, Settings, load_settings
 
 FOLDER = ".workspaces"
 
@@ -34,6 +35,10 @@ _STATE = ("params.yaml", "dvc.yaml", "dvc.lock", *_DATA)
 _CODE = ("timesearch", "configs")
 """What a stage's command runs from its tree; flows and tasks are always the checkout's."""
 _PARAMETER = re.compile(r"[a-z_]++(\.[a-z_]++)*+")
+_WORDS = frozenset(
+    {"profile", "train.loss_type", "train.rewards", "search.dialect", "infer.baselines", "evaluate.groups"}
+)
+"""Parameters of text that are words of this project or of TRL, and lead nowhere."""
 
 
 @contextmanager
@@ -58,11 +63,13 @@ def workspace(
         warn: told of uncommitted code, which the workspace does not have.
 
     Raises:
-        RequestError: an unknown parameter, a wrong value, or an unknown revision; nothing is left behind.
+        RequestError: an unknown parameter, one that a run may not change, a wrong value, or an unknown revision;
+            nothing is left behind.
     """
     if not overrides and revision is None:
         yield checkout
         return
+    _refuse_protected(overrides, load_settings(checkout / "params.yaml").overridable)
     tree = checkout / FOLDER / uuid.uuid4().hex[:12]
     try:
         _open(checkout, tree, revision, overrides)
@@ -82,6 +89,39 @@ def workspace(
     say(f"kept in {kept}: dvc.lock and params.yaml, with which `dvc checkout` brings back what this run made")
 
 
+def is_protected(name: str) -> bool:
+    """Whether a parameter is text of any content: a command, path, address or model, which may start a program, write
+    a file, or send data and keys away. Numbers, switches and choices do nothing of that kind."""
+    section: type[BaseModel] = Settings
+    parts = name.split(".")
+    for depth, part in enumerate(parts, 1):
+        field = section.model_fields.get(part)
+        if field is None:
+            return False  # there is none of this name
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return ".".join(parts[:depth]) not in _WORDS and _takes_text(field.annotation)  # what lies in it, too
+        section = field.annotation
+    return False
+
+
+def _takes_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return False
+    inner = get_args(annotation)
+    if inner:
+        return any(_takes_text(part) for part in inner)
+    return annotation is Any or (isinstance(annotation, type) and issubclass(annotation, str | bytes | Path))
+
+
+def _refuse_protected(overrides: Mapping[str, Any], overridable: Sequence[str]) -> None:
+    refused = [name for name in overrides if name not in overridable and is_protected(name)]
+    if refused:
+        raise RequestError(
+            f"a run may not change {', '.join(refused)}, for a command, path, address or model is more than a value: "
+            "change params.yaml itself, or list there under 'overridable' what runs may change"
+        )
+
+
 def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with dotted names set.
 
@@ -94,7 +134,7 @@ def overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str
         *sections, last = name.split(".")
         for section in sections:
             at = at.get(section) if isinstance(at, dict) else None
-        if not _PARAMETER.fullmatch(name) or not isinstance(at, dict) or last not in at:
+        if not _PARAMETER.fullmatch(name) or not isinstance(at, dict) or last not in at or isinstance(at[last], dict):
             raise RequestError(f"unknown parameter {name!r}: names are those of params.yaml, such as train.steps")
         at[last] = value
     return known

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +89,30 @@ class Prefect:
             self.log.read_text()[-6000:]
         )
 
-    def api(self, path: str, **body: Any) -> Any:
+    def _ask(self, method: str, path: str, **options: Any) -> Any:
         """Ask the API; 503 says that SQLite was busy, and to try again."""
         while True:
-            answer = httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=body, timeout=60)
+            answer = httpx.request(method, f"{self.env['PREFECT_API_URL']}/{path}", timeout=60, **options)
             if answer.status_code != 503:
-                answer.raise_for_status()
-                return answer.json()
+                return answer.raise_for_status().json()
             time.sleep(1)
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """What the API wants to see of a script that asks by POST."""
+        token = self._ask("GET", "csrf-token", params={"client": "test"})["token"]
+        return {"Prefect-Csrf-Client": "test", "Prefect-Csrf-Token": token}
+
+    def api(self, path: str, **body: Any) -> Any:
+        return self._ask("POST", path, json=body, headers=self.headers)
+
+    def deployment(self, name: str) -> str:
+        """A deployment's id."""
+        return str(self._ask("GET", f"deployments/name/{name}")["id"])
 
     def start_run(self, deployment: str, **body: Any) -> str:
         """Start a run as scripts and agents do; its id."""
-        found = httpx.get(f"http://127.0.0.1:{self.port}/api/deployments/name/{deployment}", timeout=60)
-        return str(self.api(f"deployments/{found.json()['id']}/create_flow_run", **body)["id"])
+        return str(self.api(f"deployments/{self.deployment(deployment)}/create_flow_run", **body)["id"])
 
     def state(self, flow_run: str) -> str:
         """The type of a flow run's state; empty while the server does not answer."""

@@ -19,11 +19,11 @@ from flows.pipeline import Stage, pipeline
 from tasks.judge import asks_judge
 from tasks.reproduce import STAGES, StageFailedError, reproduce, stale_stages
 from tasks.stages import TASKS, download
-from tasks.workspace import overridden, workspace
+from tasks.workspace import is_protected, overridden, workspace
 from timesearch.errors import RequestError
 from timesearch.judge.client import Verdicts
 from timesearch.profiles import load_profile, profile_names, render
-from timesearch.settings import Judge, Settings, load_settings
+from timesearch.settings import Judge, Section, Settings, load_settings
 from timesearch.video.download import TRY_AGAIN
 
 
@@ -256,6 +256,10 @@ def test_a_workspace_is_kept_when_the_run_fails(here: Path) -> None:
     [
         ({"train.speed": 1}, None, "unknown parameter 'train.speed'"),
         ({"train.steps": "many"}, None, "parameter 'train.steps'"),
+        ({"train": None}, None, "unknown parameter 'train'"),
+        ({"train.steps": 7, "judge.command": ["touch", "made"]}, None, "a run may not change judge.command, for"),
+        ({"judge.command": ["touch", "made"]}, "HEAD", "a run may not change judge.command, for"),
+        ({"overridable": ["judge.command"], "judge.command": []}, None, "may not change overridable, judge.command"),
         ({}, "no-such-branch", "'no-such-branch' is no revision"),
         ({}, "--help", "'--help' is no revision"),
     ],
@@ -266,6 +270,35 @@ def test_a_wrong_workspace_is_refused_and_leaves_nothing(
     with pytest.raises(RequestError, match=re.escape(says)), workspace(here, overrides, revision, print, print):
         pass
     assert {path.name for path in (here / ".workspaces").glob("*")} <= {"done"}
+
+
+def test_a_run_may_change_values_and_what_the_checkout_allows_and_no_command_path_address_or_model(here: Path) -> None:
+    names = {f"{section}.{name}" for section, values in Settings() if isinstance(values, Section) for name, _ in values}
+    protected = {name for name in {*Settings.model_fields, *names} if is_protected(name)}
+    assert protected == {
+        "overridable", *(f"paths.{name}" for name in Settings().paths.model_dump()),
+        "models.encoder", "models.pretrained", "models.policy", "frames.ray_address", "features.url",
+        "features.ray_address", "search.prompts", "search.tools", "coldstart.traces", "coldstart.teacher_url",
+        "coldstart.teacher_model", "train.vllm_url", "judge.url", "judge.model", "judge.command", "judge.cache",
+        "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "tracking.uri", "tracking.experiment",
+    }  # fmt: skip
+    for name in ("", ".", "judge", "judge.", "judge..command", "train.steps.x", "Judge.command"):
+        assert not is_protected(name)  # and no parameter
+    assert is_protected("judge.command.0")
+    assert not is_protected("train.rewards.completeness")
+    params = here / "params.yaml"
+    before = params.read_text()
+    params.write_text(before.replace("overridable: []", "overridable: [search.prompts]"))
+    try:
+        with workspace(here, {"search.prompts": "default"}, None, print, print) as tree:
+            assert load_settings(tree / "params.yaml").search.prompts == "default"
+        with (
+            pytest.raises(RequestError, match=r"may not change infer\.log, for"),
+            workspace(here, {"infer.log": "x", "search.prompts": "default"}, None, print, print),
+        ):
+            pass
+    finally:
+        params.write_text(before)
 
 
 def test_overrides_set_what_they_name_and_nothing_else() -> None:

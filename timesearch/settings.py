@@ -270,6 +270,11 @@ class Settings(Section):
 
     profile: str = "pocket"
     seed: int = Field(0, ge=0, lt=2**32)
+    overridable: list[str] = Field(
+        default_factory=list,
+        description="commands, paths, addresses and models that an override of a flow run may change too, such as "
+        "search.prompts; the others it may not",
+    )
     paths: Paths = Field(default_factory=Paths)
     download: Download = Field(default_factory=Download)
     models: Models = Field(default_factory=Models)

@@ -249,6 +249,7 @@ class Run:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would write into the home folder
         import mlflow
 
         for noisy in ("alembic", "mlflow.store.db.utils"):

@@ -76,8 +76,11 @@ def demo() -> None:
     """Run the whole pipeline as a Prefect flow, with a Prefect home inside the project."""
     if not Path("flows/pipeline.py").is_file() or not Path("params.yaml").is_file():
         raise RequestError("no flows/pipeline.py and params.yaml here: run in the project folder")
+    home = Path(".prefect").absolute()
+    home.mkdir(exist_ok=True)
     ours = {
-        "PREFECT_HOME": str(Path(".prefect").absolute()),
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(home / "memo_store.toml"),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "600",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
