@@ -250,7 +250,7 @@ def quality(clips: Path) -> list[dict[str, Any]]:
     from PIL import Image
     from skimage.metrics import structural_similarity
 
-    from timesearch.errors import ItemError
+    from timesearch.base.errors import ItemError
     from timesearch.settings import Frames
     from timesearch.video.probe import probe, smart_size
     from timesearch.video.sampling import PIXELS, ffmpeg_command, sample_jpegs

@@ -28,9 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from timesearch.evaluation.evaluate import evaluate_files, write_evaluation
+from timesearch.data.rows import read_samples
+from timesearch.evaluation.results import write_evaluation
+from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.visual import Mode, ssim_matrix
-from timesearch.samples import read_samples
 from timesearch.settings import Evaluate
 
 GROUND_TRUTH, SEARCHED, TURNS = 5, 30, 4

@@ -55,17 +55,17 @@ import httpx
 import numpy as np
 from rich.console import Console
 
+from timesearch.base.replies import Completion
+from timesearch.base.servers import model_server
+from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.infer import Job, play
 from timesearch.pocket.filesystem import encode
 from timesearch.pocket.world import SHAPES, make_scene, question
-from timesearch.protocol import Completion
 from timesearch.retrieval.features import make_feature_cache
-from timesearch.samples import Prediction, Sample
 from timesearch.search.checkpoint import load_processor
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.search.episode import Step, run_episode
 from timesearch.search.search import Search
-from timesearch.servers import model_server
 from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache
 

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from timesearch.files import write_json, write_jsonl
+from timesearch.base.files import write_json, write_jsonl
 from timesearch.pocket.world import make_scene
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
@@ -157,7 +157,7 @@ def chain(bench: Bench, world: str, seed: int) -> None:
 
 def score(bench: Bench, world: str) -> dict[str, np.ndarray]:
     """Values of each method's episodes: shape (seeds, questions, columns)."""
-    from timesearch.evaluation.evaluate import evaluate_files
+    from timesearch.evaluation.scoring import evaluate_files
     from timesearch.settings import Evaluate
 
     scores: dict[str, np.ndarray] = {}

@@ -34,8 +34,8 @@ import httpx
 import imageio_ffmpeg
 import numpy as np
 
+from timesearch.data.messages import Message
 from timesearch.inference.ask import Asker
-from timesearch.messages import Message
 from timesearch.search.policy import Reply
 from timesearch.serve.api import listen, make_app
 from timesearch.settings import Settings

@@ -27,8 +27,8 @@ from tasks.outage import AWAY, is_back
 from tasks.reproduce import STAGES, reproduce, stale_stages
 from tasks.stages import TASKS
 from tasks.workspace import workspace
-from timesearch.errors import TimeSearchError
-from timesearch.redaction import redact
+from timesearch.base.errors import TimeSearchError
+from timesearch.base.redaction import redact
 from timesearch.settings import Settings, load_settings
 from timesearch.tracking import PARENT_RUN, lock_tags, parent_run, tracking_uri
 

@@ -14,7 +14,7 @@ import httpx
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 
-from timesearch.redaction import redact
+from timesearch.base.redaction import redact
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from tasks.outage import AWAY
+from timesearch.data.rows import read_samples
 from timesearch.judge.server import judge_server
-from timesearch.samples import read_samples
 from timesearch.settings import Judge, Settings
 
 

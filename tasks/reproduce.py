@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from timesearch.errors import TimeSearchError
-from timesearch.processes import start_guarded, stop
-from timesearch.redaction import redact
+from timesearch.base.errors import TimeSearchError
+from timesearch.base.processes import start_guarded, stop
+from timesearch.base.redaction import redact
 
 STAGES = ("download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate")
 

@@ -21,9 +21,9 @@ import yaml
 from pydantic import BaseModel
 
 from tasks.reproduce import dvc
-from timesearch.errors import RequestError, TimeSearchError
-from timesearch.files import write_text
-from timesearch.redaction import redact
+from timesearch.base.errors import RequestError, TimeSearchError
+from timesearch.base.files import write_text
+from timesearch.base.redaction import redact
 from timesearch.settings import Section, Settings, load_settings
 
 FOLDER = ".workspaces"

@@ -9,7 +9,7 @@ from typing import Any
 import av
 import numpy as np
 
-from timesearch.files import write_jsonl
+from timesearch.base.files import write_jsonl
 from timesearch.settings import Frames, Settings
 
 SECONDS, RATE = 20, 5

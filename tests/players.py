@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scripted import OracleEncoder, _write_caches, make_settings
 
-from timesearch.messages import Message, text_of
+from timesearch.data.messages import Message, text_of
+from timesearch.data.samples import Sample
 from timesearch.pocket.world import make_scene, question
-from timesearch.samples import Sample
 from timesearch.search.policy import Reply
 from timesearch.search.search import Search
 from timesearch.settings import Settings

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from timesearch.files import file_digest, inside
+from timesearch.base.files import file_digest, inside
 from timesearch.pocket.world import SHAPES, make_scene, question
 from timesearch.settings import Frames, Settings
 

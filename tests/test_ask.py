@@ -15,8 +15,8 @@ from synthetic import make_video
 
 import timesearch.cli.inference as commands
 from timesearch.cli import main
+from timesearch.data.messages import Message, text_of
 from timesearch.inference.ask import Asker, contact_sheet, default_cache
-from timesearch.messages import Message, text_of
 from timesearch.search.policy import EngineError
 from timesearch.settings import Settings
 
@@ -185,7 +185,7 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
 
 
 def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:
-    from timesearch.errors import RequestError
+    from timesearch.base.errors import RequestError
 
     with pytest.raises(RequestError, match="no frame was searched"):
         contact_sheet(None, [], tmp_path / "sheet.png")  # type: ignore[arg-type]

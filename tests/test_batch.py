@@ -13,8 +13,8 @@ from PIL.Image import Image
 from synthetic import make_video
 
 from timesearch import FeatureCache, FrameCache
-from timesearch.batch import Made, run_batch
-from timesearch.errors import ItemError
+from timesearch.base.batch import Made, run_batch
+from timesearch.base.errors import ItemError
 from timesearch.retrieval.features import cache_features
 from timesearch.settings import Features, Frames
 from timesearch.video.frames import cache_frames, make_frame_cache

@@ -22,28 +22,29 @@ from players import MeanColour, Puppet, answer_turn, build_library, new_search, 
 from scripted import OracleEncoder
 from synthetic import make_video
 
-from timesearch.batch import Failure
-from timesearch.errors import TimeSearchError
+from timesearch.base.batch import Failure
+from timesearch.base.errors import TimeSearchError
+from timesearch.base.files import inside
+from timesearch.base.http import BadReplyError, RefusedError, request_now
+from timesearch.base.redaction import redact
+from timesearch.base.replies import Embeddings
+from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
+from timesearch.data.messages import Message, exchanges, final_answer, neutralise, parse_turn, text_of
+from timesearch.data.rows import read_samples
 from timesearch.evaluation.episodes import Scorer, Videos, read_predictions
 from timesearch.evaluation.qa import parse_choice
-from timesearch.files import inside
-from timesearch.http import BadReplyError, RefusedError, request_now
 from timesearch.inference.ask import Asker
 from timesearch.judge import JudgeClient
-from timesearch.messages import Message, exchanges, final_answer, neutralise, parse_turn, text_of
-from timesearch.protocol import Embeddings
-from timesearch.redaction import redact
 from timesearch.retrieval.features import FeatureCache
 from timesearch.rewards import accuracy, answer_letter, choice_letter, parse_intervals, score_episode
-from timesearch.samples import read_samples
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.serve.api import make_app
 from timesearch.settings import Judge, Settings, load_settings
-from timesearch.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.video.frames import FrameCache, cache_path
 
 LIMIT = 1.0
 """Seconds of processor time that one value may take at one entry."""
+TRIES = 3
 TEXTS = [value for value in hostile.VALUES if isinstance(value, str)]
 WRITTEN = [text.encode(errors="surrogatepass") for text in TEXTS]
 NAMED = (TimeSearchError, UntrustedError, BadReplyError, RefusedError)
@@ -448,22 +449,34 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
         yield made
 
 
+def problem_with(read: Callable[[Any], object], value: object) -> str:
+    """What is wrong with how an entry takes a value; empty where it reads it, or refuses it in a sentence."""
+    try:
+        read(value)
+    except NAMED as error:
+        said = str(error)
+        return "" if said.isprintable() and len(said) <= 600 else f"{said!r:.300} is no sentence"
+    except Exception as error:
+        return f"{type(error).__name__}: {error!s:.300}"
+    return ""
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_hostile_value_is_refused_by_name_or_read(entry: str, room: Room) -> None:
     read = ENTRIES[entry].open(room)
     wrong = []
     for value in ENTRIES[entry].values:
-        started = time.process_time()
-        try:
-            read(value)
-        except NAMED as error:
-            said = str(error)
-            if not said.isprintable() or len(said) > 600:
-                wrong.append(f"{value!r:.80}: {said!r:.300} is no sentence")
-        except Exception as error:
-            wrong.append(f"{value!r:.80}: {type(error).__name__}: {error!s:.300}")
-        if (taken := time.process_time() - started) > LIMIT:
-            wrong.append(f"{value!r:.80}: {taken:.1f} s")
+        # On a busy machine one measurement says little: slow is what is slow each time.
+        for _ in range(TRIES):
+            started = time.process_time()
+            problem = problem_with(read, value)
+            taken = time.process_time() - started
+            if taken <= LIMIT:
+                break
+        else:
+            problem = f"{taken:.1f} s"
+        if problem:
+            wrong.append(f"{value!r:.80}: {problem}")
     assert not wrong, "\n".join(map(ascii, wrong[:20]))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.search.checkpoint import check_fit, examine, keep_small_frames, load_model, load_processor
 from timesearch.settings import SearchSettings

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scratch_project import ROOT
 
-from timesearch.machine import PAPER_GPUS, Gpu, Machine
+from timesearch.base.machine import PAPER_GPUS, Gpu, Machine
 from timesearch.profiles import load_profile
 
 STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]

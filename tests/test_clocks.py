@@ -14,9 +14,9 @@ from players import MeanColour
 from synthetic import ffmpeg
 
 from timesearch import FrameCache, select_frames
+from timesearch.data.samples import Sample
 from timesearch.inference.infer import _choose
 from timesearch.retrieval.features import make_feature_cache
-from timesearch.samples import Sample
 from timesearch.search.budget import preview_plan
 from timesearch.search.search import Search
 from timesearch.settings import Frames, SearchSettings

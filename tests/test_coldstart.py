@@ -13,9 +13,10 @@ import policy_server
 import pytest
 import torch
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.files import write_jsonl
-from timesearch.messages import searched_seconds
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import write_jsonl
+from timesearch.data.messages import searched_seconds
+from timesearch.data.rows import read_samples
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import train_encoder
 from timesearch.pocket.lessons import Corpus, Episodes, Reading
@@ -25,7 +26,6 @@ from timesearch.pocket.world import SHAPES
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.retrieval.features import run as make_features
 from timesearch.rewards import score_episode
-from timesearch.samples import read_samples
 from timesearch.search.checkpoint import load_model
 from timesearch.search.episode import without_pixels
 from timesearch.settings import ColdStart, Frames, Judge, Models, Paths, SearchSettings, Settings, Tracking

@@ -13,8 +13,8 @@ import pytest
 from synthetic import ffmpeg, make_video
 
 from timesearch import FrameCache
+from timesearch.base.errors import ItemError
 from timesearch.cli import main
-from timesearch.errors import ItemError
 from timesearch.evaluation.episodes import Videos, frame_times
 from timesearch.settings import Frames
 from timesearch.video.exact import read_frames

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from timesearch.files import write_jsonl
-from timesearch.samples import Prediction, Sample, read_samples
+from timesearch.base.files import write_jsonl
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction, Sample
 from timesearch.settings import Settings
 from timesearch.training import curate
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from timesearch import FrameCache
-from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.base.errors import CacheMismatchError, ItemError
 from timesearch.retrieval.features import FeatureCache
 from timesearch.video.frames import VERSION
 

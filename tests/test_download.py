@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 from synthetic import make_video
 
-from timesearch.errors import ItemError
-from timesearch.samples import Sample
+from timesearch.base.errors import ItemError
+from timesearch.data.samples import Sample
 from timesearch.settings import Download, Frames
 from timesearch.video import download as download_module
 from timesearch.video import frames as frames_module

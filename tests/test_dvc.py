@@ -20,7 +20,7 @@ from tasks.judge import asks_judge
 from tasks.reproduce import STAGES, StageFailedError, reproduce, stale_stages
 from tasks.stages import TASKS, download
 from tasks.workspace import is_protected, overridden, workspace
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.judge.client import Verdicts
 from timesearch.profiles import load_profile, profile_names, render
 from timesearch.settings import Judge, Section, Settings, load_settings
@@ -186,7 +186,7 @@ def test_a_workspace_has_what_is_uncommitted_but_code(here: Path) -> None:
             Verdicts(tree / "cache" / "judge.sqlite").put("key", 1.0)
         assert Verdicts(here / "cache" / "judge.sqlite").get({"key": triple}) == {triple: 1.0}
         (warning,) = warned
-        assert "without the edits in timesearch/errors.py, timesearch/new.py: commit" in warning
+        assert "without the edits in timesearch/base/errors.py, timesearch/new.py: commit" in warning
     finally:
         code.write_text(before[0])
         (here / "timesearch" / "new.py").unlink()

@@ -17,11 +17,12 @@ from players import Puppet, answer_turn, build_library, script, search_turn
 from scripted import OracleEncoder, make_settings
 
 from timesearch import FrameCache
-from timesearch.errors import CacheMismatchError, ItemError
+from timesearch.base.errors import CacheMismatchError, ItemError
+from timesearch.data.messages import text_of
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction
 from timesearch.inference.infer import Job, play
-from timesearch.messages import text_of
 from timesearch.pocket.world import make_scene, question
-from timesearch.samples import Prediction, read_samples
 from timesearch.search.budget import fit_size, preview_plan
 from timesearch.search.environment import SearchEnvironment, environment_factory
 from timesearch.search.search import Search

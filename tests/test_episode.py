@@ -9,10 +9,11 @@ import random
 import pytest
 from players import Puppet, answer_turn, build_library, new_search, script, search_turn
 
-from timesearch.errors import ItemError
-from timesearch.messages import final_answer, text_of
+from timesearch.base.errors import ItemError
+from timesearch.data.messages import final_answer, text_of
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction, Sample
 from timesearch.rewards import score_episode
-from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.search.episode import Step, answer_from_frames, run_episode, system_message
 from timesearch.search.policy import ContextOverflowError, EngineError
 from timesearch.search.prompts import Prompts

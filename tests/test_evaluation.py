@@ -18,12 +18,15 @@ from mlflow.utils.validation import _validate_metric
 from synthetic import make_video
 from test_formats import HAYSTACK_LVBENCH, REFERENCE_MESSAGES, TSTAR
 
+from timesearch.base.errors import RequestError
+from timesearch.base.files import write_jsonl
 from timesearch.cli import main
-from timesearch.errors import RequestError
 from timesearch.evaluation import frames
 from timesearch.evaluation.episodes import Values, frame_times
-from timesearch.evaluation.evaluate import evaluate_files, files_by_name, run, tracked_metrics, write_evaluation
+from timesearch.evaluation.evaluate import run
 from timesearch.evaluation.qa import parse_choice
+from timesearch.evaluation.results import files_by_name, tracked_metrics, write_evaluation
+from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
 from timesearch.evaluation.table import markdown_table, method_label, method_order, print_table
@@ -34,7 +37,6 @@ from timesearch.evaluation.temporal import (
     temporal_scores,
 )
 from timesearch.evaluation.visual import ssim_matrix, ssim_precision_recall
-from timesearch.files import write_jsonl
 from timesearch.report.build import write_report
 from timesearch.rewards import answer_letter, interval_iou
 from timesearch.settings import Evaluate

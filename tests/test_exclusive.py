@@ -24,10 +24,10 @@ import pytest
 from players import Puppet, answer_turn, build_library, script, search_turn
 from scripted import OracleEncoder
 
+from timesearch.base.errors import RequestError
+from timesearch.base.exclusive import LOCK, BusyError, contents, exclusive
 from timesearch.cli import main
-from timesearch.errors import RequestError
-from timesearch.exclusive import LOCK, BusyError, contents, exclusive
-from timesearch.samples import read_samples
+from timesearch.data.rows import read_samples
 from timesearch.search.engine_transformers import TransformersPolicy
 
 Start = Callable[..., BaseProcess]
@@ -181,7 +181,7 @@ def test_what_a_kill_left_is_cleared_and_what_another_process_writes_below_is_no
 def test_a_note_that_says_nothing_is_a_process_without_a_name(
     tmp_path: Path, note: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timesearch.exclusive._NOTE_WITHIN", 0)
+    monkeypatch.setattr("timesearch.base.exclusive._NOTE_WITHIN", 0)
     path = tmp_path / LOCK
     path.write_bytes(note)
     with path.open() as handle:
@@ -251,16 +251,16 @@ def test_without_locks_or_the_right_to_write_work_goes_on(
 COMMANDS: dict[str, tuple[Sequence[str], str, str]] = {
     "download": ([], "cache/videos", "timesearch.video.download.run_batch"),
     "models": ([], "models", "timesearch.models._bring"),
-    "frames": ([], "cache/frames", "timesearch.batch.run_batch"),
-    "frames of files": (["a.mp4", "--out", "my/frames"], "my/frames", "timesearch.batch.run_batch"),
-    "features": ([], "cache/features", "timesearch.batch.run_batch"),
+    "frames": ([], "cache/frames", "timesearch.base.batch.run_batch"),
+    "frames of files": (["a.mp4", "--out", "my/frames"], "my/frames", "timesearch.base.batch.run_batch"),
+    "features": ([], "cache/features", "timesearch.base.batch.run_batch"),
     "coldstart": ([], "runs/coldstart", "timesearch.training.coldstart._run"),
     "train": ([], "runs/train", "timesearch.training.launch._run"),
     "infer": ([], "results/predictions", "timesearch.inference.infer.write_failures"),
     "evaluate": ([], "results", "timesearch.evaluation.evaluate.evaluate_files"),
     "evaluate of files": (
         ["--predictions", "own.jsonl", "--out", "my/results"], "my/results",
-        "timesearch.evaluation.evaluate.evaluate_files",
+        "timesearch.evaluation.scoring.evaluate_files",
     ),
     "report": ([], "results", "timesearch.report.build.write_results_report"),
     "curate": (["--out", "curation"], "curation", "timesearch.training.curate._curate"),
@@ -281,6 +281,7 @@ def command_line(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(place)
     monkeypatch.setattr("timesearch.tracking.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext())
+    monkeypatch.setattr("timesearch.evaluation.evaluate.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.retrieval.features.default_encoder", lambda _: OracleEncoder())
     monkeypatch.setattr(work, write)
     monkeypatch.setattr(sys, "argv", ["timesearch", command.split()[0], *arguments])
@@ -344,6 +345,7 @@ def test_two_infers_leave_every_row_once(
     monkeypatch.setattr(TransformersPolicy, "load", classmethod(lambda *_: Puppet(slowly)))
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
     monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext())
+    monkeypatch.setattr("timesearch.evaluation.evaluate.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.inference.infer._report", lambda *_: None)
     folder = settings.paths.results / "predictions"
     arguments = ["infer", "--params", str(tmp_path / "params.yaml")]

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from synthetic import make_encoder, make_video
 
 from timesearch import FeatureCache, FrameCache, models
-from timesearch.errors import CacheMismatchError, ItemError, RequestError, TemporaryError
-from timesearch.hub import fetch_error
+from timesearch.base.errors import CacheMismatchError, ItemError, RequestError, TemporaryError
+from timesearch.base.hub import fetch_error
+from timesearch.data.samples import Sample
 from timesearch.retrieval.encoder import Encoder, load_encoder
 from timesearch.retrieval.features import cache_features, default_encoder, make_feature_cache, run
-from timesearch.samples import Sample
 from timesearch.search.search import Search
 from timesearch.settings import Features, Frames, Settings
 from timesearch.video.frames import make_frame_cache

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.base.files import write_jsonl
+from timesearch.data.formats import options_of, to_rows
+from timesearch.data.rows import read_rows, read_samples
+from timesearch.data.samples import Sample
 from timesearch.evaluation.episodes import read_predictions
-from timesearch.files import write_jsonl
-from timesearch.formats import options_of, to_rows
-from timesearch.samples import Sample, read_rows, read_samples
 
 LONGVIDEOBENCH = {
     "video_id": "Ab3dEfGhIjK",

@@ -24,8 +24,8 @@ from skimage.metrics import structural_similarity
 from synthetic import ffmpeg, make_video
 
 from timesearch import FrameCache
+from timesearch.base.stopping import Stop, StoppedError
 from timesearch.settings import Frames
-from timesearch.stopping import Stop, StoppedError
 from timesearch.video.exact import read_frames
 from timesearch.video.frames import DecodedFrames, cache_frames, make_frame_cache
 from timesearch.video.probe import probe, shown_size, smart_size

@@ -12,10 +12,10 @@ import pytest
 from players import Puppet, build_library
 from scripted import OracleEncoder
 
+from timesearch.data.messages import Message
+from timesearch.data.rows import read_samples
 from timesearch.evaluation import evaluate
 from timesearch.inference import infer
-from timesearch.messages import Message
-from timesearch.samples import read_samples
 from timesearch.search.engine_transformers import TransformersPolicy
 
 EPISODES = 1_000

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from players import build_library, new_search, search_turn
 
-from timesearch.messages import Message
-from timesearch.samples import read_samples
+from timesearch.data.messages import Message
+from timesearch.data.rows import read_samples
 from timesearch.search.checkpoint import load_processor
 from timesearch.search.engine_openai import serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy

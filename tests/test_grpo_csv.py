@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_settings
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.training.launch import load_trainer
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 from synthetic import make_encoder
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.models import run as run_models
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.retrieval.encoder import load_encoder

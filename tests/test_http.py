@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 from tenacity import RetryError, Retrying
 
-from timesearch.errors import RequestError
-from timesearch.http import BadReplyError, RefusedError, check_address, may_pass, status_may_pass, tries
+from timesearch.base.errors import RequestError
+from timesearch.base.http import BadReplyError, RefusedError, check_address, may_pass, status_may_pass, tries
 
 
 class WithStatus(Exception):

@@ -27,12 +27,13 @@ from players import Puppet, answer_turn, build_library, new_search, script, sear
 from policy_server import Handler, Server
 from scripted import OracleEncoder
 
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.replies import Completion
 from timesearch.cli import main
-from timesearch.errors import RequestError, TemporaryError
+from timesearch.data.messages import Message
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.infer import Job, play, run
-from timesearch.messages import Message
-from timesearch.protocol import Completion
-from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message

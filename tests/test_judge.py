@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scratch_project import free_port
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.base.servers import ServerError
 from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError, RuleJudge, make_judge
 from timesearch.judge.agreement import LABELLED, cohen_kappa, measure, read_labelled
 from timesearch.judge.server import judge_server
-from timesearch.servers import ServerError
 from timesearch.settings import Judge
 
 STUB = Path(__file__).with_name("judge_stub.py")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from timesearch.errors import RequestError, TemporaryError, TimeSearchError
-from timesearch.processes import start_guarded
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.processes import start_guarded
 from timesearch.settings import Settings
 from timesearch.training import launch
 

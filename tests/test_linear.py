@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
-from timesearch import formats, messages, redaction, rewards, untrusted
+from timesearch import rewards
+from timesearch.base import redaction, untrusted
+from timesearch.data import formats, messages
 from timesearch.dialects import qwen
 from timesearch.evaluation.qa import parse_choice
 from timesearch.serve.guard import is_named
@@ -92,12 +94,16 @@ def seconds(read: Callable[[str], Any], text: str, repeats: int = 3) -> float:
 
 
 def superlinear(read: Callable[[str], Any], units: Iterable[str], opening: str = "") -> list[str]:
-    """The texts, by how they begin, of which ten times as much takes more than `RATIO` times as long."""
+    """The texts, by how they begin, of which ten times as much takes more than `RATIO` times as long.
+
+    On a busy machine one measurement says little: a text is slow if it is so three times over.
+    """
     slow = []
     for unit in units:
         short, long = (opening + (unit * size)[:size] + "!" for size in (SHORT, LONG))
-        taken = seconds(read, long)
-        if taken > RATIO * FLOOR and taken > RATIO * seconds(read, short):
+        if all(
+            (taken := seconds(read, long)) > RATIO * FLOOR and taken > RATIO * seconds(read, short) for _ in range(3)
+        ):
             slow.append(short[:60])
     return slow
 
@@ -146,7 +152,7 @@ PATTERNS = patterns()
 
 
 def test_patterns_are_found() -> None:
-    assert {"timesearch/messages.py _CONTROL", "timesearch/rewards.py _PAIR"} <= PATTERNS.keys()
+    assert {"timesearch/data/messages.py _CONTROL", "timesearch/rewards.py _PAIR"} <= PATTERNS.keys()
     assert all(methods for _, methods in PATTERNS.values()), "each is used where it is made"
     assert superlinear(lambda text: re.search(r"\d+x", text[: len(text) // 20]), ["9"]), "a slow one is noticed"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from timesearch.errors import RequestError, TimeSearchError
+from timesearch.base.errors import RequestError, TimeSearchError
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 from timesearch.training import launch

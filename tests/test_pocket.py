@@ -9,7 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.data.rows import read_samples
 from timesearch.pocket.dataset import samples_of, write_samples
 from timesearch.pocket.filesystem import encode, parse_url
 from timesearch.pocket.world import (
@@ -22,7 +23,6 @@ from timesearch.pocket.world import (
     make_scene,
     read_colour,
 )
-from timesearch.samples import read_samples
 from timesearch.search.budget import preview_plan
 from timesearch.settings import Frames, SearchSettings
 from timesearch.video.frames import FrameCache, make_frame_cache

@@ -59,8 +59,8 @@ ROWS = [
 
 @pytest.mark.takes(15)
 def test_real_clips_go_through_every_stage(footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timesearch.base.files import write_jsonl
     from timesearch.evaluation.evaluate import run as evaluate
-    from timesearch.files import write_jsonl
     from timesearch.inference.infer import run as infer
     from timesearch.pocket.encoder import train_encoder
     from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy

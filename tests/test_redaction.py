@@ -13,9 +13,9 @@ from players import build_library
 from scratch_project import free_port, wait_for
 from scripted import OracleEncoder
 
+from timesearch.data.rows import read_samples
 from timesearch.evaluation import evaluate
 from timesearch.inference import infer
-from timesearch.samples import read_samples
 from timesearch.settings import Settings
 
 TESTS = Path(__file__).parent

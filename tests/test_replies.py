@@ -16,17 +16,18 @@ from scripted import OracleEncoder
 from synthetic import make_video
 
 import timesearch.cli.inference as commands
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.http import may_pass, request
+from timesearch.base.replies import Completion
 from timesearch.cli import main
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.evaluation.evaluate import evaluate_files
-from timesearch.http import may_pass, request
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction
+from timesearch.evaluation.scoring import evaluate_files
 from timesearch.inference.ask import Asker
 from timesearch.inference.infer import Job, play
 from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError
 from timesearch.judge.server import judge_server
-from timesearch.protocol import Completion
 from timesearch.retrieval.encoder import load_encoder
-from timesearch.samples import Prediction, read_samples
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.settings import Evaluate, Judge, Settings
 

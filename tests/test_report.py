@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from evaluated import HOSTILE, SECONDS, make_project, searching
 
+from timesearch.base.errors import RequestError
+from timesearch.base.files import write_jsonl
 from timesearch.cli import main
-from timesearch.errors import RequestError
-from timesearch.evaluation.evaluate import evaluate_files, load_metrics, prediction_files, write_evaluation
-from timesearch.files import write_jsonl
+from timesearch.evaluation.results import load_metrics, prediction_files, write_evaluation
+from timesearch.evaluation.scoring import evaluate_files
 from timesearch.report import build
 from timesearch.settings import Evaluate, Settings
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from timesearch.data.messages import Message
+from timesearch.data.samples import LETTERS
 from timesearch.evaluation.qa import parse_choice
-from timesearch.messages import Message
 from timesearch.rewards import (
     accuracy,
     choice_letter,
@@ -20,7 +21,6 @@ from timesearch.rewards import (
     rule_judge,
     score_episode,
 )
-from timesearch.samples import LETTERS
 
 CALL = (
     '<think>where?</think>\n<tool_call>\n{"name": "seek_video_frames", "arguments": {"query": "a star"}}\n</tool_call>'

@@ -25,9 +25,9 @@ import pytest
 from synthetic import ffmpeg, make_encoder, make_video
 
 from timesearch import FeatureCache, FrameCache
+from timesearch.base.errors import ItemError
+from timesearch.base.files import write_jsonl
 from timesearch.cli import main
-from timesearch.errors import ItemError
-from timesearch.files import write_jsonl
 from timesearch.settings import Frames, Settings
 from timesearch.video.frames import VERSION, cache_frames, run
 from timesearch.video.probe import probe
@@ -50,7 +50,7 @@ LOADED = (
         "timesearch.retrieval.features",
         "timesearch.retrieval.encoder",
     ),
-    *("timesearch.batch", "av", "ffmpeg", "imageio_ffmpeg", "open_clip", "safetensors.numpy", "PIL.Image"),
+    *("timesearch.base.batch", "av", "ffmpeg", "imageio_ffmpeg", "open_clip", "safetensors.numpy", "PIL.Image"),
 )
 """What the command line imports as it runs."""
 Start = Callable[..., ForkServerProcess]

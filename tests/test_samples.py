@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timesearch import samples
-from timesearch.batch import Failure
-from timesearch.errors import ItemError, RequestError
-from timesearch.files import atomic_path, inside, json_digest, write_jsonl
-from timesearch.messages import Evidence, exchanges, final_answer, format_seconds, parse_turn, searched_seconds
-from timesearch.samples import Prediction, Sample, read_samples
+from timesearch.base.batch import Failure
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import atomic_path, inside, json_digest, write_jsonl
+from timesearch.data import rows
+from timesearch.data.messages import Evidence, exchanges, final_answer, format_seconds, parse_turn, searched_seconds
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction, Sample
 from timesearch.training.data import usable_samples
 
 ROW = {"id": "a", "video": "a.mp4", "question": "What?", "answer": "red", "type": "open_ended"}
@@ -95,12 +96,12 @@ def test_the_fast_way_reads_a_line_as_the_long_way_does(
     path.write_bytes(line.encode("utf-8", "surrogatepass"))
     for model in (Sample, Prediction):
         ways = []
-        for plain in (samples.is_plain, lambda _: False):
+        for plain in (rows.is_plain, lambda _: False):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(samples, "is_plain", plain)
+                patch.setattr(rows, "is_plain", plain)
                 failures: list[Failure] = []
-                rows = [repr(row) for row in samples.read_models(path, model, failures.append)]
-                ways.append((rows, failures))
+                found = [repr(row) for row in rows.read_models(path, model, failures.append)]
+                ways.append((found, failures))
         assert ways[0] == ways[1]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timesearch import select_frames
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.retrieval.selection import Method, relevance_of, widen
 
 METHODS: tuple[Method, ...] = ("dpp", "topk", "uniform", "aks", "gated_logdet")

@@ -24,8 +24,8 @@ from synthetic import ffmpeg, make_video
 
 import timesearch.cli.inference as commands
 from timesearch.cli import main
+from timesearch.data.messages import Message, text_of
 from timesearch.inference.ask import Asker
-from timesearch.messages import Message, text_of
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.serve.api import address, listen, make_app
 from timesearch.serve.guard import is_named

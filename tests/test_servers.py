@@ -20,12 +20,12 @@ from scratch_project import free_port, wait_for
 from scripted import OracleEncoder
 from test_judge import children_of, gone
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.base.servers import ServerError, _is_here
+from timesearch.data.samples import Prediction
 from timesearch.inference.infer import run
 from timesearch.judge import JudgeClient
 from timesearch.judge.server import judge_server
-from timesearch.samples import Prediction
-from timesearch.servers import ServerError, _is_here
 from timesearch.settings import Judge, Settings
 
 TESTS = Path(__file__).parent
@@ -218,7 +218,7 @@ def test_another_machines_server_is_waited_for_and_never_started_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No address of another machine can be served from here, so this machine's own is taken for one."""
-    monkeypatch.setattr("timesearch.servers._is_here", lambda host: False)
+    monkeypatch.setattr("timesearch.base.servers._is_here", lambda host: False)
     port, said = free_port(), []
     stub = [sys.executable, str(TESTS / "judge_stub.py"), str(port), "stub"]
     judge = Judge(kind="server", url=f"http://127.0.0.1:{port}/v1", model="stub", command=stub, log=tmp_path / "log")

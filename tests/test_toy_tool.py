@@ -16,13 +16,14 @@ from players import Puppet, answer_turn, build_library, new_search, script, sear
 from rich.console import Console
 
 from timesearch import dialects
+from timesearch.base.errors import RequestError
 from timesearch.cli import inference as cli
+from timesearch.data.messages import Evidence, exchanges
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction
 from timesearch.dialects import ToolCall, Turn
-from timesearch.errors import RequestError
-from timesearch.messages import Evidence, exchanges
 from timesearch.report import build
 from timesearch.rewards import score_episode
-from timesearch.samples import Prediction, read_samples
 from timesearch.search import tools
 from timesearch.search.environment import environment_factory
 from timesearch.search.episode import Step, run_episode, system_message
@@ -164,7 +165,8 @@ def test_report_page_and_command_line_show_it(played: tuple[Prediction, list[Ste
     prediction, steps = played
     rows, scores = tmp_path / "toy.jsonl", tmp_path / "evaluation"
     rows.write_text(prediction.model_dump_json() + "\n")
-    from timesearch.evaluation.evaluate import evaluate_files, write_evaluation
+    from timesearch.evaluation.results import write_evaluation
+    from timesearch.evaluation.scoring import evaluate_files
     from timesearch.settings import Evaluate
 
     settings = Evaluate(visual=False, bootstrap=0)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from scratch_project import free_port, wait_for
 
 from timesearch import tracking
+from timesearch.base.redaction import redact, redact_value
+from timesearch.data.samples import EpisodeError, Prediction
 from timesearch.judge import make_judge
-from timesearch.redaction import redact, redact_value
-from timesearch.samples import EpisodeError, Prediction
 from timesearch.settings import Judge, Settings, Tracking
 from timesearch.tracking import PARENT_RUN, parent_run, stage_run
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timesearch.untrusted import MAX_DEPTH, UntrustedError, mend_text, parse_json
+from timesearch.base.untrusted import MAX_DEPTH, UntrustedError, mend_text, parse_json
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(

@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from timesearch.messages import Evidence, exchanges
+    from timesearch.data.messages import Evidence, exchanges
+    from timesearch.data.rows import read_samples
+    from timesearch.data.samples import Prediction, Sample
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import FeatureCache
     from timesearch.retrieval.selection import select_frames
     from timesearch.rewards import score_episode
-    from timesearch.samples import Prediction, Sample, read_samples
     from timesearch.search.episode import run_episode
     from timesearch.search.search import Search
     from timesearch.settings import Settings, load_settings
@@ -35,17 +36,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Evidence": "timesearch.messages",
+    "Evidence": "timesearch.data.messages",
     "FeatureCache": "timesearch.retrieval.features",
     "FrameCache": "timesearch.video.frames",
-    "Prediction": "timesearch.samples",
-    "Sample": "timesearch.samples",
+    "Prediction": "timesearch.data.samples",
+    "Sample": "timesearch.data.samples",
     "Search": "timesearch.search.search",
     "Settings": "timesearch.settings",
-    "exchanges": "timesearch.messages",
+    "exchanges": "timesearch.data.messages",
     "load_encoder": "timesearch.retrieval.encoder",
     "load_settings": "timesearch.settings",
-    "read_samples": "timesearch.samples",
+    "read_samples": "timesearch.data.rows",
     "run_episode": "timesearch.search.episode",
     "score_episode": "timesearch.rewards",
     "select_frames": "timesearch.retrieval.selection",

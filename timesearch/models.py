@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from timesearch.errors import RequestError
-from timesearch.exclusive import exclusive
-from timesearch.files import file_digest, write_json
-from timesearch.hub import fetch_error, unreached
-from timesearch.model_folders import PARTS, read_config, require_data_only
-from timesearch.progress import progress_bar
+from timesearch.base.errors import RequestError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.files import file_digest, write_json
+from timesearch.base.hub import fetch_error, unreached
+from timesearch.base.model_folders import PARTS, read_config, require_data_only
+from timesearch.base.progress import progress_bar
 from timesearch.settings import Models, Settings
 
 _MARK = "source.json"

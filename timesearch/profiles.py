@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.settings import Settings, load_settings
 
 _WIDTH = 118

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
 
+from timesearch.base.untrusted import UntrustedError, parse_json
+from timesearch.data.messages import Message, final_answer, text_of
+from timesearch.data.samples import LETTERS
 from timesearch.dialects import act_of
-from timesearch.messages import Message, final_answer, text_of
-from timesearch.samples import LETTERS
-from timesearch.untrusted import UntrustedError, parse_json
 
 Judge = Callable[[str, str], float]
 """(reference answer, candidate answer) -> score in [0, 1]"""

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.base.untrusted import mend_text
 from timesearch.rewards import REWARDS, weighed
-from timesearch.untrusted import mend_text
 
 _MAX_BYTES = 64 * 2**10
 """Of a parameter file: ten times all parameters with their explanations. PyYAML takes a second for 200 KiB."""

@@ -22,11 +22,11 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
-from timesearch.files import file_digest, project_folder, write_text
-from timesearch.http import status_may_pass
-from timesearch.messages import ToolCall, describe_call, exchanges, parse_turn, text_of
-from timesearch.redaction import redact, redact_value
-from timesearch.samples import Prediction
+from timesearch.base.files import file_digest, project_folder, write_text
+from timesearch.base.http import status_may_pass
+from timesearch.base.redaction import redact, redact_value
+from timesearch.data.messages import ToolCall, describe_call, exchanges, parse_turn, text_of
+from timesearch.data.samples import Prediction
 from timesearch.settings import Settings
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from timesearch.errors import ItemError, TemporaryError, TimeSearchError
-from timesearch.redaction import redact
-from timesearch.untrusted import mend_text
+from timesearch.base.errors import ItemError, TemporaryError, TimeSearchError
+from timesearch.base.redaction import redact
+from timesearch.base.untrusted import mend_text
 
 app = typer.Typer(
     name="timesearch",

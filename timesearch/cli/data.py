@@ -13,7 +13,7 @@ import typer
 from timesearch.cli.app import ParamsOption, app, say, visible
 
 if TYPE_CHECKING:
-    from timesearch.batch import BatchResult
+    from timesearch.base.batch import BatchResult
     from timesearch.settings import Settings
 
 KeepGoing = Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some items failed.")]
@@ -43,7 +43,7 @@ def _close(result: BatchResult, made: str, out: Path, keep_going: bool, later: b
 
 def _recorded(settings: Settings, stage: str, out: Path, work: Callable[[], BatchResult]) -> BatchResult:
     """Do a stage's work, which writes into `out`, inside its MLflow run."""
-    from timesearch.exclusive import exclusive
+    from timesearch.base.exclusive import exclusive
     from timesearch.tracking import stage_run
 
     with exclusive(out), stage_run(settings, stage) as record:
@@ -136,7 +136,7 @@ def _named(paths: list[Path], suffixes: Collection[str], strip: str = "") -> dic
     Raises:
         RequestError: two files would get one name.
     """
-    from timesearch.errors import RequestError
+    from timesearch.base.errors import RequestError
 
     named: dict[str, Path] = {}
     for path in paths:

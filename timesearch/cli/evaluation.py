@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from timesearch.base.errors import RequestError
 from timesearch.cli.app import ParamsOption, app, say
-from timesearch.errors import RequestError
 
 if TYPE_CHECKING:
-    from timesearch.batch import BatchResult
+    from timesearch.base.batch import BatchResult
 
 PredictionsOption = Annotated[
     list[Path] | None, typer.Option("--predictions", help="Prediction file; repeat to compare several.")
@@ -32,9 +32,11 @@ def evaluate(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Score predictions: searches, answers, intervals, comparisons. Without --predictions, the project's own."""
+    from timesearch.base.exclusive import exclusive
     from timesearch.evaluation import evaluate as stage
+    from timesearch.evaluation.results import files_by_name, write_evaluation
+    from timesearch.evaluation.scoring import evaluate_files
     from timesearch.evaluation.table import print_table
-    from timesearch.exclusive import exclusive
     from timesearch.settings import Settings, load_settings
 
     if not predictions:
@@ -51,10 +53,10 @@ def evaluate(
     options = settings.evaluate
     options.thresholds = threshold or options.thresholds
     options.visual = options.visual if visual is None else visual
-    files = stage.files_by_name(predictions)
+    files = files_by_name(predictions)
     with exclusive(out), stage.held_judge(settings.judge) as judge:
-        methods = stage.evaluate_files(files, options, videos, judge, settings.seed)
-        outcome = stage.write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
+        methods = evaluate_files(files, options, videos, judge, settings.seed)
+        outcome = write_evaluation(methods, out, options, settings.seed, flat=len(files) == 1)
     print_table(methods)
     note = "visual metrics need --videos" if options.visual and videos is None else ""
     _conclude(outcome, out, out / "failures.jsonl", note)
@@ -70,8 +72,8 @@ def report(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Write one HTML file with the table, the plots and every episode. Without --predictions, the project's own."""
-    from timesearch.evaluation.evaluate import files_by_name
-    from timesearch.exclusive import exclusive
+    from timesearch.base.exclusive import exclusive
+    from timesearch.evaluation.results import files_by_name
     from timesearch.report import build
     from timesearch.settings import load_settings
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say, visible
-from timesearch.messages import describe_call, exchanges
+from timesearch.data.messages import describe_call, exchanges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from timesearch.data.samples import Prediction
     from timesearch.inference.ask import Asker
-    from timesearch.samples import Prediction
     from timesearch.search.episode import Step
     from timesearch.search.policy import Policy
 
@@ -45,7 +45,7 @@ def infer(
     ] = False,
 ) -> None:
     """Play search episodes on the test questions, and the baselines beside them."""
-    from timesearch.errors import RequestError, TemporaryError
+    from timesearch.base.errors import RequestError, TemporaryError
     from timesearch.inference.infer import run
     from timesearch.search.policy import EngineError
     from timesearch.settings import load_settings
@@ -97,10 +97,10 @@ def ask(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Answer questions about a video, and show the search as it happens."""
-    from timesearch.errors import ItemError, TemporaryError
+    from timesearch.base.errors import ItemError, TemporaryError
+    from timesearch.base.untrusted import mend_text
     from timesearch.inference.ask import as_request, check_question, contact_sheet
     from timesearch.search.policy import EngineError
-    from timesearch.untrusted import mend_text
     from timesearch.video.frames import FrameCache, cache_path
     from timesearch.video.probe import probe
 
@@ -149,7 +149,7 @@ def ask(
 
 def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> tuple[Asker, Policy]:
     """The parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
-    from timesearch.errors import RequestError
+    from timesearch.base.errors import RequestError
     from timesearch.inference.ask import Asker, default_cache, open_policy
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import default_encoder
@@ -171,7 +171,7 @@ def _typed(console: Console, options: list[str]) -> Iterator[str]:
     Raises:
         RequestError: what comes is no UTF-8 text.
     """
-    from timesearch.errors import RequestError
+    from timesearch.base.errors import RequestError
     from timesearch.inference.ask import check_question
 
     while True:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from timesearch.base.errors import RequestError
 from timesearch.cli.app import ParamsOption, app, say
-from timesearch.errors import RequestError
 
 judge_app = typer.Typer(no_args_is_help=True, help="The judge of open-ended answers: serve it, check it.")
 app.add_typer(judge_app, name="judge", rich_help_panel="Servers")

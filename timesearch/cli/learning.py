@@ -17,7 +17,7 @@ def models(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Bring the encoder and the base policy."""
-    from timesearch.exclusive import exclusive
+    from timesearch.base.exclusive import exclusive
     from timesearch.models import run
     from timesearch.settings import load_settings
     from timesearch.tracking import stage_run

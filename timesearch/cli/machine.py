@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from timesearch.base.errors import RequestError
 from timesearch.cli.app import app, say
-from timesearch.errors import RequestError
 
 
 @app.command(rich_help_panel="Machine")
@@ -20,7 +20,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Tell what this machine has, and which profile fits it."""
-    from timesearch.machine import inspect_machine
+    from timesearch.base.machine import inspect_machine
 
     machine = inspect_machine()
     gpus = ", ".join(f"{gpu.name} ({gpu.memory:.0f} GB)" for gpu in machine.gpus)
@@ -61,7 +61,7 @@ def profile(
     out: Annotated[Path, typer.Option("--out", help="Parameter file to write.")] = Path("params.yaml"),
 ) -> None:
     """Make profiles/NAME.yaml the current params.yaml, all values written out."""
-    from timesearch.files import write_text
+    from timesearch.base.files import write_text
     from timesearch.profiles import load_profile, profile_names, render
 
     if name is None:

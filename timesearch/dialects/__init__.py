@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from timesearch.base.errors import RequestError
 from timesearch.dialects.dialect import Dialect, ToolCall, Turn
 from timesearch.dialects.qwen import QWEN
-from timesearch.errors import RequestError
 
 __all__ = ["DIALECTS", "Dialect", "ToolCall", "Turn", "act_of", "named", "parse_turn"]
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from timesearch.base.untrusted import MAX_DEPTH, UntrustedError, parse_json
 from timesearch.dialects.dialect import Dialect, ToolCall, Turn
-from timesearch.untrusted import MAX_DEPTH, UntrustedError, parse_json
 
 # A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
 _TOOL_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)

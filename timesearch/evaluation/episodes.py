@@ -38,13 +38,14 @@ from typing import Any
 
 import numpy as np
 
-from timesearch.batch import Failure
-from timesearch.errors import ItemError
+from timesearch.base.batch import Failure
+from timesearch.base.errors import ItemError
+from timesearch.data.messages import final_answer, parse_turn, searched_seconds, text_of
+from timesearch.data.rows import read_models
+from timesearch.data.samples import Prediction
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
-from timesearch.messages import final_answer, parse_turn, searched_seconds, text_of
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
-from timesearch.samples import Prediction, read_models
 
 END_TOLERANCE = 1.0
 """Seconds past the stated duration that a time may lie: stated durations and rounded times differ by less."""

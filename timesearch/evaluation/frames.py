@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from timesearch.batch import Failure
-from timesearch.errors import ItemError
+from timesearch.base.batch import Failure
+from timesearch.base.errors import ItemError
+from timesearch.base.progress import progress_bar
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores, Videos
 from timesearch.evaluation.temporal import harmonic_mean
 from timesearch.evaluation.visual import Mode, Ssim
-from timesearch.progress import progress_bar
 
 _MODES: tuple[tuple[str, Mode], ...] = (("visual", "standard"), ("visual_tstar", "tstar"))
 _CHUNK = 16

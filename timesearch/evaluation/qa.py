@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from timesearch.data.samples import LETTERS
 from timesearch.rewards import choice_letter
-from timesearch.samples import LETTERS
 
 _PUNCTUATION = (",", ".", "!", "?", ";", ":", "'")
 _WITHOUT_OPTIONS = 7  # where a file does not list its options, letters A to G are looked for

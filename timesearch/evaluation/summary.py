@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from timesearch.batch import Failure
+from timesearch.base.batch import Failure
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.temporal import harmonic_mean

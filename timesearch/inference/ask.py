@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.files import atomic_path, json_digest
-from timesearch.messages import format_seconds
-from timesearch.samples import LETTERS, Prediction, Sample, validate
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import atomic_path, json_digest
+from timesearch.base.stopping import NEVER, Stop
+from timesearch.base.untrusted import mend_text
+from timesearch.data.messages import format_seconds
+from timesearch.data.samples import LETTERS, Prediction, Sample, validate
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
 from timesearch.settings import Settings
-from timesearch.stopping import NEVER, Stop
-from timesearch.untrusted import mend_text
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 from timesearch.video.probe import Fingerprint
 

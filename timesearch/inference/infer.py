@@ -24,14 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, get_args
 
-from timesearch.batch import BatchResult, Failure, write_failures
-from timesearch.errors import RequestError
-from timesearch.exclusive import exclusive
-from timesearch.files import file_digest, json_digest, write_json, write_jsonl
-from timesearch.progress import Bar, console, progress_bar
+from timesearch.base.batch import BatchResult, Failure, write_failures
+from timesearch.base.errors import RequestError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.files import file_digest, json_digest, write_json, write_jsonl
+from timesearch.base.progress import Bar, console, progress_bar
+from timesearch.data.rows import read_samples
+from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.methods import checkpoint_of, trained_method
 from timesearch.retrieval.selection import Method, select_frames
 from timesearch.rewards import answer_letter, rule_judge, score_episode
-from timesearch.samples import Prediction, Sample, read_samples
 from timesearch.search.episode import answer_from_frames, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
@@ -116,33 +118,6 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
             _report(tracked, settings, method, journal.finish())
         write_failures(folder / "failures.jsonl", result.failures)
     return result
-
-
-def trained_method(settings: Settings) -> str:
-    """The name under which the trained policy's predictions are filed."""
-    return "grpo_csv" if settings.train.verifies else "grpo"
-
-
-def checkpoint_of(method: str, settings: Settings) -> Path:
-    """The checkpoint that plays a method.
-
-    Raises:
-        RequestError: the method is unknown, or its checkpoint is missing.
-    """
-    known = {
-        "base": (settings.paths.models / "policy", "models"),
-        "coldstart": (settings.paths.coldstart, "coldstart"),
-        **dict.fromkeys(
-            ("uniform", "one_shot", *(f"one_shot_{each}" for each in get_args(Method)), "grpo_csv", "grpo"),
-            (settings.paths.train, "train"),
-        ),
-    }
-    if method not in known:
-        raise RequestError(f"unknown method {method!r} in infer.baselines: choose from {', '.join(known)}")
-    path, stage = known[method]
-    if not path.is_dir() and settings.infer.model is None:
-        raise RequestError(f"{path} is missing, which {method!r} needs: run the stage {stage!r} first")
-    return path
 
 
 def _fingerprint(method: str, checkpoint: Path, settings: Settings) -> str:
@@ -255,7 +230,7 @@ def _policy(settings: Settings, checkpoint: Path) -> Iterator[Policy]:
     if infer.urls:
         yield client(infer.urls, infer.model or str(checkpoint))
         return
-    from timesearch.servers import VLLM, model_server
+    from timesearch.base.servers import VLLM, model_server
 
     with model_server(
         "policy",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
+from timesearch.data.rows import read_rows
 from timesearch.judge.client import JudgeClient, RuleJudge
-from timesearch.samples import read_rows
 
 LABELLED = Path(__file__).with_name("labelled.jsonl")
 

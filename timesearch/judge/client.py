@@ -17,13 +17,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.files import json_digest, project_folder
-from timesearch.http import BadReplyError, RefusedError, check_address, printable, request, tries
-from timesearch.protocol import Completion
-from timesearch.redaction import redact
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.files import json_digest, project_folder
+from timesearch.base.http import BadReplyError, RefusedError, check_address, printable, request, tries
+from timesearch.base.redaction import redact
+from timesearch.base.replies import Completion
+from timesearch.base.servers import authorisation
 from timesearch.rewards import rule_judge
-from timesearch.servers import authorisation
 from timesearch.settings import Judge
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class RuleJudge:
 class JudgeClient:
     """A language model behind the OpenAI protocol as the judge.
 
-    Failures that pass (`timesearch.http.may_pass`) are retried with growing, jittered pauses for `settings.retry_for`
-    seconds: a judge that is restarted costs time, not scores.
+    Failures that pass (`timesearch.base.http.may_pass`) are retried with growing, jittered pauses for
+    `settings.retry_for` seconds: a judge that is restarted costs time, not scores.
 
     Raises:
         RequestError: `settings.url` is no address.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from timesearch.servers import VLLM, model_server
+from timesearch.base.servers import VLLM, model_server
 from timesearch.settings import Judge
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from timesearch.files import write_jsonl
+from timesearch.base.files import write_jsonl
+from timesearch.data.samples import Sample
 from timesearch.pocket.world import WORLDS, Scene, make_scene, question
-from timesearch.samples import Sample
 
 TRAIN_VIDEOS, TEST_VIDEOS = 48, 50
 """Sizes that keep the whole demo within its 15 minutes on two cores."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from timesearch.files import write_json
+from timesearch.base.files import write_json
+from timesearch.base.threads import use_fitting_threads
 from timesearch.pocket.policy import FRAME
 from timesearch.pocket.world import COLOURS, SHAPES, generator, make_scene
-from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer

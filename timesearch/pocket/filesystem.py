@@ -16,7 +16,7 @@ from typing import Any
 
 from fsspec.spec import AbstractFileSystem
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, make_scene
 
 _PATH = re.compile(r"(?P<world>[a-z-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from timesearch.errors import RequestError
-from timesearch.messages import Block, Message
+from timesearch.base.errors import RequestError
+from timesearch.data.messages import Block, Message
+from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.traces import Manners, reanswer, write_reanswer, write_trace
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, generator, question
-from timesearch.samples import Sample
 from timesearch.search.prompts import Prompts
 from timesearch.search.search import Search
 from timesearch.settings import SearchSettings

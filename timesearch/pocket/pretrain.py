@@ -24,13 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError
+from timesearch.base.errors import ItemError
+from timesearch.base.progress import Bar, progress_bar
 from timesearch.pocket.dataset import samples_of
 from timesearch.pocket.lessons import Corpus, Episodes, Lookup, Mixture, Reading
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
 from timesearch.pocket.world import COLOURS, SHAPES, generator, make_scene
-from timesearch.progress import Bar, progress_bar
 from timesearch.settings import Settings
 from timesearch.training.supervised import Plan, fine_tune
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from timesearch.data.messages import Block, Message
 from timesearch.dialects.qwen import write_turn
-from timesearch.messages import Block, Message
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 30, 35),

@@ -20,17 +20,18 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from timesearch.batch import Failure
-from timesearch.errors import ItemError
+from timesearch.base.batch import Failure
+from timesearch.base.errors import ItemError
+from timesearch.base.files import atomic_path, inside
+from timesearch.base.untrusted import mend_text
+from timesearch.data.messages import Message, exchanges, parse_turn, text_of
+from timesearch.data.rows import read_rows
+from timesearch.data.samples import Prediction
 from timesearch.evaluation.episodes import read_predictions
-from timesearch.evaluation.evaluate import load_metrics, prediction_files
+from timesearch.evaluation.results import load_metrics, prediction_files
 from timesearch.evaluation.table import TABLE_COLUMNS, method_label, method_order
-from timesearch.files import atomic_path, inside
-from timesearch.messages import Message, exchanges, parse_turn, text_of
 from timesearch.rewards import REWARDS, answer_letter
-from timesearch.samples import Prediction, read_rows
 from timesearch.settings import Settings
-from timesearch.untrusted import mend_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

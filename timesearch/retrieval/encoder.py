@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.files import file_digest, json_digest, write_json
-from timesearch.http import BadReplyError, M, RefusedError, check_address, may_pass, request_now, tries
-from timesearch.hub import fetch_error
-from timesearch.model_folders import PARTS, read_config, require_data_only
-from timesearch.protocol import Embeddings, ModelList
-from timesearch.redaction import redact
-from timesearch.servers import authorisation
-from timesearch.threads import use_fitting_threads
-from timesearch.untrusted import MAX_BYTES
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.files import file_digest, json_digest, write_json
+from timesearch.base.http import BadReplyError, M, RefusedError, check_address, may_pass, request_now, tries
+from timesearch.base.hub import fetch_error
+from timesearch.base.model_folders import PARTS, read_config, require_data_only
+from timesearch.base.redaction import redact
+from timesearch.base.replies import Embeddings, ModelList
+from timesearch.base.servers import authorisation
+from timesearch.base.threads import use_fitting_threads
+from timesearch.base.untrusted import MAX_BYTES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +118,7 @@ class OpenClipEncoder:
     """An open_clip model in this process: bfloat16 on a GPU, float32 on all cores of a CPU.
 
     A local folder is checked at once and loaded when first used, so that a run that finds everything up to date does
-    not wait for it. Nothing in it is run: see `timesearch.model_folders`.
+    not wait for it. Nothing in it is run: see `timesearch.base.model_folders`.
     """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:

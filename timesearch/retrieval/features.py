@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from timesearch.digests import remembered
-from timesearch.errors import CacheMismatchError, ItemError
-from timesearch.files import atomic_path, inside
-from timesearch.stopping import NEVER, Stop
+from timesearch.base.digests import remembered
+from timesearch.base.errors import CacheMismatchError, ItemError
+from timesearch.base.files import atomic_path, inside
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.video.frames import FrameCache, cache_path, sample_videos
 
 if TYPE_CHECKING:
-    from timesearch.batch import BatchResult, Failure, Made
+    from timesearch.base.batch import BatchResult, Failure, Made
     from timesearch.retrieval.encoder import Encoder
     from timesearch.settings import Features, Settings
 
@@ -227,8 +227,8 @@ def cache_features(
         title: shown before the progress bar.
         set_aside: rows of sample files that name no video; they are listed with what fails.
     """
-    from timesearch.batch import run_batch
-    from timesearch.exclusive import exclusive
+    from timesearch.base.batch import run_batch
+    from timesearch.base.exclusive import exclusive
 
     with exclusive(out):
         work = functools.partial(_cache_one, frames=frames, out=out, encoder=encoder, batch_size=settings.batch_size)
@@ -245,7 +245,7 @@ def cache_features(
 
 
 def _cache_one(name: str, *, frames: dict[str, Path], out: Path, encoder: Encoder, batch_size: int) -> Made | None:
-    from timesearch.batch import Made
+    from timesearch.base.batch import Made
 
     target = inside(out, f"{name}.safetensors")
     stale = why_stale(target, FrameCache.open(frames[name]), encoder)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 
 Method = Literal["dpp", "topk", "uniform", "aks", "gated_logdet"]
 _BLOCK = 128

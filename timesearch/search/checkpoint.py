@@ -8,12 +8,12 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import RequestError
-from timesearch.files import write_json
-from timesearch.model_folders import LOADING, read_config, require_data_only
+from timesearch.base.errors import RequestError
+from timesearch.base.files import write_json
+from timesearch.base.model_folders import LOADING, read_config, require_data_only
+from timesearch.base.threads import use_fitting_threads
 from timesearch.search.budget import completion_tokens, prompt_tokens
 from timesearch.settings import SearchSettings
-from timesearch.threads import use_fitting_threads
 
 if TYPE_CHECKING:
     import torch

@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
+from timesearch.base.redaction import redact
+from timesearch.base.replies import Completion, ModelList
+from timesearch.base.servers import authorisation
+from timesearch.data.messages import Block, Message
 from timesearch.dialects.qwen import describe_tools
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
-from timesearch.messages import Block, Message
-from timesearch.protocol import Completion, ModelList
-from timesearch.redaction import redact
 from timesearch.search.policy import (
     ContextOverflowError,
     EngineError,
@@ -29,7 +30,6 @@ from timesearch.search.policy import (
     video_metadata,
     with_video_preview,
 )
-from timesearch.servers import authorisation
 
 if TYPE_CHECKING:
     import httpx

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from timesearch.errors import RequestError
-from timesearch.messages import Block, Message
+from timesearch.base.errors import RequestError
+from timesearch.data.messages import Block, Message
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.policy import (
     ContextOverflowError,

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from timesearch.messages import Block
+from timesearch.data.messages import Block
 from timesearch.search.search import Search
 from timesearch.search.tools import method_of, offered
 

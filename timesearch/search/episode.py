@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn
-from timesearch.errors import CacheMismatchError, ItemError
-from timesearch.messages import (
+from timesearch.base.errors import CacheMismatchError, ItemError
+from timesearch.data.messages import (
     Block,
     Message,
     exchanges,
@@ -27,7 +26,8 @@ from timesearch.messages import (
     parse_turn,
     searched_seconds,
 )
-from timesearch.samples import EpisodeError, Prediction, Sample, Usage
+from timesearch.data.samples import EpisodeError, Prediction, Sample, Usage
+from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn
 from timesearch.search.budget import TIME_TOKENS, searched_size
 from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session
 from timesearch.search.prompts import Prompts

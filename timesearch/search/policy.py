@@ -12,8 +12,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from timesearch.errors import ItemError
-from timesearch.messages import Block, Message
+from timesearch.base.errors import ItemError
+from timesearch.data.messages import Block, Message
 
 
 @dataclass(frozen=True)

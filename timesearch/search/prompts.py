@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.samples import LETTERS
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.data.samples import LETTERS
 
 _SETS = Path(__file__).parent / "prompt_sets"
 _MARK = re.compile(r"\{(\w++)\}")

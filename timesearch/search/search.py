@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timesearch.data.messages import Block, Evidence, format_seconds, neutralise
 from timesearch.dialects import named
-from timesearch.messages import Block, Evidence, format_seconds, neutralise
 from timesearch.search.budget import preview_plan, searched_size
 from timesearch.search.prompts import Prompts
 from timesearch.search.tools import WrongCallError, offered, schema_of, signature_of

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 
 MAX_TEMPLATE = 2**16
 """Characters of a template. The longest that TRL ships has 20 thousand."""

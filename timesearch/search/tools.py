@@ -14,8 +14,8 @@ from functools import cache
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from timesearch.errors import RequestError
-from timesearch.messages import Block, Evidence
+from timesearch.base.errors import RequestError
+from timesearch.data.messages import Block, Evidence
 from timesearch.retrieval.selection import select_frames
 
 if TYPE_CHECKING:

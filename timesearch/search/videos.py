@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError
-from timesearch.files import inside
-from timesearch.messages import Block, format_seconds
+from timesearch.base.errors import ItemError
+from timesearch.base.files import inside
+from timesearch.data.messages import Block, format_seconds
 from timesearch.retrieval.features import FeatureCache
 from timesearch.video.frames import FrameCache
 

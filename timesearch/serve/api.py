@@ -33,16 +33,16 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from timesearch.errors import ItemError, RequestError, TimeSearchError
+from timesearch.base.errors import ItemError, RequestError, TimeSearchError
+from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
+from timesearch.data.messages import describe_call, exchanges
+from timesearch.data.samples import Prediction
 from timesearch.inference.ask import Asker, check_question
-from timesearch.messages import describe_call, exchanges
-from timesearch.samples import Prediction
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
 from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of
 from timesearch.serve.preparing import Preparations
 from timesearch.serve.videos import Videos, file_name, is_named_like_a_video
-from timesearch.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.video.frames import FrameCache, cache_path
 from timesearch.video.probe import SUFFIXES
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
+from timesearch.base.stopping import Stop
 from timesearch.inference.ask import Asker, Say
-from timesearch.stopping import Stop
 
 _AT_ONCE = 2
 """Videos that are prepared at a time. ffmpeg alone keeps every core busy; the second keeps a long video from holding up

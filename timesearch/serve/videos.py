@@ -13,9 +13,9 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 from urllib.parse import quote, unquote_to_bytes
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.files import inside
-from timesearch.untrusted import mend_text
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import inside
+from timesearch.base.untrusted import mend_text
 from timesearch.video.probe import SUFFIXES
 
 _NAME_BYTES = 255

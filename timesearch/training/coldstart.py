@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.exclusive import exclusive
-from timesearch.files import json_digest, write_jsonl
-from timesearch.messages import Block, Message, evidence_in, final_answer, searched_seconds
-from timesearch.progress import console, progress_bar
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.files import json_digest, write_jsonl
+from timesearch.base.progress import console, progress_bar
+from timesearch.data.messages import Block, Message, evidence_in, final_answer, searched_seconds
+from timesearch.data.rows import read_rows
+from timesearch.data.samples import Sample
 from timesearch.rewards import accuracy, format_reward
-from timesearch.samples import Sample, read_rows
 from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
@@ -34,7 +35,7 @@ from timesearch.training.folder import prepare_run_folder, weights_of
 from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
 
 if TYPE_CHECKING:
-    from timesearch.batch import Failure
+    from timesearch.base.batch import Failure
     from timesearch.retrieval.encoder import Encoder
 
 FAR = 10.0
@@ -153,7 +154,7 @@ def read_traces(path: Path, samples: Sequence[Sample]) -> tuple[list[Trace], lis
     Raises:
         RequestError: the file is missing or holds a line that is not JSON.
     """
-    from timesearch.batch import Failure
+    from timesearch.base.batch import Failure
 
     by_id = {sample.id: sample for sample in samples}
     traces: list[Trace] = []
@@ -273,8 +274,8 @@ def play_traces(settings: Settings, samples: Sequence[Sample], encoder: Encoder,
     Raises:
         RequestError: no teacher is named, or the server does not serve it.
     """
+    from timesearch.data.samples import Prediction
     from timesearch.inference.infer import Job, play
-    from timesearch.samples import Prediction
 
     known = {row["id"] for _, row in read_rows(file) if not row.get("error")} if file.is_file() else set()
     jobs = [Job("coldstart", sample) for sample in samples if sample.id not in known]

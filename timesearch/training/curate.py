@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timesearch.errors import RequestError
-from timesearch.exclusive import exclusive
-from timesearch.files import write_jsonl
+from timesearch.base.errors import RequestError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.files import write_jsonl
+from timesearch.data.messages import final_answer
+from timesearch.data.rows import read_rows
+from timesearch.data.samples import Prediction, Sample
 from timesearch.judge.client import make_judge
-from timesearch.messages import final_answer
 from timesearch.rewards import accuracy
-from timesearch.samples import Prediction, Sample, read_rows
 from timesearch.settings import Settings
 from timesearch.training.data import load_training_samples
 

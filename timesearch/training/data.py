@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from timesearch.batch import Failure
-from timesearch.errors import ItemError, RequestError
-from timesearch.files import inside
+from timesearch.base.batch import Failure
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import inside
+from timesearch.data.rows import read_models
+from timesearch.data.samples import Sample
 from timesearch.rewards import answer_letter
-from timesearch.samples import Sample, read_models
 from timesearch.search.checkpoint import check_fit
 from timesearch.settings import SearchSettings, Settings
 
@@ -41,7 +42,7 @@ def usable_samples(path: Path | str, frames: Path | str, features: Path | str) -
         features: folder of feature caches.
 
     Returns:
-        The samples fit for training, and a failure for each that is not, with a reason of `timesearch.samples` or
+        The samples fit for training, and a failure for each that is not, with a reason of `timesearch.data.samples` or
         `no_answer`, `bad_answer`, `unsafe_path` or `missing_cache`. A multiple-choice answer given as an option's text
         or in lower case becomes its letter, which rewards compare.
 

@@ -7,9 +7,9 @@ import shutil
 from itertools import count
 from pathlib import Path
 
-from timesearch.exclusive import contents
-from timesearch.files import file_digest, write_json
-from timesearch.progress import console
+from timesearch.base.exclusive import contents
+from timesearch.base.files import file_digest, write_json
+from timesearch.base.progress import console
 from timesearch.search.prompts import Prompts
 from timesearch.settings import Settings
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from timesearch.messages import final_answer, parse_turn
+from timesearch.data.messages import final_answer, parse_turn
 from timesearch.rewards import accuracy, score_episode, weighed
 from timesearch.training.replay import ReplayBuffer, idle_groups, refill
 from timesearch.training.rollouts import Clock, Episode, RolloutTrainer

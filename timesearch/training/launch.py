@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from timesearch.errors import RequestError, TemporaryError, TimeSearchError
-from timesearch.exclusive import exclusive
-from timesearch.processes import start_guarded, stop
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.processes import start_guarded, stop
 from timesearch.settings import Settings, Train
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from timesearch.errors import RequestError
+from timesearch.base.errors import RequestError
 from timesearch.search.budget import completion_tokens, preview_frames, prompt_tokens, search_tokens, searched_frames
 from timesearch.settings import Settings, Train
 from timesearch.training.launch import launch_command, refuse_unfit

@@ -30,11 +30,11 @@ from datasets import Dataset
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from timesearch.errors import TimeSearchError
-from timesearch.messages import Block, Message, searched_seconds
+from timesearch.base.errors import TimeSearchError
+from timesearch.base.untrusted import UntrustedError, parse_json
+from timesearch.data.messages import Block, Message, searched_seconds
 from timesearch.search.checkpoint import multiply_patches, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
-from timesearch.untrusted import UntrustedError, parse_json
 
 
 class ImageMismatchError(TimeSearchError):

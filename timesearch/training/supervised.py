@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError, RequestError
-from timesearch.messages import Message
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.data.messages import Message
 from timesearch.training.folder import latest_checkpoint
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from transformers import AutoConfig, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig
 
-from timesearch.batch import write_failures
-from timesearch.errors import RequestError
-from timesearch.model_folders import LOADING
-from timesearch.progress import console, progress_bar
+from timesearch.base.batch import write_failures
+from timesearch.base.errors import RequestError
+from timesearch.base.model_folders import LOADING
+from timesearch.base.progress import console, progress_bar
 from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from timesearch.files import atomic_path, write_jsonl
-from timesearch.messages import final_answer
-from timesearch.progress import Bar, console
+from timesearch.base.files import atomic_path, write_jsonl
+from timesearch.base.progress import Bar, console
+from timesearch.data.messages import final_answer
+from timesearch.data.rows import read_rows
+from timesearch.data.samples import Prediction
 from timesearch.rewards import REWARDS
-from timesearch.samples import Prediction, read_rows
 from timesearch.search.episode import without_pixels
 
 if TYPE_CHECKING:

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from timesearch.batch import BatchResult, Failure, Made, run_batch
-from timesearch.digests import remembered
-from timesearch.errors import ItemError
-from timesearch.exclusive import exclusive
-from timesearch.files import file_digest, inside, json_digest
-from timesearch.http import may_pass, status_of, tries
-from timesearch.samples import Sample, read_all_samples
+from timesearch.base.batch import BatchResult, Failure, Made, run_batch
+from timesearch.base.digests import remembered
+from timesearch.base.errors import ItemError
+from timesearch.base.exclusive import exclusive
+from timesearch.base.files import file_digest, inside, json_digest
+from timesearch.base.http import may_pass, status_of, tries
+from timesearch.data.rows import read_all_samples
+from timesearch.data.samples import Sample
 from timesearch.settings import Download, Settings
 from timesearch.video.frames import BROKEN, WHOLE
 from timesearch.video.probe import probe

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.errors import ItemError
+from timesearch.base.errors import ItemError
 from timesearch.video.clock import Mender, Times, mended_packets
 from timesearch.video.probe import VideoInfo, open_video, probe
 from timesearch.video.sampling import DAMAGE_ALLOWED

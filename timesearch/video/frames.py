@@ -30,11 +30,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from timesearch.digests import remember, remembered
-from timesearch.errors import ItemError
-from timesearch.files import atomic_path, inside, json_digest
-from timesearch.stopping import NEVER, Stop
-from timesearch.untrusted import parse_json
+from timesearch.base.digests import remember, remembered
+from timesearch.base.errors import ItemError
+from timesearch.base.files import atomic_path, inside, json_digest
+from timesearch.base.stopping import NEVER, Stop
+from timesearch.base.untrusted import parse_json
 from timesearch.video.holds import held
 from timesearch.video.probe import Fingerprint, VideoInfo, check_readable, probe, smart_size
 from timesearch.video.sampling import sample_jpegs, slot
@@ -42,7 +42,7 @@ from timesearch.video.sampling import sample_jpegs, slot
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from timesearch.batch import BatchResult, Failure, Made
+    from timesearch.base.batch import BatchResult, Failure, Made
     from timesearch.settings import Frames, Settings
 
 VERSION = 2
@@ -483,8 +483,8 @@ def cache_frames(
         title: shown before the progress bar.
         set_aside: rows of sample files that name no video; they are listed with what fails.
     """
-    from timesearch.batch import run_batch
-    from timesearch.exclusive import exclusive
+    from timesearch.base.batch import run_batch
+    from timesearch.base.exclusive import exclusive
 
     with exclusive(out):
         at_once = max(1, min(settings.workers, len(videos)))
@@ -502,7 +502,7 @@ def cache_frames(
 
 
 def _cache_one(name: str, *, videos: dict[str, Path], out: Path, settings: Frames, threads: int) -> Made | None:
-    from timesearch.batch import Made
+    from timesearch.base.batch import Made
 
     target = cache_path(out, name)
     check_readable(videos[name])
@@ -521,7 +521,7 @@ def sample_videos(settings: Settings) -> tuple[list[str], list[Failure]]:
     """Names of all videos that the train and test samples ask about, each once however it is spelled; and the rows
     that give no sample.
     """
-    from timesearch.samples import read_all_samples
+    from timesearch.data.rows import read_all_samples
 
     broken: list[Failure] = []
     samples = read_all_samples((settings.paths.train_samples, settings.paths.test_samples), broken.append)

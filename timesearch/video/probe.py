@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError
+from timesearch.base.errors import ItemError
 from timesearch.video.clock import Clock, Mender, Times, mended_packets
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from timesearch.errors import ItemError
-from timesearch.stopping import NEVER, Stop
+from timesearch.base.errors import ItemError
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.video.clock import STILL
 from timesearch.video.probe import CONTAINERS, PROTOCOLS, VideoInfo
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timesearch.errors import RequestError
-from timesearch.untrusted import UntrustedError, parse_json
+from timesearch.base.errors import RequestError
+from timesearch.base.untrusted import UntrustedError, parse_json
 
 PARTS = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 """The files of a published model that are needed; no code is among them."""

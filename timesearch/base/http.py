@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from timesearch.errors import RequestError
-from timesearch.redaction import redact
-from timesearch.untrusted import UntrustedError, parse_json
+from timesearch.base.errors import RequestError
+from timesearch.base.redaction import redact
+from timesearch.base.untrusted import UntrustedError, parse_json
 
 if TYPE_CHECKING:
     import httpx

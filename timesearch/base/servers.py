@@ -22,11 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.http import BadReplyError, RefusedError, check_address, printable, request_now, status_may_pass
-from timesearch.processes import start_guarded, stop
-from timesearch.protocol import ModelList
-from timesearch.redaction import redact
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.http import BadReplyError, RefusedError, check_address, printable, request_now, status_may_pass
+from timesearch.base.processes import start_guarded, stop
+from timesearch.base.redaction import redact
+from timesearch.base.replies import ModelList
 
 logger = logging.getLogger(__name__)
 

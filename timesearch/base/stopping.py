@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from timesearch.errors import TimeSearchError
+from timesearch.base.errors import TimeSearchError
 
 
 class StoppedError(TimeSearchError):

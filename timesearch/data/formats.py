@@ -29,9 +29,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from timesearch.base.untrusted import UntrustedError, parse_json
+from timesearch.data.samples import LETTERS, Prediction, UnreadableError
 from timesearch.dialects.qwen import tagged_answers
-from timesearch.samples import LETTERS, Prediction, UnreadableError
-from timesearch.untrusted import UntrustedError, parse_json
 
 Row = dict[str, Any]
 

@@ -1,11 +1,6 @@
-"""Questions about videos, and the answers that episodes gave: the rows that every stage reads.
+"""Files of samples and predictions, read row by row.
 
-Both are JSON lines. Files in the form that benchmarks publish are turned into samples by `timesearch.formats`.
-
-What is wrong with one row is an error of that row: ``not_json`` (it cannot be read at all), ``invalid_row`` (a field is
-missing or its value cannot be), ``unknown_type`` (of question) or ``duplicate_id`` (the first row stands). Whoever
-reads says what becomes of it. Numbers that are none (``NaN``, as pandas writes it) are no error: a length that is not
-a number is unknown, and such a time counts as a time that the video does not have.
+They are JSON lines, or files in a form that benchmarks publish, whose rows `timesearch.data.formats` turns into ours.
 """
 
 from __future__ import annotations
@@ -17,114 +12,22 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar, overload
+from typing import IO, Any, TypeVar, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from timesearch.batch import Failure
-from timesearch.errors import RequestError
-from timesearch.untrusted import MAX_BYTES, UntrustedError, is_plain, parse_json
+from timesearch.base.batch import Failure
+from timesearch.base.errors import RequestError
+from timesearch.base.untrusted import MAX_BYTES, UntrustedError, is_plain, parse_json
+from timesearch.data.formats import to_rows
+from timesearch.data.samples import RowError, Sample, UnreadableError, item_of, validate
 
-QuestionType = Literal["multiple_choice", "open_ended", "grounding"]
-T = TypeVar("T", bound="Sample")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+T = TypeVar("T", bound=Sample)
 _WHOLE = 2**30
 """Bytes at most of a file that is one JSON value; JSON lines may be longer."""
 _FORMS = "JSON lines, a JSON list of objects, LV-Haystack's object of columns and Parquet are read"
 _HELD = 20_000
 """Samples that are held as objects; of a larger file each is made when it is asked for."""
-FrameNumber = Annotated[int, Field(lt=2**63)]
-
-
-class RowError(RequestError):
-    """What is wrong with one row of a file; `reason` is a stable word, `item` the row's id if it has one."""
-
-    def __init__(self, message: str, reason: str = "invalid_row", item: str = "") -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.item = item
-
-
-class UnreadableError(ValueError):
-    """Why a published row cannot be read with certainty, in a few words."""
-
-
-class Sample(BaseModel):
-    """One question about one video."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: str = Field(min_length=1)
-    video: str = Field(
-        min_length=1,
-        pattern=r"^[^\x00]*$",
-        description="path of the video under the videos folder, such as cache/videos",
-    )
-    source: str | None = Field(None, description="any fsspec URL that the video is downloaded from")
-    sha256: str | None = Field(None, description="digest of the video file, in hex")
-    question: str
-    options: list[str] = Field(
-        default_factory=list, max_length=len(LETTERS), description="choices, without their letters"
-    )
-    answer: str = Field("", description="letter, text, or JSON list of [start, end] seconds, by `type`")
-    type: QuestionType = "open_ended"
-    duration: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="length of the video in seconds; None where it is not known"
-    )
-    gt_seconds: list[float] = Field(default_factory=list)
-    gt_frame_index: list[FrameNumber] = Field(default_factory=list, description="frame numbers of the source video")
-    gt_spans: list[tuple[float, float]] = Field(default_factory=list, description="[start, end] in seconds")
-    split: str = ""
-    meta: dict[str, Any] = Field(default_factory=dict)
-
-
-class Usage(BaseModel):
-    """Tokens that an engine spent on an episode."""
-
-    prefilled: int = 0
-    cached: int = 0
-    generated: int = 0
-
-
-class EpisodeError(BaseModel):
-    """Why an episode did not end in an answer."""
-
-    type: str
-    message: str
-
-
-class Prediction(Sample):
-    """A sample and the episode that answered it.
-
-    `prediction` holds the episode's messages: `role`, and `content` as blocks of `text` and `image`. An image block
-    carries no pixels but `seconds` (presentation time) and `frame` (index in the frame cache).
-    """
-
-    prediction: list[dict[str, Any]] = Field(default_factory=list)
-    searched_seconds: list[float] = Field(default_factory=list)
-    preview_seconds: list[float] = Field(default_factory=list)
-    predicted_answer: str | None = Field(None, description="what the episode answered; None if it gave no answer")
-    reanswer: str | None = Field(None, description="answer from the searched frames alone, where it was asked")
-    rewards: dict[str, float] = Field(default_factory=dict)
-    turns: int = 0
-    tool_calls: int = 0
-    usage: Usage = Field(default_factory=Usage)
-    outcome: Literal["answered", "unanswered", "failed"] | None = None
-    limit: Literal["turns", "context"] | None = Field(None, description="the budget that ended the search, if one did")
-    error: EpisodeError | None = None
-
-    @field_validator("prediction")
-    @classmethod
-    def _messages_are_readable(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for number, message in enumerate(messages, start=1):
-            content = message.get("content") or []
-            blocks = content if isinstance(content, list) else []
-            readable = isinstance(content, str | list) and all(
-                isinstance(block, dict) and isinstance(block.get("text", ""), str) for block in blocks
-            )
-            if not isinstance(message.get("role"), str) or not readable:
-                raise ValueError(f"message {number} has no role, or content of no known form")
-        return messages
 
 
 def read_rows(
@@ -171,7 +74,7 @@ def read_models(path: Path | str, model: type[T], report: Callable[[Failure], No
 
 
 def read_samples(path: Path | str, report: Callable[[Failure], None] | None = None) -> Sequence[Sample]:
-    """Read a sample file: the project's JSON lines, or a file in a form that `timesearch.formats` knows.
+    """Read a sample file: the project's JSON lines, or a file in a form that `timesearch.data.formats` knows.
 
     Args:
         path: as in `read_rows`.
@@ -303,56 +206,18 @@ def _convert(path: Path, number: int, item: Any, model: type[T]) -> list[T | Row
 
 
 def _to_rows(row: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
-    """`timesearch.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is none.
+    """`timesearch.data.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is none.
 
     Raises:
         RowError: it is none.
     """
-    from timesearch.formats import to_rows
-
     try:
         return to_rows(row, number)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         detail = str(error) if isinstance(error, UnreadableError) else f"{type(error).__name__}: {error}"
         raise RowError(
-            f"{where}: not a row of the benchmark that it looks like ({detail[:300]})", item=_item(row)
+            f"{where}: not a row of the benchmark that it looks like ({detail[:300]})", item=item_of(row)
         ) from error
-
-
-def validate(model: type[T], row: dict[str, Any], where: str) -> T:
-    """Build a `Sample` or `Prediction` from a row, or say in one sentence which field of which line is wrong.
-
-    A field that is null counts as not given, and a time that is null as one that is not a number.
-
-    Raises:
-        RowError: the sentence.
-    """
-    given = {name: _times(value) if name in _TIMES else value for name, value in row.items() if value is not None}
-    if isinstance(rewards := given.get("rewards"), dict):
-        given["rewards"] = {name: value for name, value in rewards.items() if value is not None}
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])[:200]
-        reason = "unknown_type" if first["loc"][:1] == ("type",) else "invalid_row"
-        said = first["msg"].removeprefix("Value error, ")
-        raise RowError(f"{where}: field {field!r}: {said}", reason, _item(row)) from error
-
-
-_TIMES = ("gt_seconds", "gt_spans", "searched_seconds", "preview_seconds")
-
-
-def _times(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_times(item) for item in value]
-    return math.nan if value is None else value
-
-
-def _item(row: dict[str, Any]) -> str:
-    """The name of a row in a list of failures: its id, where it has one that can be one."""
-    identity = row.get("id")
-    return str(identity)[:200] if isinstance(identity, str | int) else ""
 
 
 def _load(path: Path, number: int, item: Any) -> Any:

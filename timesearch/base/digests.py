@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from timesearch.files import file_digest
+from timesearch.base.files import file_digest
 
 _SETTLED = 2.0
 """Seconds since a file's last change after which a further change must show in its times (some clocks are coarse)."""

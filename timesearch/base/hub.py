@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from timesearch.errors import RequestError, TemporaryError, TimeSearchError
-from timesearch.http import may_pass, status_of
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.http import may_pass, status_of
 
 
 def unreached() -> tuple[type[BaseException], ...]:

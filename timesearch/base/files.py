@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from timesearch.errors import ItemError
+from timesearch.base.errors import ItemError
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """Bytes of a file's name and of its path on Linux."""

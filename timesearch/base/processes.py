@@ -1,8 +1,8 @@
 """Child processes that never outlive their parent.
 
-A command runs under a small guard (`python -m timesearch.processes`, standard library only) in a process group of its
-own. The guard ends the whole group when it is told to stop, when the command ends, and when the parent is gone, however
-that died: a process killed by SIGKILL runs no clean-up of its own, so somebody else has to watch it.
+A command runs under a small guard (`python -m timesearch.base.processes`, standard library only) in a process group of
+its own. The guard ends the whole group when it is told to stop, when the command ends, and when the parent is gone,
+however that died: a process killed by SIGKILL runs no clean-up of its own, so somebody else has to watch it.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timesearch.errors import CacheMismatchError, ItemError, RequestError
-from timesearch.files import write_jsonl
-from timesearch.progress import progress_bar
-from timesearch.redaction import redact
+from timesearch.base.errors import CacheMismatchError, ItemError, RequestError
+from timesearch.base.files import write_jsonl
+from timesearch.base.progress import progress_bar
+from timesearch.base.redaction import redact
 
 _RAY_RETRIES = 3
 """Further tries of an item whose worker process or machine died."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from timesearch.base.untrusted import mend_text
 from timesearch.dialects import ToolCall, parse_turn
-from timesearch.untrusted import mend_text
 
 Message = dict[str, Any]
 Block = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What servers of the OpenAI protocol reply, as typed models that `timesearch.http` reads replies into."""
+"""What servers of the OpenAI protocol reply, as typed models that `timesearch.base.http` reads replies into."""
 
 from __future__ import annotations
 

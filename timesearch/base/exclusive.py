@@ -25,15 +25,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from timesearch.errors import RequestError, TemporaryError
-from timesearch.progress import console
-from timesearch.redaction import redact
-from timesearch.untrusted import UntrustedError, parse_json
+from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.progress import console
+from timesearch.base.redaction import redact
+from timesearch.base.untrusted import UntrustedError, parse_json
 
 LOCK = ".timesearch.lock"
 """Name of the file in a folder that is worked in."""
 _PARTIAL = ".*." + "[0-9a-f]" * 8 + ".partial"
-"""What `timesearch.files.atomic_path` writes to."""
+"""What `timesearch.base.files.atomic_path` writes to."""
 _NOTE_BYTES = 4096
 _NOTE_WITHIN = 1.0
 """Seconds within which the holder of a lock has written who it is."""

@@ -1,0 +1,1 @@
+"""Which every room uses: errors, files, locks, batches of items, servers and HTTP. It knows nothing of videos."""
