@@ -58,7 +58,7 @@ from rich.console import Console
 from timesearch.base.replies import Completion
 from timesearch.base.servers import model_server
 from timesearch.data.samples import Prediction, Sample
-from timesearch.inference.infer import Job, play
+from timesearch.inference.playing import Job, play, search_maker
 from timesearch.pocket.filesystem import encode
 from timesearch.pocket.world import SHAPES, make_scene, question
 from timesearch.retrieval.features import make_feature_cache
@@ -361,12 +361,17 @@ def client_alone(url: str, settings: Settings, samples: Sequence[Sample], episod
             memory.append(resident())
 
     settings.infer.concurrency = in_flight
-    jobs = [
-        Job("grpo_csv", samples[number % len(samples)].model_copy(update={"id": str(number)}))
-        for number in range(episodes)
-    ]
+    jobs = [Job(samples[number % len(samples)].model_copy(update={"id": str(number)})) for number in range(episodes)]
     began, used = time.perf_counter(), time.process_time()
-    asyncio.run(play(jobs, OpenAIPolicy([url], "instant"), RandomEncoder(), settings, record))
+    asyncio.run(
+        play(
+            jobs,
+            OpenAIPolicy([url], "instant"),
+            search_maker(settings, RandomEncoder()),
+            record,
+            settings.infer.concurrency,
+        )
+    )
     used, took = time.process_time() - used, time.perf_counter() - began
     return Alone(in_flight, episodes, turns, 1000 * used / turns, 1000 * took / turns, memory)
 
@@ -409,9 +414,9 @@ def survive(policy: Scripted, samples: Sequence[Sample], settings: Settings, por
 
     policy._complete = counted  # type: ignore[method-assign]
     settings.infer.concurrency = len(samples)
-    jobs = [Job("grpo_csv", sample) for sample in samples]
+    jobs = [Job(sample) for sample in samples]
     record: Callable[[Job, Prediction], None] = lambda job, row: ended.append((job.sample.id, str(row.outcome)))  # noqa: E731
-    asyncio.run(play(jobs, policy, RandomEncoder(), settings, record))
+    asyncio.run(play(jobs, policy, search_maker(settings, RandomEncoder()), record, settings.infer.concurrency))
     gap = max(later - earlier for earlier, later in pairwise(answered))
     identities = [identity for identity, _ in ended]
     return Killed(

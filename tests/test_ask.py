@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         script(search_turn("red car", "Where is\x1b[31m it?\n", end_time=20, num_frames=3), answer_turn("red"))
     )
     asker = Asker(settings, policy, MeanColour(), tmp_path / "cache")
-    monkeypatch.setattr(commands, "_open_asker", lambda *_: (asker, policy))
+    monkeypatch.setattr(commands, "_open_asker", lambda *_: nullcontext((asker, policy)))
 
     def call(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -83,7 +84,7 @@ def test_damaged_caches_are_made_again(tmp_path: Path, run) -> None:
 
 
 def test_a_guess_is_an_answer_without_a_contact_sheet(footage: Path, tmp_path: Path, run) -> None:
-    _, policy = commands._open_asker()
+    _, policy = commands._open_asker().enter_result
     policy.speak = script(answer_turn("red"))
     sheet = tmp_path / "sheet.png"
     code, out, _ = run(str(footage / "car-detection.mp4"), "What colour is the car?", "--save", str(sheet))
@@ -95,7 +96,7 @@ def test_a_guess_is_an_answer_without_a_contact_sheet(footage: Path, tmp_path: P
 
 def test_what_ends_a_question_is_said_in_one_sentence(tmp_path: Path, run) -> None:
     video = str(make_video(tmp_path / "video.mp4", seconds=5))
-    _, policy = commands._open_asker()
+    _, policy = commands._open_asker().enter_result
     for error, code, says in (
         (EngineError("the server went away"), 75, "the server went away"),
         (EngineError("the server refused", "refused"), 1, "the server refused"),
@@ -113,7 +114,7 @@ def test_what_ends_a_question_is_said_in_one_sentence(tmp_path: Path, run) -> No
 
 def test_one_question_that_fails_does_not_stop_the_next(tmp_path: Path, run) -> None:
     video = str(make_video(tmp_path / "video.mp4", seconds=5))
-    _, policy = commands._open_asker()
+    _, policy = commands._open_asker().enter_result
     speak = policy.speak
 
     def fail_once(messages: Sequence[Message]) -> str:

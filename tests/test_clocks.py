@@ -15,7 +15,7 @@ from synthetic import ffmpeg
 
 from timesearch import FrameCache, select_frames
 from timesearch.data.samples import Sample
-from timesearch.inference.infer import _choose
+from timesearch.inference.methods import chosen_frames
 from timesearch.retrieval.features import make_feature_cache
 from timesearch.search.budget import preview_plan
 from timesearch.search.search import Search
@@ -128,10 +128,10 @@ def test_a_search_shows_a_held_picture_at_the_time_of_the_look(tmp_path: Path) -
     assert call(19, 20) == [(38, 19.0), (39, 19.5), (40, 20.0)]
     again = images(search.reanswer() or [])
     assert again == [(38, 19.0), (39, 19.5), (40, 20.0), (41, 120.0), (42, 120.5)]
-    looks = search.frames(_choose(search, "uniform", sample, 6))
+    looks = search.frames(chosen_frames(search, "uniform", sample, 6))
     assert [each.frame for each in looks] == [20, 40, 40, 40, 40, 40]
     assert [each.seconds for each in looks] == pytest.approx([10.0, 31.25, 52.083, 72.917, 93.75, 114.583], abs=1e-3)
-    assert len(_choose(search, "one_shot_dpp", sample, 6)) == 6
+    assert len(chosen_frames(search, "one_shot_dpp", sample, 6)) == 6
 
 
 def test_what_is_held_is_the_last_picture_of_its_slot(tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from players import Puppet, answer_turn, build_library, search_turn
+from scripted import OracleEncoder
 
 from timesearch.base.files import write_jsonl
+from timesearch.data.messages import Block, Message
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction, Sample
 from timesearch.settings import Settings
@@ -44,33 +48,34 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[str]]]:
-    """Plays passes of `infer`: method, its number of frames, and the questions it got."""
+    """Plays the passes: name, number of frames, and the questions each got."""
     seen: list[tuple[str, int, list[str]]] = []
 
-    def run(settings: Settings, methods: list[str]) -> None:
-        (method,) = methods
-        frames = settings.infer.uniform_frames if method == "uniform" else settings.search.max_frames
-        samples = read_samples(settings.paths.test_samples)
-        seen.append((method, frames, [sample.id for sample in samples]))
-        right = {EASY} if method == "uniform" else {GOOD}
-        rows = [_prediction(sample, "red" if sample.id in right else "blue") for sample in samples]
-        write_jsonl(settings.paths.results / "predictions" / f"{method}.jsonl", rows)
+    def played(
+        settings: Settings, policy: Path, folder: Path, samples: list[Sample], filter: curate.Filter
+    ) -> list[Prediction]:
+        if not samples:
+            return []
+        frames = filter.search.max_frames if filter.name == "hard" else filter.frames
+        seen.append((filter.name, frames, [sample.id for sample in samples]))
+        right = {EASY} if filter.name == "easy" else {GOOD}
+        return [_prediction(sample, "red" if sample.id in right else "blue") for sample in samples]
 
-    monkeypatch.setattr("timesearch.inference.infer.run", run)
+    monkeypatch.setattr(curate, "_play", played)
     return seen
 
 
-def _prediction(sample: Sample, answer: str) -> dict[str, Any]:
+def _prediction(sample: Sample, answer: str) -> Prediction:
     said = {"role": "assistant", "content": f"<think>.</think><answer>{answer}</answer>"}
     error = {"type": "engine", "message": "gone"} if sample.id == BROKEN else None
-    return Prediction(**sample.model_dump(), prediction=[said], error=error).model_dump(mode="json")
+    return Prediction(**sample.model_dump(), prediction=[said], error=error)
 
 
 def test_easy_and_hopeless_samples_go_and_the_others_stay_as_they_are(
     settings: Settings, passes: list[tuple[str, int, list[str]]]
 ) -> None:
     curation = curate.run(settings, Path("policy"), Path("out"))
-    assert passes == [("uniform", 4, [EASY, HARD, GOOD, BROKEN]), ("coldstart", 64, [HARD, GOOD])]
+    assert passes == [("easy", 4, [EASY, HARD, GOOD, BROKEN]), ("hard", 64, [HARD, GOOD])]
     kept = [json.loads(line) for line in curation.samples.read_text().splitlines()]
     original = [json.loads(line) for line in Path("data/train.jsonl").read_text().splitlines()]
     assert kept == [original[2]]
@@ -88,6 +93,48 @@ def test_where_all_is_easy_the_second_pass_plays_nothing(
 ) -> None:
     monkeypatch.setattr(curate, "accuracy", lambda *_, **__: 1.0)
     curation = curate.run(settings, Path("policy"), Path("out"))
-    assert [method for method, _, _ in passes] == ["uniform"]
+    assert [name for name, _, _ in passes] == ["easy"]
     assert curation.samples.read_text() == ""
     assert curation.counts["too_easy"] == 3
+
+
+def test_the_filters_play_episodes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real episodes of a scripted policy, which answers rightly after a search alone; a second run plays none anew."""
+    settings = build_library(tmp_path, videos=3)
+    settings.judge.kind = "rule"
+    settings.paths.train_samples = settings.paths.test_samples
+    samples = read_samples(settings.paths.test_samples)
+
+    def speak(messages: Sequence[Message]) -> str:
+        searched = any(message["role"] == "tool" for message in messages)
+        if not searched and messages[0]["role"] == "system":
+            return search_turn()
+        return answer_turn(samples[0].answer if searched else "no idea")
+
+    policies: list[Puppet] = []
+
+    @contextmanager
+    def open_puppet(*_: object) -> Iterator[Puppet]:
+        policies.append(Puppet(speak))
+        yield policies[-1]
+
+    monkeypatch.setattr(curate, "open_policy", open_puppet)
+    monkeypatch.setattr("timesearch.retrieval.features.default_encoder", lambda _: OracleEncoder())
+    (tmp_path / "policy").mkdir()
+    first = curate.run(settings, tmp_path / "policy", tmp_path / "out", easy_frames=2, hard_frames=4)
+    alike = sum(sample.answer == samples[0].answer for sample in samples)
+    assert (first.counts["kept"], first.counts["too_hard"], first.counts["too_easy"]) == (
+        alike,
+        len(samples) - alike,
+        0,
+    )
+    assert len(policies) == 2
+    assert all(len(images) == 2 for images in map(images_of, policies[0].seen))
+    assert curate.run(settings, tmp_path / "policy", tmp_path / "out", easy_frames=2, hard_frames=4) == first
+    assert len(policies) == 2
+    curate.run(settings, tmp_path / "policy", tmp_path / "out", easy_frames=3, hard_frames=4)
+    assert len(policies) == 3  # another number of frames is another question
+
+
+def images_of(messages: Sequence[Message]) -> list[Block]:
+    return [block for block in messages[0]["content"] if block["type"] == "image"]

@@ -21,7 +21,8 @@ from timesearch.base.errors import CacheMismatchError, ItemError
 from timesearch.data.messages import text_of
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction
-from timesearch.inference.infer import Job, play
+from timesearch.inference.methods import episode_of
+from timesearch.inference.playing import Job, play, search_maker
 from timesearch.pocket.world import make_scene, question
 from timesearch.search.budget import fit_size, preview_plan
 from timesearch.search.environment import SearchEnvironment, environment_factory
@@ -222,14 +223,15 @@ def test_an_episode_whose_caches_do_not_belong_together_is_set_aside(tmp_path: P
     settings = build_library(tmp_path, videos=2)
     features = settings.paths.features / WORLD
     shutil.copy(features / "1.mp4.safetensors", features / "0.mp4.safetensors")
-    jobs = [Job(method, one) for method in ("uniform", "grpo_csv") for one in read_samples(settings.paths.test_samples)]
+    samples = read_samples(settings.paths.test_samples)
+    jobs = [Job(one, episode_of(method, 8), method) for method in ("uniform", "grpo_csv") for one in samples]
     ended: list[tuple[str, str, str | None]] = []
 
     def record(job: Job, row: Prediction) -> None:
         ended.append((job.method, job.sample.video, row.error and row.error.type))
 
     puppet = Puppet(script(search_turn(), answer_turn()))
-    asyncio.run(play(jobs, puppet, OracleEncoder(), settings, record))  # type: ignore[arg-type]
+    asyncio.run(play(jobs, puppet, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency))  # type: ignore[arg-type]
     assert sorted(ended, key=str) == [
         ("grpo_csv", f"{WORLD}/0.mp4", "cache_mismatch"),
         ("grpo_csv", f"{WORLD}/1.mp4", None),

@@ -33,7 +33,8 @@ from timesearch.cli import main
 from timesearch.data.messages import Message
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction, Sample
-from timesearch.inference.infer import Job, play, run
+from timesearch.inference.infer import run
+from timesearch.inference.playing import Job, play, search_maker
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
@@ -248,13 +249,13 @@ def test_one_served_model_does_not_play_for_two_checkpoints(settings: Settings) 
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_plays(settings: Settings) -> None:
-    from timesearch.inference.ask import open_policy
+    from timesearch.inference.ask import answering_policy
 
     settings.search.patch = 28
     with pytest.raises(RequestError, match=r"does not fit these parameters: patch \(.* set search\.patch to 32"):
         run(settings)
     with pytest.raises(RequestError, match=r"runs/coldstart does not fit .* set search\.patch to 32"):
-        open_policy(settings, str(settings.paths.coldstart), None)
+        answering_policy(settings, str(settings.paths.coldstart), None).__enter__()
 
 
 def test_a_wrong_request_is_refused(settings: Settings, tmp_path: Path) -> None:
@@ -270,8 +271,16 @@ def test_episodes_in_flight_are_bounded_and_videos_come_together(settings: Setti
     samples = read_samples(settings.paths.test_samples)
     settings.infer.concurrency = 3
     order: list[str] = []
-    jobs = [Job("grpo_csv", sample) for sample in sorted(samples, key=lambda sample: sample.id[::-1])]
-    asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda job, _: order.append(job.sample.video)))
+    jobs = [Job(sample) for sample in sorted(samples, key=lambda sample: sample.id[::-1])]
+    asyncio.run(
+        play(
+            jobs,
+            policy,
+            search_maker(settings, OracleEncoder()),
+            lambda job, _: order.append(job.sample.video),
+            settings.infer.concurrency,
+        )
+    )
     assert policy.most_running == 3
     assert order == sorted(order) or len(set(order[:3])) <= 2
 
@@ -526,9 +535,11 @@ def test_an_engine_that_is_killed_and_comes_back_loses_no_episode(
 
     async def episodes() -> None:
         policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], "tiny", retry_for=60)
-        jobs = [Job("grpo_csv", sample) for sample in samples]
+        jobs = [Job(sample) for sample in samples]
         record = lambda job, prediction: ended.append((job.sample.id, prediction.outcome))  # noqa: E731
-        playing = asyncio.create_task(play(jobs, policy, OracleEncoder(), settings, record))
+        playing = asyncio.create_task(
+            play(jobs, policy, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency)
+        )
         while len(ended) < 3:
             await asyncio.sleep(0.01)
         engine.send_signal(signal.SIGKILL)
@@ -609,9 +620,17 @@ def test_only_a_vllm_is_sent_what_is_not_of_the_protocol(settings: Settings, own
     threading.Thread(target=server.serve_forever, daemon=True).start()
     policy = OpenAIPolicy([f"http://127.0.0.1:{server.server_port}/v1"], "tiny")
     ended: list[Prediction] = []
-    jobs = [Job("grpo_csv", read_samples(settings.paths.test_samples)[0])]
+    jobs = [Job(read_samples(settings.paths.test_samples)[0])]
     try:
-        asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda _, prediction: ended.append(prediction)))
+        asyncio.run(
+            play(
+                jobs,
+                policy,
+                search_maker(settings, OracleEncoder()),
+                lambda _, prediction: ended.append(prediction),
+                settings.infer.concurrency,
+            )
+        )
     finally:
         server.shutdown()
     assert [(row.outcome, row.error) for row in ended] == [("answered", None)]
@@ -659,10 +678,18 @@ def test_the_quicker_of_two_servers_gets_more(
     serve(quick, "0.02")
     policy = Counting([slow, quick])
     samples = read_samples(settings.paths.test_samples) * 4
-    jobs = [Job("grpo_csv", sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
+    jobs = [Job(sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
     settings.infer.concurrency = 8
     ended: list[Prediction] = []
-    asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda _, prediction: ended.append(prediction)))
+    asyncio.run(
+        play(
+            jobs,
+            policy,
+            search_maker(settings, OracleEncoder()),
+            lambda _, prediction: ended.append(prediction),
+            settings.infer.concurrency,
+        )
+    )
     assert [row.outcome for row in ended] == ["answered"] * 32
     assert sum(policy.answers.values()) == 32 * 3
     assert policy.answers[slow] > 0
@@ -677,7 +704,7 @@ def test_conversations_of_a_server_that_dies_go_on_at_the_other(
     serve(other, "0.02")
     policy = Counting([doomed, other])
     samples = read_samples(settings.paths.test_samples) * 2
-    jobs = [Job("grpo_csv", sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
+    jobs = [Job(sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
     settings.infer.concurrency = 8
     ended: list[tuple[str, str]] = []
 
@@ -686,7 +713,7 @@ def test_conversations_of_a_server_that_dies_go_on_at_the_other(
             engine.kill()
         ended.append((job.sample.id, prediction.outcome))
 
-    asyncio.run(play(jobs, policy, OracleEncoder(), settings, record))
+    asyncio.run(play(jobs, policy, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency))
     assert sorted(ended) == sorted((job.sample.id, "answered") for job in jobs)
     assert policy.answers[other] > policy.answers[doomed]
 

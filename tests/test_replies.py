@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,7 @@ from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.inference.ask import Asker
-from timesearch.inference.infer import Job, play
+from timesearch.inference.playing import Job, play, search_maker
 from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError
 from timesearch.judge.server import judge_server
 from timesearch.retrieval.encoder import load_encoder
@@ -48,14 +49,19 @@ def one_sentence(text: str) -> bool:
 def test_each_reply_is_of_one_episode(server: ReplyServer, tmp_path: Path) -> None:
     settings = build_library(tmp_path, videos=1)
     (sample,) = read_samples(settings.paths.test_samples)
-    jobs = [
-        Job("grpo_csv", sample.model_copy(update={"id": kind, "question": f"What? reply-as {kind}."}))
-        for kind in REPLIES
-    ]
+    jobs = [Job(sample.model_copy(update={"id": kind, "question": f"What? reply-as {kind}."})) for kind in REPLIES]
     settings.infer.concurrency = 8
     policy = OpenAIPolicy([server.at("plain")], "tiny", retry_for=0.2)
     ended: dict[str, Prediction] = {}
-    asyncio.run(play(jobs, policy, OracleEncoder(), settings, lambda job, row: ended.update({job.sample.id: row})))
+    asyncio.run(
+        play(
+            jobs,
+            policy,
+            search_maker(settings, OracleEncoder()),
+            lambda job, row: ended.update({job.sample.id: row}),
+            settings.infer.concurrency,
+        )
+    )
     assert {kind: row.error.type if row.error else row.outcome for kind, row in ended.items()} == {
         kind: expected for kind, (expected, _) in REPLIES.items()
     }
@@ -73,7 +79,7 @@ def test_ask_ends_in_one_sentence(
     for kind, (expected, _) in REPLIES.items():
         policy = OpenAIPolicy([server.at("plain")], "tiny", retry_for=0.1)
         asker = Asker(settings, policy, MeanColour(), tmp_path / "cache")
-        monkeypatch.setattr(commands, "_open_asker", lambda *_, opened=(asker, policy): opened)
+        monkeypatch.setattr(commands, "_open_asker", lambda *_, opened=(asker, policy): nullcontext(opened))
         with pytest.raises(SystemExit) as ended:
             main(["ask", str(video), f"What? reply-as {kind}."])
         said = capsys.readouterr().err

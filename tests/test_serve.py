@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -211,7 +212,7 @@ def test_what_keeps_it_from_serving_is_said_in_one_sentence(
 ) -> None:
     policy = OpenAIPolicy(["http://127.0.0.1:1/v1"], "tiny", retry_for=0.1)
     asker = Asker(Settings(), policy, MeanColour(), tmp_path)
-    monkeypatch.setattr(commands, "_open_asker", lambda *_: (asker, policy))
+    monkeypatch.setattr(commands, "_open_asker", lambda *_: nullcontext((asker, policy)))
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         for options, code, says in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,8 +109,9 @@ def ask(
     with as_request():
         probe(video)
     console = Console(stderr=as_json, highlight=False)
+    held = ExitStack()
     with console.status("loading the policy") as status:
-        asker, policy = _open_asker(params, model, url, cache)
+        asker, policy = held.enter_context(_open_asker(params, model, url, cache))
         with as_request():
             name = asker.prepare(video, lambda text: status.update(Text(text)))
     watch = _Live(console, asker.frames, name)
@@ -144,13 +145,15 @@ def ask(
             counted = f"{len(failed)} of {asked} questions got no answer, the last because "
             raise ItemError(f"{counted if asked > 1 else ''}{failed[-1].message}", failed[-1].type)
 
-    asyncio.run(answer())
+    with held:
+        asyncio.run(answer())
 
 
-def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> tuple[Asker, Policy]:
-    """The parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
+@contextmanager
+def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> Iterator[tuple[Asker, Policy]]:
+    """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
     from timesearch.base.errors import RequestError
-    from timesearch.inference.ask import Asker, default_cache, open_policy
+    from timesearch.inference.ask import Asker, answering_policy, default_cache
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import default_encoder
     from timesearch.settings import Settings, load_settings
@@ -160,9 +163,10 @@ def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | 
     made = settings.features.url or trained.is_dir()
     if not made and settings.models.encoder == "pocket":
         raise RequestError(f"{trained} is missing, the encoder of these parameters: run `timesearch models` first")
-    policy = open_policy(settings, model, url)
-    encoder = default_encoder(settings) if made else load_encoder(settings.models.encoder, settings.models.pretrained)
-    return Asker(settings, policy, encoder, cache or default_cache()), policy
+    with answering_policy(settings, model, url) as policy:
+        models = settings.models
+        encoder = default_encoder(settings) if made else load_encoder(models.encoder, models.pretrained)
+        yield Asker(settings, policy, encoder, cache or default_cache()), policy
 
 
 def _typed(console: Console, options: list[str]) -> Iterator[str]:
@@ -256,14 +260,14 @@ def serve(
         with as_request():
             check_folder(folder)
     listener = listen(host, port)
-    asker, policy = _open_asker(params, model, url, cache)
-    page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
-    server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
+    with _open_asker(params, model, url, cache) as (asker, policy):
+        page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
+        server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
 
-    async def answer() -> None:
-        await policy.connect()
-        say(f"timesearch answers at {address(host, listener.getsockname()[1])} (stop with Ctrl-C)")
-        await server.serve([listener])
+        async def answer() -> None:
+            await policy.connect()
+            say(f"timesearch answers at {address(host, listener.getsockname()[1])} (stop with Ctrl-C)")
+            await server.serve([listener])
 
-    with suppress(KeyboardInterrupt):
-        asyncio.run(answer())
+        with suppress(KeyboardInterrupt):
+            asyncio.run(answer())

@@ -16,6 +16,7 @@ from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import mend_text
 from timesearch.data.messages import format_seconds
 from timesearch.data.samples import LETTERS, Prediction, Sample, validate
+from timesearch.inference.policies import Served, open_policy
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
 
 Say = Callable[[str], None]
+_RETRY_FOR = 15.0
+"""Seconds that a person waits for an absent server."""
 QUESTION_CHARS = 4000
 OPTION_CHARS = 1000
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
@@ -52,37 +55,23 @@ def choose_checkpoint(settings: Settings, named: str | None = None) -> str:
     raise RequestError("there is no policy yet: run `timesearch demo`, or name one by --model or --url")
 
 
-def open_policy(settings: Settings, model: str | None, url: str | None) -> Policy:
-    """The engine for questions: a server at `url`, else a checkpoint in this process.
+@contextmanager
+def answering_policy(settings: Settings, model: str | None, url: str | None) -> Iterator[Policy]:
+    """Yield the engine for questions: a server at `url`, else a checkpoint in this process.
 
     Raises:
         RequestError: there is no policy, or its checkpoint does not fit the settings.
     """
-    infer = settings.infer
     if url:
-        from timesearch.search.engine_openai import OpenAIPolicy
-
-        return OpenAIPolicy(
-            [url],
-            model or infer.model or "",
-            infer.temperature,
-            infer.timeout,
-            retry_for=15.0,
-            seed=settings.seed,
-            video_preview=infer.preview == "video",
-        )
+        with open_policy(settings, at=Served([url], model or settings.infer.model or "", _RETRY_FOR)) as policy:
+            yield policy
+        return
     from timesearch.search.checkpoint import check_fit
-    from timesearch.search.engine_transformers import TransformersPolicy
 
     checkpoint = choose_checkpoint(settings, model)
     check_fit(checkpoint, settings.search)
-    return TransformersPolicy.load(
-        checkpoint,
-        infer.concurrency,
-        infer.temperature,
-        settings.seed,
-        infer.preview == "video",
-    )
+    with open_policy(settings, Path(checkpoint), start_server=False) as policy:
+        yield policy
 
 
 def check_question(question: str, options: Sequence[str] = ()) -> None:
@@ -228,7 +217,7 @@ class Asker:
 
 @contextmanager
 def as_request() -> Iterator[None]:
-    """Of one video there are no others to go on with: what is wrong with it is wrong with the request."""
+    """A request about one video fails with that video: its error becomes the request's."""
     try:
         yield
     except ItemError as error:

@@ -1,18 +1,43 @@
-"""Which methods are compared, and the checkpoint that plays each of them."""
+"""The methods that are compared: the checkpoint that plays each of them, and how an episode goes.
+
+| method | policy | frames |
+| --- | --- | --- |
+| `uniform` | trained | `uniform_frames` evenly spread, no search |
+| `one_shot`, `one_shot_<selection>` | trained | as many, selected by the question itself, no search |
+| `base` | before any training | searched |
+| `coldstart` | after the cold start | searched |
+| `grpo_csv` (`grpo` without completeness) | trained | searched |
+
+The baselines without search ask for the answer by the re-answer's prompt, so all methods differ in their frames alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from timesearch.base.errors import RequestError
-from timesearch.retrieval.selection import Method
+from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.playing import Episode
+from timesearch.retrieval.selection import Method, select_frames
+from timesearch.search.episode import answer_from_frames, run_episode
+from timesearch.search.policy import Policy
+from timesearch.search.search import Search
 from timesearch.settings import Settings
+from timesearch.video.frames import Look
+
+_SELECTIONS: dict[str, Method] = {f"one_shot_{name}": name for name in get_args(Method)}
 
 
 def trained_method(settings: Settings) -> str:
     """The name under which the trained policy's predictions are filed."""
     return "grpo_csv" if settings.train.verifies else "grpo"
+
+
+def searches(method: str) -> bool:
+    """Whether a method searches, rather than answers from frames that are chosen at once."""
+    return method not in ("uniform", "one_shot", *_SELECTIONS)
 
 
 def checkpoint_of(method: str, settings: Settings) -> Path:
@@ -24,10 +49,7 @@ def checkpoint_of(method: str, settings: Settings) -> Path:
     known = {
         "base": (settings.paths.models / "policy", "models"),
         "coldstart": (settings.paths.coldstart, "coldstart"),
-        **dict.fromkeys(
-            ("uniform", "one_shot", *(f"one_shot_{each}" for each in get_args(Method)), "grpo_csv", "grpo"),
-            (settings.paths.train, "train"),
-        ),
+        **dict.fromkeys(("uniform", "one_shot", *_SELECTIONS, "grpo_csv", "grpo"), (settings.paths.train, "train")),
     }
     if method not in known:
         raise RequestError(f"unknown method {method!r} in infer.baselines: choose from {', '.join(known)}")
@@ -35,3 +57,29 @@ def checkpoint_of(method: str, settings: Settings) -> Path:
     if not path.is_dir() and settings.infer.model is None:
         raise RequestError(f"{path} is missing, which {method!r} needs: run the stage {stage!r} first")
     return path
+
+
+def episode_of(method: str, frames: int) -> Episode:
+    """How an episode of a method goes; a method without search sees `frames` frames."""
+    return run_episode if searches(method) else from_chosen_frames(method, frames)
+
+
+def from_chosen_frames(method: str, count: int) -> Episode:
+    """Episodes that answer from `count` frames: evenly spread (`uniform`), or selected by the question (`one_shot`)."""
+
+    async def episode(search: Search, policy: Policy, sample: Sample) -> Prediction:
+        return await answer_from_frames(
+            search, policy, sample, lambda opened: chosen_frames(opened, method, sample, count)
+        )
+
+    return episode
+
+
+def chosen_frames(search: Search, method: str, sample: Sample, count: int) -> Sequence[int | Look]:
+    """The frames of a method without search, of the sample's video, which `search` has opened."""
+    frames, features = search.video.frames, search.video.features.features
+    if method == "uniform":
+        return frames.evenly(count)
+    selection = _SELECTIONS.get(method, search.settings.method)
+    query = search.encoder.encode_text([sample.question])[0]
+    return select_frames(features, query, count, method=selection, places=frames.places)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ from timesearch.base.files import json_digest, write_jsonl
 from timesearch.base.progress import console, progress_bar
 from timesearch.data.messages import Block, Message, evidence_in, final_answer, searched_seconds
 from timesearch.data.rows import read_rows
-from timesearch.data.samples import Sample
+from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.playing import Job, play, search_maker
+from timesearch.inference.policies import Served, open_policy
 from timesearch.rewards import accuracy, format_reward
 from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.search.policy import Policy
@@ -274,49 +276,35 @@ def play_traces(settings: Settings, samples: Sequence[Sample], encoder: Encoder,
     Raises:
         RequestError: no teacher is named, or the server does not serve it.
     """
-    from timesearch.data.samples import Prediction
-    from timesearch.inference.infer import Job, play
-
     known = {row["id"] for _, row in read_rows(file) if not row.get("error")} if file.is_file() else set()
-    jobs = [Job("coldstart", sample) for sample in samples if sample.id not in known]
+    jobs = [Job(sample) for sample in samples if sample.id not in known]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        bar = stack.enter_context(progress_bar("traces", len(jobs)))
-        out = stack.enter_context(file.open("a", encoding="utf-8"))
+    if jobs:
+        make_search = search_maker(settings, encoder)
+        with (
+            progress_bar("traces", len(jobs)) as bar,
+            file.open("a", encoding="utf-8") as out,
+            _open_player(settings) as player,
+        ):
 
-        def record(_: Job, prediction: Prediction) -> None:
-            out.write(prediction.model_dump_json() + "\n")
-            out.flush()
-            bar.advance()
+            def record(_: Job, prediction: Prediction) -> None:
+                out.write(prediction.model_dump_json() + "\n")
+                out.flush()
+                bar.advance()
 
-        if jobs:
-            player = stack.enter_context(_player(settings))
-            asyncio.run(play(jobs, player, encoder, settings, record))
+            asyncio.run(play(jobs, player, make_search, record, settings.infer.concurrency))
     _judge_answers(settings, samples, file)
 
 
-@contextmanager
-def _player(settings: Settings) -> Iterator[Policy]:
+def _open_player(settings: Settings) -> AbstractContextManager[Policy]:
     """The teacher behind its server, or the base policy in the engine of the stage `infer`."""
-    from timesearch.inference.infer import _policy
-    from timesearch.search.engine_openai import OpenAIPolicy
-
-    options, infer = settings.coldstart, settings.infer
+    options = settings.coldstart
     if options.traces == "policy":
-        own = {"temperature": options.teacher_temperature, "urls": [], "model": None, "preview": "images"}
-        base = settings.model_copy(update={"infer": infer.model_copy(update=own)})
-        with _policy(base, settings.paths.models / "policy") as policy:
-            yield policy
-        return
+        base = settings.paths.models / "policy"
+        return open_policy(settings, base, temperature=options.teacher_temperature, video_preview=False)
     url, model = _teacher(options)
-    yield OpenAIPolicy(
-        [url],
-        model,
-        temperature=options.teacher_temperature,
-        timeout=infer.timeout,
-        retry_for=infer.retry_for,
-        seed=settings.seed,
-    )
+    teacher = Served([url], model, settings.infer.retry_for)
+    return open_policy(settings, at=teacher, temperature=options.teacher_temperature, video_preview=False)
 
 
 def _teacher(options: ColdStart) -> tuple[str, str]:

@@ -4,7 +4,7 @@ Filter 1 drops what a few uniform frames already solve: nothing there has to be 
 preview and search cannot solve: no episode of a group would be right, and nothing is learned. What is left is written
 as samples, and `curation.jsonl` says of every sample what became of it and why.
 
-Both passes are runs of the stage `infer` in a folder of their own, and go on where they were stopped.
+Both passes are played by the engine of the stage `infer`, and go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from pathlib import Path
 from timesearch.base.errors import RequestError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import write_jsonl
+from timesearch.base.progress import progress_bar
 from timesearch.data.messages import final_answer
-from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.infer import fingerprint
+from timesearch.inference.journal import Journal
+from timesearch.inference.methods import from_chosen_frames
+from timesearch.inference.playing import Episode, Job, play, search_maker
+from timesearch.inference.policies import open_policy, require_fit, served
 from timesearch.judge.client import make_judge
 from timesearch.rewards import accuracy
-from timesearch.settings import Settings
+from timesearch.search.episode import run_episode
+from timesearch.settings import SearchSettings, Settings
 from timesearch.training.data import load_training_samples
 
 VERDICTS = {
@@ -57,7 +63,8 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
     Args:
         settings: a run; `paths.train_samples`, the caches, `infer` (engine) and `judge` are used.
         policy: checkpoint that plays.
-        out: folder for `train.jsonl` (the kept rows), `curation.jsonl`, `curation.md` and the passes' predictions.
+        out: folder for `train.jsonl` (the kept rows), `curation.jsonl`, `curation.md`, and the passes' predictions
+            (`easy.jsonl`, `hard.jsonl`).
         easy_frames: uniform frames of filter 1.
         hard_frames: preview frames of filter 2.
 
@@ -73,10 +80,10 @@ def run(settings: Settings, policy: Path, out: Path, easy_frames: int = 4, hard_
 
 def _curate(settings: Settings, policy: Path, out: Path, easy_frames: int, hard_frames: int) -> Curation:
     samples, unfit = load_training_samples(settings)
-    easy = _play(settings, policy, out / "easy", samples, "uniform", easy_frames)
-    solved = _solved(easy, settings)
+    easy, hard = _filters(settings, easy_frames, hard_frames)
+    solved = _solved(_play(settings, policy, out, samples, easy), settings)
     open_still = [sample for sample in samples if solved.get(sample.id) is False]
-    hard = _solved(_play(settings, policy, out / "hard", open_still, "coldstart", hard_frames), settings)
+    solved_by_search = _solved(_play(settings, policy, out, open_still, hard), settings)
 
     verdicts = {failure.item: (failure.reason, failure.message) for failure in unfit}
     reasons = {name: text.format(easy=easy_frames, hard=hard_frames) for name, text in VERDICTS.items()}
@@ -86,9 +93,9 @@ def _curate(settings: Settings, policy: Path, out: Path, easy_frames: int, hard_
             "too_easy"
             if attempt
             else "failed"
-            if attempt is None or sample.id not in hard
+            if attempt is None or sample.id not in solved_by_search
             else "kept"
-            if hard[sample.id]
+            if solved_by_search[sample.id]
             else "too_hard"
         )
         verdicts[sample.id] = (verdict, reasons[verdict])
@@ -106,29 +113,51 @@ def _curate(settings: Settings, policy: Path, out: Path, easy_frames: int, hard_
     return curation
 
 
+@dataclass(frozen=True)
+class Filter:
+    """How the episodes of a filter go, and what they see: `frames` at once, or else what they search."""
+
+    name: str
+    episode: Episode
+    frames: int | None
+    search: SearchSettings
+
+
+def _filters(settings: Settings, easy_frames: int, hard_frames: int) -> tuple[Filter, Filter]:
+    search = settings.search
+    tokens = max(search.total_video_tokens, hard_frames * search.min_tokens)
+    dense = search.model_copy(update={"max_frames": hard_frames, "total_video_tokens": tokens})
+    return (
+        Filter("easy", from_chosen_frames("uniform", easy_frames), easy_frames, search),
+        Filter("hard", run_episode, None, dense),
+    )
+
+
 def _play(
-    settings: Settings, policy: Path, folder: Path, samples: Sequence[Sample], method: str, frames: int
+    settings: Settings, policy: Path, folder: Path, samples: Sequence[Sample], filter: Filter
 ) -> list[Prediction]:
-    """One pass of the stage `infer`: `uniform` answers from `frames` frames, `coldstart` searches from as many."""
-    from timesearch.inference.infer import run as infer
+    """The episodes of a filter, those that an earlier run has played included."""
+    from timesearch.retrieval.features import default_encoder
 
     if not samples:
         return []
-    questions = folder / "samples.jsonl"
-    write_jsonl(questions, [sample.model_dump(mode="json") for sample in samples])
-    search = settings.search
-    paths = {"test_samples": questions, "results": folder, "train": policy, "coldstart": policy}
-    budget = {"max_frames": frames, "total_video_tokens": max(search.total_video_tokens, frames * search.min_tokens)}
-    pass_settings = settings.model_copy(
-        update={
-            "paths": settings.paths.model_copy(update=paths),
-            "infer": settings.infer.model_copy(update={"uniform_frames": frames}),
-            "search": search.model_copy(update=budget if method == "coldstart" else {}),
-        }
-    )
-    infer(pass_settings, [method])
-    rows = read_rows(folder / "predictions" / f"{method}.jsonl")
-    return [Prediction.model_validate(row) for _, row in rows]
+    mark = fingerprint(settings, policy, filter.name, filter.frames, filter.search)
+    with Journal(folder, filter.name, samples, mark) as journal:
+        jobs = [Job(sample, filter.episode) for sample in samples if sample.id not in journal.done]
+        if jobs:
+            require_fit(settings, policy)
+            make_search = search_maker(settings, default_encoder(settings), filter.search)
+            with (
+                progress_bar(f"filter {filter.name}", len(jobs)) as bar,
+                open_policy(settings, policy, served(settings, policy)) as player,
+            ):
+
+                def record(_: Job, prediction: Prediction) -> None:
+                    journal.add(prediction)
+                    bar.advance()
+
+                asyncio.run(play(jobs, player, make_search, record, settings.infer.concurrency))
+        return journal.finish()
 
 
 def _solved(predictions: Sequence[Prediction], settings: Settings) -> dict[str, bool]:
