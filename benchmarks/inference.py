@@ -57,6 +57,7 @@ from rich.console import Console
 
 from timesearch.base.replies import Completion
 from timesearch.base.servers import model_server
+from timesearch.data.messages import Message, blocks_of
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.pocket.filesystem import encode
@@ -270,11 +271,11 @@ class UniqueTokens:
                     total += self._add(tree, row.prediction[:end], cache)
         return len(tree), total
 
-    def _add(self, tree: set[bytes], messages: list[dict[str, Any]], cache: FrameCache) -> int:
+    def _add(self, tree: set[bytes], messages: list[Message], cache: FrameCache) -> int:
         text = self._processor.apply_chat_template(
             messages, tools=self._tools, tokenize=False, add_generation_prompt=True
         )
-        blocks = [block for m in messages if not isinstance(m["content"], str) for block in m["content"]]
+        blocks = [block for message in messages for block in blocks_of(message)]
         images = iter([cache.jpeg(block["frame"]) for block in blocks if block["type"] == "image"])
         width, height = cache.size
         image_tokens = (width // self._settings.search.patch) * (height // self._settings.search.patch)

@@ -22,8 +22,9 @@ from tasks.stages import TASKS, download
 from tasks.workspace import is_protected, overridden, workspace
 from timesearch.base.errors import RequestError
 from timesearch.judge.client import Verdicts
+from timesearch.models import encoder_origin, policy_origin
 from timesearch.profiles import load_profile, profile_names, render
-from timesearch.settings import Judge, Section, Settings, load_settings
+from timesearch.settings import Judge, Models, Section, Settings, load_settings
 from timesearch.video.download import TRY_AGAIN
 
 
@@ -77,6 +78,21 @@ def test_stages_depend_on_what_shapes_their_results_and_on_no_pace() -> None:
             if names == {""} or (stage, section) == ("evaluate", "infer"):
                 continue
             assert names == set(type(getattr(Settings(), section)).shaping_names()), (stage, section)
+
+
+def test_models_are_made_anew_when_what_shapes_them_changes() -> None:
+    """Each setting of the section `models` is told by the mark of the encoder (a pocket or a published one) or of the
+    policy."""
+    published, pocket = Models(encoder="a", pretrained="b", policy="c/d"), Models(encoder="pocket", policy="c/d")
+    missed = set(Models.shaping_names())
+    for models in (published, pocket):
+        for name in Models.shaping_names():
+            value = getattr(models, name)
+            other = models.model_copy(update={name: value + 1 if isinstance(value, int) else f"{value}-other"})
+            if (encoder_origin(models, 0), policy_origin(models)) != (encoder_origin(other, 0), policy_origin(other)):
+                missed.discard(name)
+    assert not missed
+    assert encoder_origin(pocket, 0) != encoder_origin(pocket, 1)
 
 
 def test_params_yaml_is_the_pocket_profile_written_out() -> None:
@@ -163,7 +179,7 @@ def test_a_workspace_has_the_outputs_and_goes_when_done(here: Path) -> None:
 def test_a_workspace_has_what_is_uncommitted_but_code(here: Path) -> None:
     """A profile in use, data that were added, and settings of this machine go into it; edited code is named."""
     params = (here / "params.yaml").read_text()
-    code, question = here / "timesearch" / "errors.py", here / "data" / "train.jsonl"
+    code, question = here / "timesearch" / "base" / "errors.py", here / "data" / "train.jsonl"
     before = code.read_text(), question.read_text()
     (here / "params.yaml").write_text(params.replace("learning_rate: 0.0002", "learning_rate: 0.0007"))
     question.write_text('{"id": "2", "video": "a.mp4", "question": "new?"}\n')

@@ -39,24 +39,33 @@ def run(settings: Settings, rebuild: bool = False) -> list[Path]:
 def _bring(settings: Settings, rebuild: bool) -> list[Path]:
     models, root = settings.models, settings.paths.models
     made = []
-    origin: dict[str, object] = {"encoder": models.encoder, "pretrained": models.pretrained}
-    if models.encoder == "pocket":
-        origin = {"encoder": "pocket", "steps": models.encoder_steps, "seed": settings.seed}
-    elif Path(models.encoder).is_dir():
-        origin = {"encoder": models.encoder, **_digests(Path(models.encoder))}
-    if _make(root / "encoder", origin, lambda folder: _encoder(folder, models, settings.seed)):
+    seed = settings.seed
+    if _make(root / "encoder", encoder_origin(models, seed), lambda folder: _encoder(folder, models, seed)):
         made.append(root / "encoder")
     if rebuild:
         from timesearch.pocket.pretrain import pretrain
         from timesearch.retrieval.encoder import load_encoder
 
         with exclusive(Path(models.policy)):
-            made.append(pretrain(settings, load_encoder(str(root / "encoder")), Path(models.policy), settings.seed))
-    source = Path(models.policy)
-    origin = {"policy": models.policy, **(_digests(source) if source.is_dir() else {})}
-    if _make(root / "policy", origin, lambda folder: _policy(folder, models.policy)):
+            made.append(pretrain(settings, load_encoder(str(root / "encoder")), Path(models.policy), seed))
+    if _make(root / "policy", policy_origin(models), lambda folder: _policy(folder, models.policy)):
         made.append(root / "policy")
     return made
+
+
+def encoder_origin(models: Models, seed: int) -> dict[str, object]:
+    """What the encoder is made from; it is made anew when this changes."""
+    if models.encoder == "pocket":
+        return {"encoder": "pocket", "steps": models.encoder_steps, "seed": seed}
+    if Path(models.encoder).is_dir():
+        return {"encoder": models.encoder, **_digests(Path(models.encoder))}
+    return {"encoder": models.encoder, "pretrained": models.pretrained}
+
+
+def policy_origin(models: Models) -> dict[str, object]:
+    """What the base policy is made from."""
+    source = Path(models.policy)
+    return {"policy": models.policy, **(_digests(source) if source.is_dir() else {})}
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -518,7 +518,7 @@ def _turn_spans(root: LiveSpan, prediction: Prediction, chat: list[dict[str, Any
     for message, shown in zip(prediction.prediction, chat, strict=True):
         if message["role"] == "assistant":
             turn += 1
-            said = parse_turn(text_of(dict(message)))
+            said = parse_turn(text_of(message))
             calls = "; ".join(describe_call(call) for call in said.calls)
             act = calls or ("answer" if said.answer is not None else "no act")
             span = mlflow.start_span_no_context(

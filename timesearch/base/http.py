@@ -49,7 +49,7 @@ class RefusedError(Exception):
 
 
 class BadReplyError(Exception):
-    """A reply that is none of the protocol; the text says in a few words what it is."""
+    """A reply that does not fit the protocol; the text says in a few words what it is."""
 
 
 def status_may_pass(status: int) -> bool:
@@ -115,7 +115,7 @@ def check_address(url: str) -> None:
     """Check that a base URL can be one.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is not an address.
     """
     import httpx
 
@@ -146,7 +146,7 @@ async def request(
 
     Raises:
         RefusedError: the server answered with an error.
-        BadReplyError: the reply is none of this kind.
+        BadReplyError: the reply is not of this kind.
         httpx.TransportError: no answer.
     """
     with _lasting_named():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say, visible
-from timesearch.data.messages import describe_call, exchanges
+from timesearch.data.messages import describe_call, exchanges, times_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -202,7 +202,7 @@ class _Live:
         self._console, self._frames, self._name = console, frames, name
 
     def __call__(self, step: Step) -> None:
-        times = [block["seconds"] for block in step.blocks if block["type"] == "image"]
+        times = times_of(step.blocks)
         if step.kind == "preview":
             self.line("preview", f"{len(times)} frames, {_times([times[0], times[-1]])}", "dim")
         elif step.kind == "turn" and step.turn is not None:

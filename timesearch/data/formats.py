@@ -157,7 +157,7 @@ def _without_letters(options: list[str]) -> list[str]:
 
 
 def _by_letter(value: Row) -> list[str]:
-    """Options by their letters, or by numbers from 0 or 1; those at the end that are None are none."""
+    """Options by their letters, or by numbers from 0 or 1; those at the end that are None are left out."""
     keys = {str(key).strip().upper(): text for key, text in value.items()}
     numbered = all(key.isascii() and key.isdigit() and len(key) < 4 for key in keys)
     names = sorted(keys, key=int if numbered else None)

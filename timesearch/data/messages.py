@@ -12,13 +12,42 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from timesearch.base.untrusted import mend_text
 from timesearch.dialects import ToolCall, parse_turn
 
-Message = dict[str, Any]
-Block = dict[str, Any]
+
+class Block(TypedDict, total=False):
+    """A piece of a message: words, an image, or (for engines) a whole preview as one video."""
+
+    type: Required[str]
+    """``text``, ``image`` or ``video``; published traces hold ``image_url`` too"""
+    text: str
+    """words; before an image its time, such as ``12.5s``"""
+    seconds: float | None
+    """time of an image, or of words that a tool found"""
+    frame: int
+    """index in the frame cache of an image"""
+    video: str
+    """name of the video, where it is not the sample's"""
+    image: Any
+    """a PIL image; predictions keep none"""
+    jpeg: bytes
+    """the image as the frame cache holds it, in place of `image`"""
+    frames: list[Block]
+    """image blocks of a video"""
+
+
+class Message(TypedDict, total=False):
+    """One message of an episode."""
+
+    role: Required[str]
+    """``system``, ``user``, ``assistant`` or ``tool``"""
+    content: Required[str | list[Block]]
+    name: str
+    """of the tool that answers"""
+
 
 # A policy may write anything: each of these takes time in proportion to the text (`tests/test_linear.py`).
 _CONTROL = re.compile(r"<\|(\w*+)\|>")
@@ -44,7 +73,23 @@ def text_of(message: Message) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    return "".join(block.get("text", "") for block in content if block.get("type") == "text")
+    return _joined(content)
+
+
+def _joined(blocks: Sequence[Block]) -> str:
+    return "".join(block.get("text", "") for block in blocks if block.get("type") == "text")
+
+
+def blocks_of(message: Message) -> list[Block]:
+    """The blocks of a message; none where its content is plain text."""
+    content = message.get("content") or []
+    return [] if isinstance(content, str) else content
+
+
+def times_of(blocks: Sequence[Block]) -> list[float]:
+    """Times (s) of the images among some blocks, in their order."""
+    times = (block.get("seconds") for block in blocks if block["type"] == "image")
+    return [seconds for seconds in times if seconds is not None]
 
 
 def describe_call(call: ToolCall) -> str:
@@ -109,7 +154,7 @@ def exchanges(messages: Sequence[Message]) -> list[Exchange]:
             of_evidence = {id(block) for _, blocks in seen for block in blocks}
             content = message.get("content") or ""
             rest = [] if isinstance(content, str) else [block for block in content if id(block) not in of_evidence]
-            said = content if isinstance(content, str) else text_of({"content": rest})
+            said = content if isinstance(content, str) else _joined(rest)
             found.append(Exchange(turn, next(calls, None), tuple(each for each, _ in seen), said.strip(), message))
     return found
 

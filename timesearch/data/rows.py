@@ -206,10 +206,10 @@ def _convert(path: Path, number: int, item: Any, model: type[T]) -> list[T | Row
 
 
 def _to_rows(row: dict[str, Any], number: int, where: str) -> list[dict[str, Any]]:
-    """`timesearch.data.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is none.
+    """`timesearch.data.formats.to_rows`, or one sentence about a row that looks like a benchmark's and is not.
 
     Raises:
-        RowError: it is none.
+        RowError: the sentence.
     """
     try:
         return to_rows(row, number)

@@ -2,19 +2,26 @@
 
 Both are JSON lines (`timesearch.data.rows` reads the files). What is wrong with one row is an error of that row:
 ``not_json`` (it cannot be read at all), ``invalid_row`` (a field is missing or its value cannot be), ``unknown_type``
-(of question) or ``duplicate_id`` (the first row stands). Whoever reads says what becomes of it. Numbers that are none
-(``NaN``, as pandas writes it) are no error: a length that is not a number is unknown, and such a time counts as a time
+(of question) or ``duplicate_id`` (the first row stands). Whoever reads says what becomes of it. A number that is
+``NaN`` (as pandas writes it) is no error: a length that is not a number is unknown, and such a time counts as a time
 that the video does not have.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from timesearch.base.errors import RequestError
+
+if TYPE_CHECKING:
+    from timesearch.data.messages import Message
+
+    Messages = list[Message]
+else:  # others' traces hold more than ours do, and it is kept
+    Messages = list[dict[str, Any]]
 
 QuestionType = Literal["multiple_choice", "open_ended", "grounding"]
 T = TypeVar("T", bound="Sample")
@@ -86,7 +93,7 @@ class Prediction(Sample):
     carries no pixels but `seconds` (presentation time) and `frame` (index in the frame cache).
     """
 
-    prediction: list[dict[str, Any]] = Field(default_factory=list)
+    prediction: Messages = Field(default_factory=list)
     searched_seconds: list[float] = Field(default_factory=list)
     preview_seconds: list[float] = Field(default_factory=list)
     predicted_answer: str | None = Field(None, description="what the episode answered; None if it gave no answer")
@@ -101,7 +108,7 @@ class Prediction(Sample):
 
     @field_validator("prediction")
     @classmethod
-    def _messages_are_readable(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _messages_are_readable(cls, messages: list[Any]) -> list[Any]:
         for number, message in enumerate(messages, start=1):
             content = message.get("content") or []
             blocks = content if isinstance(content, list) else []

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.data.messages import Block, Message
+from timesearch.data.messages import Block, Message, parse_turn, text_of, times_of
 from timesearch.dialects.qwen import write_turn
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, answer_prior
 from timesearch.training.supervised import UNKNOWN
@@ -109,10 +109,11 @@ def write_trace(
     turn = first
     for remaining in range(max_turns - 1, -1, -1):
         messages.append(turn)
-        if "call" not in turn:
+        calls = parse_turn(text_of(turn)).calls
+        if not calls:
             break
-        found = search.call("seek_video_frames", turn["call"])
-        messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
+        found = search.call(calls[0].name, calls[0].arguments)
+        messages.append({"role": "tool", "name": calls[0].name, "content": found})
         seen = describe(scene, found)
         if sees(scene, target, found):
             colour = target.colour
@@ -126,7 +127,7 @@ def write_trace(
             limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
             turn = _turn(f"{seen} The {target.shape} nothing.", call={"query": target.shape, **limits})
             tried += 1
-    return [{key: value for key, value in message.items() if key != "call"} for message in messages]
+    return messages
 
 
 def write_reanswer(
@@ -167,7 +168,7 @@ def write_reanswer(
 
 def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what each shows, and the shape's colour or "I don't know"."""
-    colours = {event.shape: event.colour for event in map(scene.visible, _times(content)) if event is not None}
+    colours = {event.shape: event.colour for event in map(scene.visible, times_of(content)) if event is not None}
     found = f"The {shape} {colours.get(shape, 'nothing')}."
     thought = f"{describe(scene, content)} {found}" if described else found
     return _turn(thought, answer=colours.get(shape, UNKNOWN))
@@ -179,7 +180,7 @@ def describe(scene: Scene, blocks: list[Block]) -> str:
     The colour comes after the shape, here and in the conclusion: what follows a shape's word is then always a look-up
     of that word, the simplest thing that attention does.
     """
-    events = map(scene.visible, _times(blocks))
+    events = map(scene.visible, times_of(blocks))
     return f"I see {', '.join(f'{event.shape} {event.colour}' if event else 'nothing' for event in events)}."
 
 
@@ -191,18 +192,14 @@ def draw_guess(world: str, rng: np.random.Generator) -> str:
 
 def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
     """Whether one of the shown frames lies within the target's time."""
-    return any(scene.visible(seconds) == target for seconds in _times(blocks))
-
-
-def _times(blocks: list[Block]) -> list[float]:
-    return [block["seconds"] for block in blocks if block["type"] == "image"]
+    return any(scene.visible(seconds) == target for seconds in times_of(blocks))
 
 
 def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
     if call is None:
         return {"role": "assistant", "content": write_turn(thought, answer=answer)}
     text = write_turn(thought, {"name": "seek_video_frames", "arguments": call})
-    return {"role": "assistant", "content": text, "call": call}
+    return {"role": "assistant", "content": text}
 
 
 def _window_without(target: Event, end: float, rng: np.random.Generator) -> dict[str, int]:

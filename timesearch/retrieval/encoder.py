@@ -223,7 +223,7 @@ class OpenClipEncoder:
 
 
 def require_own_towers(source: Path | str, model: Any) -> None:
-    """Refuse an open_clip configuration that is none, or whose towers are other models to be loaded from elsewhere.
+    """Refuse what is not an open_clip configuration, or one whose towers are other models, loaded from elsewhere.
 
     Args:
         source: where the configuration comes from, for the message.

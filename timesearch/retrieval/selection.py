@@ -138,14 +138,16 @@ def _greedy_logdet(features: np.ndarray, quality: np.ndarray, k: int, ridge: flo
 def _greedy_among(
     rows: np.ndarray, quality: np.ndarray, k: int, ridge: float, left_out: float = -np.inf
 ) -> list[int] | None:
-    """Greedy picks among rows; None once a frame that was left out, of gain `left_out` at most, might be the next.
+    """Greedy picks among rows. None if the picks could be others with the frames that were left out.
 
     A candidate's gain is its variance given the picks, from their Cholesky factor, which grows by a row a pick (Chen et
-    al., NeurIPS 2018).
+    al., NeurIPS 2018). The frames that were left out have a gain of at most `left_out`: as long as the best candidate
+    here has more, the full computation would pick it too.
     """
     gains = quality**2 + ridge
     floor = _NEGLIGIBLE * float(gains.max(initial=0.0))
-    factor = np.empty((min(k, len(rows)), len(rows)))  # its first rows are filled, one a pick
+    # Row i is the i-th pick's row of the Cholesky factor, over all candidates: the part of each that the pick explains.
+    factor = np.empty((min(k, len(rows)), len(rows)))
     picked: list[int] = []
     while len(picked) < len(factor):
         best = int(np.argmax(gains))
@@ -155,10 +157,11 @@ def _greedy_among(
             break
         kernel = quality[best] * (rows @ rows[best]) * quality
         filled = factor[: len(picked)]
+        # What the earlier picks explain of the covariance with this pick is taken off; then unit variance.
         entries = (kernel - filled[:, best] @ filled) / np.sqrt(gains[best])
         factor[len(picked)] = entries
         picked.append(best)
-        gains -= entries**2
+        gains -= entries**2  # log det grows by the log of the next gain, so the largest gain is the greedy pick
         gains[best] = -np.inf
     return picked
 

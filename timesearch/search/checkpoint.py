@@ -241,7 +241,7 @@ def check_fit(checkpoint: Path | str, settings: SearchSettings) -> None:
     """Refuse a checkpoint of which `examine` finds something unfit.
 
     Raises:
-        RequestError: it is none of a vision-language model, or does not fit; with what was found.
+        RequestError: it is not a vision-language model, or does not fit; with what was found.
     """
     wrong = [f"{finding.what} ({finding.text})" for finding in examine(checkpoint, settings) if not finding.ok]
     if wrong:

@@ -21,7 +21,7 @@ from timesearch.base.http import BadReplyError, M, RefusedError, check_address, 
 from timesearch.base.redaction import redact
 from timesearch.base.replies import Completion, ModelList
 from timesearch.base.servers import authorisation
-from timesearch.data.messages import Block, Message
+from timesearch.data.messages import Block, Message, blocks_of
 from timesearch.dialects.qwen import describe_tools
 from timesearch.search.policy import (
     ContextOverflowError,
@@ -61,7 +61,7 @@ class OpenAIPolicy:
             it gives Qwen3-VL the times of the frames, but Qwen2.5-VL none.
 
     Raises:
-        RequestError: a URL is none.
+        RequestError: one of `urls` is not a URL.
     """
 
     encoded = True
@@ -99,7 +99,7 @@ class OpenAIPolicy:
 
         Raises:
             TemporaryError: a server does not answer.
-            RequestError: a server does not serve the model, or is none of models.
+            RequestError: a server does not serve the model, or is not a model server.
         """
         by_vllm = True
         for url in self._urls:
@@ -234,7 +234,7 @@ class _OpenAISession:
         shown = with_video_preview(message, position) if self._policy._video_preview else message
         if shown is not message:
             options = {
-                "media_io_kwargs": {"video": {"num_frames": -1, **video_metadata(shown["content"][0]["frames"])}},
+                "media_io_kwargs": {"video": {"num_frames": -1, **video_metadata(blocks_of(shown)[0]["frames"])}},
                 "mm_processor_kwargs": {"videos_kwargs": {"do_resize": False}},
             }
             self._tail = b"], " + json.dumps(options).encode()[1:]
@@ -244,15 +244,15 @@ class _OpenAISession:
 def serialise(message: Message, suffix: str = "") -> bytes:
     """A message as the protocol has it, its text followed by `suffix`; images become data URLs of their JPEG bytes."""
     content = message["content"]
-    if not isinstance(content, str):
-        content = [_block(block) for block in content]
-    value = {"role": message["role"], "content": content + suffix if isinstance(content, str) else content}
+    said = content + suffix if isinstance(content, str) else [_block(block) for block in content]
+    value = {"role": message["role"], "content": said}
     if message["role"] == "tool":
         value["tool_call_id"] = "call"
     return json.dumps(value).encode()
 
 
-def _block(block: Block) -> Block:
+def _block(block: Block) -> dict[str, Any]:
+    """A block in the form of the protocol."""
     if block["type"] == "text":
         return {"type": "text", "text": block["text"]}
     frames = block["frames"] if block["type"] == "video" else [block]

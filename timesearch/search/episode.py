@@ -20,11 +20,13 @@ from timesearch.base.errors import CacheMismatchError, ItemError
 from timesearch.data.messages import (
     Block,
     Message,
+    blocks_of,
     exchanges,
     final_answer,
     neutralise,
     parse_turn,
     searched_seconds,
+    times_of,
 )
 from timesearch.data.samples import EpisodeError, Prediction, Sample, Usage
 from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn
@@ -137,7 +139,7 @@ class _Episode:
 
     async def search(self) -> None:
         blocks = await asyncio.to_thread(self._open)
-        self._preview = [block["seconds"] for block in blocks if block["type"] == "image"]
+        self._preview = times_of(blocks)
         self._watch(Step("preview", blocks=tuple(blocks)))
         tools = self._search.schemas
         self.messages = [
@@ -261,7 +263,8 @@ def without_pixels(message: Message) -> Message:
     """A message as predictions keep it: image blocks hold `frame` and `seconds`, no pixels."""
     if isinstance(message.get("content"), str):
         return message
-    blocks = [
-        {key: value for key, value in block.items() if key not in ("image", "jpeg")} for block in message["content"]
-    ]
-    return {**message, "content": blocks}
+    kept = [block.copy() for block in blocks_of(message)]
+    for block in kept:
+        block.pop("image", None)
+        block.pop("jpeg", None)
+    return {**message, "content": kept}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from timesearch.base.errors import ItemError
-from timesearch.data.messages import Block, Message
+from timesearch.data.messages import Block, Message, blocks_of, times_of
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,15 @@ def with_video_preview(message: Message, position: int) -> Message:
     """
     if position != 1 or message["role"] != "user":
         return message
-    frames = [block for block in message["content"] if block["type"] == "image"]
-    return {**message, "content": [{"type": "video", "frames": frames}, message["content"][-1]]}
+    *_, question = blocks = blocks_of(message)
+    frames = [block for block in blocks if block["type"] == "image"]
+    return {**message, "content": [{"type": "video", "frames": frames}, question]}
 
 
 def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
     """When the frames of a video block were seen, as processors and vLLM take it: a video of ten frames a second, the
     resolution in which times are written, of which the frames are samples at even distances."""
-    indices = [round(10 * frame["seconds"]) for frame in frames]
+    indices = [round(10 * seconds) for seconds in times_of(frames)]
     share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
     total = max(indices[-1] + 1, round(share * len(indices)))
     return {"fps": 10.0, "frames_indices": indices, "total_num_frames": total}

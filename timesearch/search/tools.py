@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Tool = Callable[..., list[Evidence]]
 
+_RETURNED = list[dict[str, Any]]
+"""What a policy is told that a tool returns: the fields of a block are no part of its schema."""
 QUERY_CHARS = 500
 """A longer query is no description of a frame, and no text encoder reads that far."""
 
@@ -129,9 +131,9 @@ def method_of(tool: Tool) -> Callable[..., list[Block]]:
     receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     hints = get_type_hints(tool, localns={"Search": Any})
     method.__name__, method.__qualname__, method.__doc__ = tool.__name__, tool.__name__, tool.__doc__
-    method.__annotations__ = {name: hints[name] for name in signature.parameters} | {"return": list[Block]}
+    method.__annotations__ = {name: hints[name] for name in signature.parameters} | {"return": _RETURNED}
     method.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[receiver, *signature.parameters.values()], return_annotation=list[Block]
+        parameters=[receiver, *signature.parameters.values()], return_annotation=_RETURNED
     )
     return method
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timesearch.base.errors import ItemError
 from timesearch.base.files import inside
@@ -52,17 +52,20 @@ class Video:
         """
         indices = [index for index, _ in looks]
         if size == self.frames.size and self._encoded:
-            pixels: list[dict[str, Any]] = [{"jpeg": self.frames.jpeg(index)} for index in indices]
+            pixels: list[Block] = [{"type": "image", "jpeg": self.frames.jpeg(index)} for index in indices]
         else:
             images = self.frames.read(indices)
             if size != self.frames.size:
                 images = [image.resize(size) for image in images]
-            pixels = [{"jpeg": _jpeg(image)} if self._encoded else {"image": image} for image in images]
+            pixels = [
+                {"type": "image", "jpeg": _jpeg(image)} if self._encoded else {"type": "image", "image": image}
+                for image in images
+            ]
         blocks: list[Block] = []
         for (index, seconds), pixel in zip(looks, pixels, strict=True):
             seconds = float(self.frames.timestamps[index]) if seconds is None else seconds
             blocks.append({"type": "text", "text": format_seconds(seconds)})
-            blocks.append({"type": "image", **pixel, "frame": index, "seconds": seconds})
+            blocks.append({**pixel, "frame": index, "seconds": seconds})
         return blocks
 
     def preview(self, count: int, size: tuple[int, int]) -> list[Block]:

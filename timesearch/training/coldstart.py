@@ -21,7 +21,7 @@ from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import json_digest, write_jsonl
 from timesearch.base.progress import console, progress_bar
-from timesearch.data.messages import Block, Message, evidence_in, final_answer, searched_seconds
+from timesearch.data.messages import Block, Message, blocks_of, evidence_in, final_answer, searched_seconds
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.playing import Job, play, search_maker
@@ -228,7 +228,7 @@ class Recorded:
         frames = self.search.video.frames
         blocks: list[Block] = []
         at = {id(block): each.seconds for each, of_it in evidence_in(message) for block in of_it}
-        for block in message["content"]:
+        for block in blocks_of(message):
             if block["type"] == "text":
                 blocks.append(block)
             elif (seconds := at.get(id(block))) is not None:

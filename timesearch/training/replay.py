@@ -78,9 +78,13 @@ def _widen(batch: Batch, prompt: int, completion: int, pad_token: int) -> Batch:
     right = completion - batch["completion_ids"].size(1)
     widened = dict(batch)
     for key, value in batch.items():
+        # Lists and numbers a row or a batch have no length in tokens; nor has a column of one number a row, which looks
+        # like tokens only where completions are one token long.
         if isinstance(value, list) or value.dim() < 2 or value.size(1) == 1 != completion - right:
             continue
+        # TRL pads the tool mask by 1 (0 marks what a tool said): the completion mask leaves padding out.
         fill = pad_token if key in ("prompt_ids", "completion_ids") else int(key == "tool_mask")
+        # Token types cover prompt and completion in one row; all else belongs to one of them.
         sides = (left, right) if key == "mm_token_type_ids" else (left, 0) if key in _PROMPT else (0, right)
         widened[key] = torch.nn.functional.pad(value, sides, value=fill)
     return widened

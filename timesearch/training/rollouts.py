@@ -32,7 +32,7 @@ from trl.trainer.utils import RepeatSampler
 
 from timesearch.base.errors import TimeSearchError
 from timesearch.base.untrusted import UntrustedError, parse_json
-from timesearch.data.messages import Block, Message, searched_seconds
+from timesearch.data.messages import Block, Message, blocks_of, searched_seconds
 from timesearch.search.checkpoint import multiply_patches, vision_token_ids
 from timesearch.search.environment import SearchEnvironment
 
@@ -202,7 +202,7 @@ class RolloutTrainer(GRPOTrainer):
         for index, row in enumerate(self._rows):
             self._check_vision_tokens(row, completion_ids[index], tool_mask[index])
             turns = iter(self._written_turns(completion_ids[index], tool_mask[index]))
-            said = [
+            said: list[Message] = [
                 {"role": "assistant", "content": next(turns)} if message["role"] == "assistant" else message
                 for message in completions[index]
             ]
@@ -271,7 +271,7 @@ class RolloutTrainer(GRPOTrainer):
         suffix = text[before.rindex(self._tokenizer.eos_token) + len(self._tokenizer.eos_token) :]
         token = self.processing_class.image_token
         first, *rest = suffix.split(token)
-        images = [block["image"] for message in tool_messages for block in message["content"] if "image" in block]
+        images = [block["image"] for message in tool_messages for block in blocks_of(message) if "image" in block]
         for image, part in zip(images, rest, strict=True):
             first += token * self._tokens_of([image]) + part
         return self._tokenizer(first, add_special_tokens=False)["input_ids"]
