@@ -1,6 +1,7 @@
 """The pocket profile's questions: `python -m timesearch.pocket.dataset --out data`.
 
-Three questions a video, one for each needle. The train and test files share no video.
+Three questions a video, one for each needle; with `--world hops` five, of one to three hops. The train and test files
+share no video.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ from pathlib import Path
 
 from timesearch.base.files import write_jsonl
 from timesearch.data.samples import Sample
-from timesearch.pocket.world import WORLDS, Scene, make_scene, question
+from timesearch.pocket.filesystem import scene_of
+from timesearch.pocket.hops import WORLD as HOPS
+from timesearch.pocket.hops import HopScene
+from timesearch.pocket.world import WORLDS, Scene, question
 
 TRAIN_VIDEOS, TEST_VIDEOS = 48, 50
 """Sizes that keep the whole demo within its 15 minutes on two cores."""
 
 
 def samples_of(scene: Scene) -> list[Sample]:
-    """The questions about one video. `gt_seconds` holds the middle of the event that answers, `gt_spans` all of it."""
+    """The questions about one video.
+
+    `gt_seconds` holds the middle of the event that answers, `gt_spans` all of it; in the hop world of every event on
+    the way, in the order of the hops, whose number `meta` tells.
+    """
+    if isinstance(scene, HopScene):
+        return _hop_samples(scene)
     return [
         Sample(
             id=f"{scene.world}-{scene.split}-{scene.seed}-{event.shape}",
@@ -36,12 +46,31 @@ def samples_of(scene: Scene) -> list[Sample]:
     ]
 
 
+def _hop_samples(scene: HopScene) -> list[Sample]:
+    return [
+        Sample(
+            id=f"{scene.world}-{scene.split}-{scene.seed}-{asked.family}-{asked.hops}",
+            video=f"{scene.world}/{scene.split}/{scene.seed}.mp4",
+            source=scene.url,
+            question=asked.text,
+            answer=asked.answer,
+            type="open_ended",
+            duration=scene.duration,
+            gt_seconds=[(event.start + event.end) / 2 for event in asked.events],
+            gt_spans=[(event.start, event.end) for event in asked.events],
+            split=scene.split,
+            meta={"hops": asked.hops, "family": asked.family, "shape": asked.events[0].shape, "world": scene.world},
+        )
+        for asked in scene.questions
+    ]
+
+
 def write_samples(path: Path | str, world: str, split: str, videos: int, first: int = 0) -> int:
     """Write the samples of `videos` videos, seeds from `first` on, and return how many there are."""
     rows = [
         sample.model_dump(mode="json", exclude_defaults=True)
         for seed in range(first, first + videos)
-        for sample in samples_of(make_scene(world, split, seed))
+        for sample in samples_of(scene_of(world, split, seed))
     ]
     write_jsonl(path, rows)
     return len(rows)
@@ -51,7 +80,7 @@ def main() -> None:
     """Write `train.jsonl` and `test.jsonl`."""
     parser = argparse.ArgumentParser(description="Write the pocket profile's sample files.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder that gets train.jsonl and test.jsonl")
-    parser.add_argument("--world", choices=sorted(WORLDS), default="demo")
+    parser.add_argument("--world", choices=sorted((*WORLDS, HOPS)), default="demo")
     parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS)
     parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS)
     parser.add_argument("--first-test-video", type=int, default=1000, help="settings were chosen on those below 1000")

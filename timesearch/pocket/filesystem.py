@@ -17,9 +17,11 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from timesearch.base.errors import RequestError
+from timesearch.pocket import hops
 from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, make_scene
 
 _PATH = re.compile(r"(?P<world>[a-z-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")
+_WORLDS = (*WORLDS, hops.WORLD)
 _KEPT = 8
 """Rendered videos kept in memory (some hundred KB each), for readers that ask for the size first."""
 
@@ -37,15 +39,15 @@ class PocketFileSystem(AbstractFileSystem):
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         """Name, type and size (bytes); the size of a video is known by rendering it."""
         name = self._strip_protocol(path)
-        if name == "" or name in WORLDS or name in {f"{world}/{split}" for world in WORLDS for split in SPLITS}:
+        if name == "" or name in _WORLDS or name in {f"{world}/{split}" for world in _WORLDS for split in SPLITS}:
             return {"name": name, "size": 0, "type": "directory"}
         return {"name": name, "size": len(self._video(name)), "type": "file"}
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
         """The worlds, the splits of a world, or the one video that is named."""
         name = self._strip_protocol(path)
-        if name == "" or name in WORLDS:
-            below = [f"{name}/{split}" for split in SPLITS] if name else list(WORLDS)
+        if name == "" or name in _WORLDS:
+            below = [f"{name}/{split}" for split in SPLITS] if name else list(_WORLDS)
             entries = [{"name": entry, "size": 0, "type": "directory"} for entry in below]
         else:
             entry = self.info(name)
@@ -78,7 +80,16 @@ def parse_url(url: str) -> Scene:
     match = _PATH.fullmatch(url.removeprefix("pocket://"))
     if match is None:
         raise RequestError(f"{url} is no pocket video: write pocket://<world>/<split>/<seed>.mp4")
-    return make_scene(match["world"], match["split"], int(match["seed"]))
+    return scene_of(match["world"], match["split"], int(match["seed"]))
+
+
+def scene_of(world: str, split: str, seed: int) -> Scene:
+    """The scene of a video of any pocket world.
+
+    Raises:
+        RequestError: an unknown world or split.
+    """
+    return hops.make_hop_scene(split, seed) if world == hops.WORLD else make_scene(world, split, seed)
 
 
 def encode(scene: Scene) -> bytes:

@@ -12,6 +12,7 @@ where it is often right, guessing pays, which is what completeness self-verifica
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,7 +42,7 @@ FPS = 4
 PREVIEW = 4
 """Frames of the uniform preview that needles keep away from."""
 
-_PREVIEW_MARGIN = 1.5
+PREVIEW_MARGIN = 1.5
 """Seconds kept free around each instant of the preview: the frame cache's grid may be half a second off."""
 
 
@@ -57,6 +58,15 @@ class Event:
     size: int
     centre: tuple[int, int]
     drift: tuple[int, int]
+
+    def draw(self, picture: Image.Image, seconds: float) -> None:
+        """Paint the event into a picture, as it looks at a time within it."""
+        mask = shape_mask(self.shape, self.size)
+        share = (seconds - self.start) / (self.end - self.start) - 0.5
+        left, top = (
+            round(middle + share * drift - self.size / 2) for middle, drift in zip(self.centre, self.drift, strict=True)
+        )
+        picture.paste(Image.new("RGB", mask.size, COLOURS[self.colour]), (left, top), mask)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Scene:
     seed: int
     duration: float
     backgrounds: list[Background]
-    events: list[Event]
+    events: Sequence[Event]
 
     @property
     def url(self) -> str:
@@ -103,13 +113,7 @@ class Scene:
         picture = Image.fromarray(np.roll(_texture(background), offset, axis=1))
         event = self.visible(seconds)
         if event is not None:
-            mask = _shape_mask(event.shape, event.size)
-            share = (seconds - event.start) / (event.end - event.start) - 0.5
-            left, top = (
-                round(middle + share * drift - event.size / 2)
-                for middle, drift in zip(event.centre, event.drift, strict=True)
-            )
-            picture.paste(Image.new("RGB", mask.size, COLOURS[event.colour]), (left, top), mask)
+            event.draw(picture, seconds)
         return picture
 
 
@@ -144,7 +148,7 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
     duration = float(rng.integers(90, 151))
     shapes = rng.permutation(SHAPES)[:6]
     needles = rng.permutation([True] * 3 + [False] * 3)
-    previewed = [(i + 0.5) / PREVIEW * duration for i in range(PREVIEW)]
+    previewed = preview_instants(duration)
     events: list[Event] = []
     while len(events) < len(shapes):
         needle = bool(needles[len(events)])
@@ -152,7 +156,7 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
         start = float(rng.integers(4, int((duration - length - 1) * 4))) / 4
         end = start + length
         crowded = any(start < event.end + 2 and event.start < end + 2 for event in events)
-        shown = any(start - _PREVIEW_MARGIN < instant < end + _PREVIEW_MARGIN for instant in previewed)
+        shown = any(start - PREVIEW_MARGIN < instant < end + PREVIEW_MARGIN for instant in previewed)
         if crowded or (needle and shown):
             continue
         # Distractors have even colours in every world: frames without the needle say nothing about its colour.
@@ -169,6 +173,13 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
                 drift=(int(rng.integers(-16, 17)), int(rng.integers(-16, 17))),
             )
         )
+    return Scene(
+        world, split, seed, duration, draw_backgrounds(duration, rng), sorted(events, key=lambda event: event.start)
+    )
+
+
+def draw_backgrounds(duration: float, rng: np.random.Generator) -> list[Background]:
+    """Muted patterns for a whole video, each for 8 to 20 seconds."""
     backgrounds: list[Background] = []
     change = 0.0
     while change < duration:
@@ -184,7 +195,12 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
             )
         )
         change += float(rng.integers(8, 21))
-    return Scene(world, split, seed, duration, backgrounds, sorted(events, key=lambda event: event.start))
+    return backgrounds
+
+
+def preview_instants(duration: float) -> list[float]:
+    """The times (s) that a uniform preview shows of a video of `duration` seconds."""
+    return [(i + 0.5) / PREVIEW * duration for i in range(PREVIEW)]
 
 
 def question(shape: str) -> str:
@@ -226,7 +242,7 @@ def _texture(background: Background) -> np.ndarray:
 
 
 @lru_cache(maxsize=512)
-def _shape_mask(shape: str, size: int) -> Image.Image:
+def shape_mask(shape: str, size: int) -> Image.Image:
     """Opacity of a shape in a square of `size` pixels, smoothed by drawing at four times the size."""
     big = 4 * size
     mask = Image.new("L", (big, big))
@@ -254,6 +270,25 @@ def _shape_mask(shape: str, size: int) -> Image.Image:
         draw.ellipse((0.02 * big, 0.08 * big, 0.52 * big, 0.58 * big), fill=255)
         draw.ellipse((0.48 * big, 0.08 * big, 0.98 * big, 0.58 * big), fill=255)
         polygon([(0.05, 0.45), (0.95, 0.45), (0.5, 0.98)])
+    elif shape == "diamond":
+        polygon([(0.5, 0.0), (0.86, 0.5), (0.5, 1.0), (0.14, 0.5)])
+    elif shape == "moon":
+        draw.ellipse((0, 0, big - 1, big - 1), fill=255)
+        draw.ellipse((big * 0.34, -big * 0.08, big * 1.18, big * 0.76), fill=0)
+    elif shape == "bolt":
+        polygon([(0.62, 0.0), (0.12, 0.58), (0.46, 0.58), (0.34, 1.0), (0.9, 0.38), (0.54, 0.38)])
+    elif shape == "hourglass":
+        polygon([(0.08, 0.0), (0.92, 0.0), (0.08, 1.0), (0.92, 1.0)])
+    elif shape == "crown":
+        polygon([(0.0, 0.95), (0.0, 0.1), (0.27, 0.5), (0.5, 0.05), (0.73, 0.5), (1.0, 0.1), (1.0, 0.95)])
+    elif shape == "stairs":
+        polygon([(0, 1), (0, 0.66), (0.33, 0.66), (0.33, 0.33), (0.66, 0.33), (0.66, 0), (1, 0), (1, 1)])
+    elif shape == "fish":
+        draw.ellipse((0.0, 0.2 * big, 0.7 * big, 0.8 * big), fill=255)
+        polygon([(0.55, 0.5), (1.0, 0.1), (1.0, 0.9)])
+    elif shape == "flag":
+        polygon([(0.1, 0.0), (0.24, 0.0), (0.24, 1.0), (0.1, 1.0)])
+        polygon([(0.24, 0.02), (1.0, 0.3), (0.24, 0.58)])
     else:
         polygon([(0.0, 0.36), (0.5, 0.36), (0.5, 0.06), (1.0, 0.5), (0.5, 0.94), (0.5, 0.64), (0.0, 0.64)])
     return mask.resize((size, size), Image.Resampling.BOX)

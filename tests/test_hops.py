@@ -1,0 +1,205 @@
+"""The hop world: every hop is necessary, the preview tells nothing, and what each method can know is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from timesearch.base.errors import RequestError
+from timesearch.data.rows import read_samples
+from timesearch.pocket.dataset import write_samples
+from timesearch.pocket.filesystem import encode, parse_url
+from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopScene, Question, make_hop_scene
+from timesearch.pocket.reading import Notes, Read, read_event
+from timesearch.pocket.world import COLOURS
+from timesearch.search.budget import preview_plan
+from timesearch.settings import Frames, SearchSettings
+from timesearch.video.frames import FrameCache, make_frame_cache
+
+FRAMES = Frames(factor=32, min_pixels=4096, max_pixels=4096)
+SEARCH = SearchSettings(total_video_tokens=16, min_tokens=4, max_tokens=4, max_frames=4, patch=32)
+CHANCE = 1 / len(COLOURS)
+
+
+def cached(scene: HopScene, folder: Path) -> FrameCache:
+    """Its frames, through the real codec."""
+    video = folder / "video.mp4"
+    video.write_bytes(encode(scene))
+    (folder / "video.frames").unlink(missing_ok=True)
+    make_frame_cache(video, folder / "video.frames", FRAMES)
+    return FrameCache.open(folder / "video.frames")
+
+
+def notes_of(frames: FrameCache, seconds: list[float]) -> Notes:
+    """What the frames at some times show, by their pixels."""
+    notes = Notes()
+    notes.add((frames.timestamps[index], frames[index]) for index in map(frames.nearest, seconds))
+    return notes
+
+
+def middles(scene: HopScene) -> list[float]:
+    return [(event.start + event.end) / 2 for event in scene.events]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[HopScene, FrameCache]]:
+    scenes = [make_hop_scene("test", seed) for seed in range(4)]
+    return [(scene, cached(scene, tmp_path_factory.mktemp("hops"))) for scene in scenes]
+
+
+def asked(split: str, count: int) -> list[Question]:
+    return [question for seed in range(count) for question in make_hop_scene(split, seed).questions]
+
+
+def test_a_scene_follows_from_its_name_alone():
+    assert make_hop_scene("train", 3) == make_hop_scene("train", 3) == parse_url("pocket://hops/train/3.mp4")
+    assert make_hop_scene("train", 3) != make_hop_scene("test", 3)
+    with pytest.raises(RequestError):
+        parse_url("pocket://hops/other/3.mp4")
+
+
+def test_the_filesystem_serves_it():
+    assert "hops/test" in fsspec.filesystem("pocket").ls("pocket://hops", detail=False)
+    with fsspec.open("pocket://hops/test/0.mp4") as remote:
+        assert remote.read() == encode(make_hop_scene("test", 0))
+
+
+def test_a_window_from_any_frame_of_an_event_holds_the_next_one_alone():
+    for seed in range(200):
+        scene = make_hop_scene("train", seed)
+        assert sorted(event.shape for event in scene.events) == sorted(HOP_SHAPES)
+        assert all(event.mark != event.shape for event in scene.events)
+        for event in scene.events[:-1]:
+            follower = scene.following(event)
+            assert follower is not None
+            further = scene.following(follower)
+            for seconds in np.arange(event.start, event.end, 0.5):
+                assert event.end < follower.start <= seconds + WINDOW - 0.5
+                assert further is None or further.start >= seconds + WINDOW
+
+
+def test_questions_are_of_one_to_three_hops_and_no_shape_begins_two():
+    for seed in range(100):
+        questions = make_hop_scene("train", seed).questions
+        assert sorted((question.hops, question.family) for question in questions) == [
+            *((1, "direct"), (2, "after"), (2, "pointer"), (3, "after"), (3, "pointer"))
+        ]
+        assert len({question.events[0].shape for question in questions}) == 5
+        assert all(len(set(question.events)) == question.hops for question in questions)
+        for question in questions:
+            words = question.text.strip("?").split()[3:]
+            named = [word for word in words if word in HOP_SHAPES]
+            assert named == [question.events[0].shape]
+
+
+def test_every_frame_reads_as_what_it_shows(videos):
+    wrong = total = 0
+    for scene, frames in videos:
+        for index, seconds in enumerate(frames.timestamps):
+            event = scene.visible(seconds)
+            total += 1
+            wrong += read_event(frames[index]) != (event and Read(event.shape, event.colour, event.mark))
+    assert wrong <= total / 200
+
+
+def test_the_frames_of_all_hops_answer_and_those_of_fewer_do_not(videos):
+    for scene, frames in videos:
+        for question in scene.questions:
+            seconds = [(event.start + event.end) / 2 for event in question.events]
+            first = question.events[0].shape
+            assert notes_of(frames, seconds).answer(first, question.links) == question.answer
+            assert notes_of(frames, middles(scene)).answer(first, question.links) == question.answer
+            for missing in range(question.hops):
+                fewer = seconds[:missing] + seconds[missing + 1 :]
+                assert notes_of(frames, fewer).answer(first, question.links) is None
+
+
+@pytest.mark.takes(8)
+def test_another_video_without_a_hop_or_with_another_mark_gives_another_answer(tmp_path: Path):
+    """The proof of necessity, in pixels: all other events may be seen, and the answer is gone, or is another one."""
+    scene = make_hop_scene("test", 4)
+    for question in scene.questions:
+        first = question.events[0].shape
+        for position, event in enumerate(question.events):
+            changed = scene.without(event)
+            assert notes_of(cached(changed, tmp_path), middles(changed)).answer(first, question.links) is None
+            if question.links[position : position + 1] == ("points",):
+                ends = {mark: scene.with_mark(event, mark).follow(first, question.links) for mark in HOP_SHAPES}
+                mark, chain = next((m, c) for m, c in ends.items() if c and c[-1].colour != question.answer)
+                changed = scene.with_mark(event, mark)
+                answer = notes_of(cached(changed, tmp_path), middles(changed)).answer(first, question.links)
+                assert answer == chain[-1].colour != question.answer
+
+
+def test_the_preview_shows_no_event(videos):
+    for _scene, frames in videos:
+        indices, _ = preview_plan(len(frames), frames.size, SEARCH)
+        assert len(indices) == 4
+        assert all(read_event(frames[index]) is None for index in indices)
+    for seed in range(200):
+        scene = make_hop_scene("heldout", seed)
+        indices, _ = preview_plan(int(scene.duration * FRAMES.fps), (64, 64), SEARCH)
+        assert not any(scene.visible(index / FRAMES.fps + late) for index in indices for late in (-0.5, 0, 0.5))
+
+
+def test_a_best_guess_is_chance_without_frames_and_sure_with_all_hops():
+    for question in asked("heldout", 40):
+        hops = [event.start for event in question.events]
+        assert question.best_guess([]) == pytest.approx(CHANCE)
+        assert question.best_guess(hops) == pytest.approx(1)
+        assert question.best_guess(hops[:-1]) == pytest.approx(CHANCE)
+        for missing in range(question.hops - 1):
+            assert question.best_guess(hops[:missing] + hops[missing + 1 :]) <= 2 * CHANCE
+
+
+def test_a_best_guess_is_right_as_often_as_it_says():
+    """Whoever guesses by a rule of his own from 5 events, the first hop among them, is right no more often."""
+    rng = np.random.default_rng(0)
+    said, right = [], []
+    for question in asked("heldout", 400):
+        shown = [question.events[0], *rng.choice(np.array(question.scene.events, dtype=object), size=4)]
+        notes = {event.shape: event for event in shown}
+        at = question.events[0]
+        for link in question.links:
+            follower = question.scene.following(at) if link == "after" else question.scene.pointed(at)
+            at = notes.get(follower.shape, at) if follower else at
+        said.append(question.best_guess([event.start for event in shown]))
+        right.append(at.colour == question.answer)
+    assert np.mean(right) <= np.mean(said) + 0.03
+
+
+def test_without_search_at_most_35_of_100_can_be_known_of_two_and_three_hops():
+    rng = np.random.default_rng(0)
+    uniform, found = [], []
+    for question in asked("heldout", 200):
+        if question.hops > 1:
+            duration, others = question.scene.duration, [e for e in question.scene.events if e != question.events[0]]
+            uniform.append(question.best_guess([(i + 0.5) / 6 * duration for i in range(6)]))
+            shown = [question.events[0], *rng.choice(np.array(others, dtype=object), size=4, replace=False)]
+            found.append(question.best_guess([event.start for event in shown]))
+    assert np.mean(uniform) < 0.25
+    assert np.mean(found) < 0.35
+
+
+def test_text_alone_tells_nothing():
+    questions = asked("heldout", 300)
+    fitted = {shape: [q.answer for q in questions[::2] if q.events[0].shape == shape] for shape in HOP_SHAPES}
+    guesses = [max(fitted[q.events[0].shape], key=fitted[q.events[0].shape].count) == q.answer for q in questions[1::2]]
+    assert np.mean(guesses) <= CHANCE + 0.05
+
+
+def test_samples_tell_the_hops_and_when_each_is_seen(tmp_path: Path):
+    write_samples(tmp_path / "test.jsonl", "hops", "test", 3)
+    samples = read_samples(tmp_path / "test.jsonl")
+    assert len(samples) == len({sample.id for sample in samples}) == 15
+    for sample in samples:
+        scene = parse_url(str(sample.source))
+        assert len(sample.gt_seconds) == len(sample.gt_spans) == sample.meta["hops"]
+        first, last = scene.visible(sample.gt_seconds[0]), scene.visible(sample.gt_seconds[-1])
+        assert first is not None
+        assert first.shape == sample.meta["shape"]
+        assert last is not None
+        assert last.colour == sample.answer
