@@ -510,9 +510,30 @@ def test_methods_are_compared_on_the_episodes_that_both_have(tmp_path: Path) -> 
     assert "100.0 ± 0.0" in table[3]
 
 
+def test_accuracy_by_hops_stands_in_table_and_metrics_where_questions_tell_their_hops(tmp_path: Path) -> None:
+    hops: list[Any] = [1, 1, 2, 3, "3", "|\x1b[31m"]
+    rows = [
+        searching(i, "a.mp4", [[9.0, 11.0]], "A" if i % 2 else "B") | {"meta": {"hops": each}}
+        for i, each in enumerate(hops)
+    ]
+    write_jsonl(tmp_path / "grpo_csv.jsonl", rows)
+    write_jsonl(tmp_path / "uniform.jsonl", [row | {"meta": {}} for row in rows])
+    settings = Evaluate(bootstrap=0, groups=["hops"])
+    methods = evaluate_files({name: tmp_path / f"{name}.jsonl" for name in ("uniform", "grpo_csv")}, settings, None)
+    write_evaluation(methods, tmp_path / "results", settings, 0)
+    head, _, uniform, trained = (tmp_path / "results" / "table.md").read_text().splitlines()
+    assert head.endswith("| tool calls | 1 hop | 2 hops | 3 hops |")
+    assert uniform.endswith("| – | – | – |")
+    assert trained.endswith("| 50.0 | 0.0 | 50.0 |")
+    written = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert "hops" not in written["uniform"]
+    assert written["grpo_csv"]["hops"]["3"]["episodes"] == 2
+    assert tracked_metrics(methods[1])["grpo_csv/hops/1/qa_accuracy"] == 0.5
+
+
 def test_methods_stand_in_the_order_of_the_table() -> None:
-    names = ["other", "grpo_csv", "one_shot_topk", "uniform", "grpo", "one_shot", "coldstart", "base"]
-    ordered = ["uniform", "one_shot", "one_shot_topk", "base", "coldstart", "grpo", "grpo_csv", "other"]
+    names = ["other", "grpo_csv", "one_shot_topk", "uniform", "grpo", "one_shot", "coldstart", "base", "oracle"]
+    ordered = ["uniform", "one_shot", "one_shot_topk", "oracle", "base", "coldstart", "grpo", "grpo_csv", "other"]
     assert sorted(names, key=method_order) == ordered
     assert method_label("one_shot_topk") == "one-shot retrieval (topk)"
 

@@ -27,13 +27,14 @@ from players import Puppet, answer_turn, build_library, new_search, script, sear
 from policy_server import Handler, Server
 from scripted import OracleEncoder
 
-from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.errors import ItemError, RequestError, TemporaryError
 from timesearch.base.replies import Completion
 from timesearch.cli import main
 from timesearch.data.messages import Message
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.infer import run
+from timesearch.inference.methods import chosen_frames
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
@@ -89,7 +90,7 @@ def rows_of(settings: Settings, method: str) -> list[Prediction]:
 
 
 def test_the_stage_writes_each_method_in_the_order_of_the_samples(settings: Settings, puppet: Puppet) -> None:
-    settings.infer.baselines = ["uniform", "one_shot", "one_shot_topk", "coldstart"]
+    settings.infer.baselines = ["uniform", "one_shot", "one_shot_topk", "oracle", "coldstart"]
     result = run(settings)
     methods = [*settings.infer.baselines, "grpo_csv"]
     ids = [sample.id for sample in read_samples(settings.paths.test_samples)]
@@ -98,11 +99,26 @@ def test_the_stage_writes_each_method_in_the_order_of_the_samples(settings: Sett
         rows = rows_of(settings, method)
         assert [row.id for row in rows] == ids
         assert all(row.outcome == "answered" and row.rewards.keys() >= {"format", "accuracy"} for row in rows)
-        assert all(len(row.searched_seconds) == (1 if method in ("coldstart", "grpo_csv") else 8) for row in rows)
+        frames = {"uniform": 8, "one_shot": 8, "one_shot_topk": 8}.get(method, 1)
+        assert all(len(row.searched_seconds) == frames for row in rows)
     found = [row.searched_seconds for row in rows_of(settings, "one_shot_topk")]
     assert found != [row.searched_seconds for row in rows_of(settings, "uniform")]
+    for row in rows_of(settings, "oracle"):
+        assert row.gt_spans[0][0] <= row.searched_seconds[0] <= row.gt_spans[0][1]
     folder = settings.paths.results / "predictions"
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 5 + [".jsonl"] * 5
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 6 + [".jsonl"] * 6
+
+
+def test_the_oracle_sees_all_frames_of_the_ground_truth_or_says_that_there_is_none(settings: Settings) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    search = new_search(settings)
+    search.open(sample.model_dump())
+    times = search.video.frames.timestamps
+    several = sample.model_copy(update={"gt_seconds": [7.2, 3.1, 7.3, float("nan"), -5.0]})
+    shown = [times[index] for index in chosen_frames(search, "oracle", several, 1)]  # type: ignore[index]
+    assert shown == [3.0, 7.0]
+    with pytest.raises(ItemError, match="no ground-truth time"):
+        chosen_frames(search, "oracle", sample.model_copy(update={"gt_spans": []}), 1)
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_rests(settings: Settings, puppet: Puppet) -> None:

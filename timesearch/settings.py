@@ -240,7 +240,8 @@ class Infer(Section):
     retry_for: Pace[float] = Field(600.0, ge=0, description="seconds that an absent server is waited for")
     baselines: list[str] = Field(
         default_factory=lambda: ["uniform", "one_shot", "coldstart"],
-        description="methods beside the trained policy: uniform, one_shot, one_shot_<selection>, base, coldstart",
+        description="methods beside the trained policy: uniform, one_shot, one_shot_<selection>, oracle, base, "
+        "coldstart",
     )
     uniform_frames: int = Field(8, ge=1, description="frames of the baselines without search")
 

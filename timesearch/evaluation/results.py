@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,16 @@ def write_evaluation(
 ) -> BatchResult:
     """Write what was found.
 
-    `out` gets ``metrics.json`` (one block of headline numbers a method; `flat`: all numbers of the only method),
-    ``table.md`` and ``plots/``; ``out/evaluation`` gets each method's whole metrics, each episode's scores, the
-    unparsed answers and the paired comparisons; the file `failures` (``out/failures.jsonl`` if None) what was wrong.
+    `out` gets ``metrics.json`` (one block of headline numbers a method, also by hops where questions tell them; `flat`:
+    all numbers of the only method), ``table.md`` and ``plots/``; ``out/evaluation`` gets each method's whole metrics,
+    each episode's scores, the unparsed answers and the paired comparisons; the file `failures`
+    (``out/failures.jsonl`` if None) what was wrong.
     """
     detail = out / "evaluation"
     if flat:
         write_json(out / "metrics.json", methods[0].metrics)
     else:
-        write_json(out / "metrics.json", {method.name: headline(method.metrics) for method in methods})
+        write_json(out / "metrics.json", {method.name: _summary(method.metrics) for method in methods})
     for method in methods:
         write_json(detail / f"{method.name}.json", method.metrics)
         write_jsonl(detail / "episodes" / f"{method.name}.jsonl", map(episode_row, method.episodes))
@@ -74,6 +75,15 @@ def write_evaluation(
         _write_csv(out / "plots" / f"{plot.name}.csv", plot.columns, plot.rows)
     done = [episode.id for method in methods for episode in method.episodes]
     return BatchResult(done=done, failures=named)
+
+
+def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline of a method, and the numbers that MLflow gets of a group by the hops that a question needs."""
+    hops = {
+        value: {name: block[name] for name in _TRACKED_BY_GROUP}
+        for value, block in metrics["by"].get("hops", {}).items()
+    }
+    return {**headline(metrics), **({"hops": hops} if hops else {})}
 
 
 def episode_row(episode: EpisodeScore) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""The comparison table: one row a method, uniform sampling first."""
+"""The comparison table: one row a method, uniform sampling first.
+
+Where questions say in `meta.hops` how many pieces of evidence they need, their accuracy stands by that number too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from timesearch.evaluation.episodes import MethodScores
 
 METHODS = {
     "uniform": "uniform sampling",
     "one_shot": "one-shot retrieval",
+    "oracle": "oracle frames",
     "base": "untrained policy",
     "coldstart": "cold start",
     "grpo": "GRPO",
@@ -46,28 +51,54 @@ TABLE_COLUMNS = (
 )
 
 
+_MOST_HOPS = 5
+"""Columns by hops: a table has no room for more."""
+
+
+def hop_columns(methods: Sequence[MethodScores]) -> list[tuple[str, str]]:
+    """Heads of the columns of accuracy by hops, each with the group's value; none where no question tells."""
+    told = {value for method in methods for value in method.metrics["by"].get("hops", {})}
+    return [
+        (f"{number} hop{'s' * (number > 1)}", str(number)) for number in range(1, _MOST_HOPS + 1) if str(number) in told
+    ]
+
+
 def table_rows(methods: Sequence[MethodScores]) -> list[list[str]]:
     """The cells as text: shares in per cent, with half the width of their 95% interval."""
+    hops = hop_columns(methods)
     rows = []
     for method in methods:
         cells = [method_label(method.name)]
-        for _, name, scale in TABLE_COLUMNS:
-            value = method.metrics[name]
-            interval = method.metrics.get("intervals", {}).get(name) if scale == 100 else None
-            text = "–" if value is None else f"{value * scale:.1f}"
-            if value is not None and interval:
-                text += f" ± {(interval[1] - interval[0]) * scale / 2:.1f}"
-            cells.append(text)
+        cells += [_cell(method.metrics, name, scale) for _, name, scale in TABLE_COLUMNS]
+        cells += [_cell(method.metrics["by"].get("hops", {}).get(value, {}), "qa_accuracy", 100) for _, value in hops]
         rows.append(cells)
     return rows
 
 
+def _cell(metrics: Mapping[str, Any], name: str, scale: int) -> str:
+    value = metrics.get(name)
+    interval = metrics.get("intervals", {}).get(name) if scale == 100 else None
+    text = "–" if value is None else f"{value * scale:.1f}"
+    if value is not None and interval:
+        text += f" ± {(interval[1] - interval[0]) * scale / 2:.1f}"
+    return text
+
+
+def _heads(methods: Sequence[MethodScores]) -> list[str]:
+    """Heads of the columns after the first."""
+    return [*(column for column, _, _ in TABLE_COLUMNS), *(column for column, _ in hop_columns(methods))]
+
+
 def markdown_table(methods: Sequence[MethodScores]) -> str:
     """The comparison table in Markdown."""
-    heads = ["method", *(column for column, _, _ in TABLE_COLUMNS)]
-    rows = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in table_rows(methods)]
-    lines = [heads, ["---", *["---:"] * len(TABLE_COLUMNS)], *rows]
+    heads = ["method", *(_escaped(head) for head in _heads(methods))]
+    rows = [[_escaped(cell) for cell in row] for row in table_rows(methods)]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|")
 
 
 def print_table(methods: Sequence[MethodScores]) -> None:
@@ -79,7 +110,7 @@ def print_table(methods: Sequence[MethodScores]) -> None:
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="in per cent, ± half a 95% interval")
     table.add_column("method", no_wrap=True)
-    for column, _, _ in TABLE_COLUMNS:
+    for column in _heads(methods):
         table.add_column(column.replace("accuracy", "acc.").replace(" ", "\n"), justify="right", no_wrap=True)
     for label, *cells in table_rows(methods):
         shown = (cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in cells)

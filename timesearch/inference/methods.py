@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `uniform` | trained | `uniform_frames` evenly spread, no search |
 | `one_shot`, `one_shot_<selection>` | trained | as many, selected by the question itself, no search |
+| `oracle` | trained | those of the ground truth, no search: what reading alone can reach |
 | `base` | before any training | searched |
 | `coldstart` | after the cold start | searched |
 | `grpo_csv` (`grpo` without completeness) | trained | searched |
@@ -13,11 +14,12 @@ The baselines without search ask for the answer by the re-answer's prompt, so al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from timesearch.base.errors import RequestError
+from timesearch.base.errors import ItemError, RequestError
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.playing import Episode
 from timesearch.retrieval.selection import Method, select_frames
@@ -28,6 +30,8 @@ from timesearch.settings import Settings
 from timesearch.video.frames import Look
 
 _SELECTIONS: dict[str, Method] = {f"one_shot_{name}": name for name in get_args(Method)}
+_CHOOSING = ("uniform", "one_shot", *_SELECTIONS, "oracle")
+"""Methods that answer from frames chosen at once."""
 
 
 def trained_method(settings: Settings) -> str:
@@ -37,7 +41,7 @@ def trained_method(settings: Settings) -> str:
 
 def searches(method: str) -> bool:
     """Whether a method searches, rather than answers from frames that are chosen at once."""
-    return method not in ("uniform", "one_shot", *_SELECTIONS)
+    return method not in _CHOOSING
 
 
 def checkpoint_of(method: str, settings: Settings) -> Path:
@@ -49,7 +53,7 @@ def checkpoint_of(method: str, settings: Settings) -> Path:
     known = {
         "base": (settings.paths.models / "policy", "models"),
         "coldstart": (settings.paths.coldstart, "coldstart"),
-        **dict.fromkeys(("uniform", "one_shot", *_SELECTIONS, "grpo_csv", "grpo"), (settings.paths.train, "train")),
+        **dict.fromkeys((*_CHOOSING, "grpo_csv", "grpo"), (settings.paths.train, "train")),
     }
     if method not in known:
         raise RequestError(f"unknown method {method!r} in infer.baselines: choose from {', '.join(known)}")
@@ -65,7 +69,9 @@ def episode_of(method: str, frames: int) -> Episode:
 
 
 def from_chosen_frames(method: str, count: int) -> Episode:
-    """Episodes that answer from `count` frames: evenly spread (`uniform`), or selected by the question (`one_shot`)."""
+    """Episodes that answer from `count` frames: evenly spread (`uniform`), or selected by the question (`one_shot`);
+    or from those of the ground truth, as many as there are (`oracle`).
+    """
 
     async def episode(search: Search, policy: Policy, sample: Sample) -> Prediction:
         return await answer_from_frames(
@@ -76,8 +82,18 @@ def from_chosen_frames(method: str, count: int) -> Episode:
 
 
 def chosen_frames(search: Search, method: str, sample: Sample, count: int) -> Sequence[int | Look]:
-    """The frames of a method without search, of the sample's video, which `search` has opened."""
+    """The frames of a method without search, of the sample's video, which `search` has opened.
+
+    Raises:
+        ItemError: `no_ground_truth`, for `oracle`.
+    """
     frames, features = search.video.frames, search.video.features.features
+    if method == "oracle":
+        times = sample.gt_seconds or [(start + end) / 2 for start, end in sample.gt_spans]
+        sound = [seconds for seconds in times if math.isfinite(seconds) and seconds >= 0]
+        if not sound:
+            raise ItemError(f"{sample.id} has no ground-truth time, which 'oracle' shows", reason="no_ground_truth")
+        return sorted({frames.nearest(seconds) for seconds in sound})
     if method == "uniform":
         return frames.evenly(count)
     selection = _SELECTIONS.get(method, search.settings.method)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from timesearch.data.messages import times_of
 from timesearch.pocket.hops import HOP_SHAPES, PLATE, WINDOW, Link
 from timesearch.pocket.world import COLOURS, SIZE, shape_mask
 
@@ -107,7 +108,7 @@ def search_by_reading(search: Search, row: dict[str, Any], shape: str, links: Se
         """What is known, after as many of the searches as it takes."""
         while (value := known()) is None and windows and not search.spent:
             found = search.call("seek_video_frames", {"query": query, **windows.pop(0)})
-            notes.add((block["seconds"], block["image"]) for block in found if block["type"] == "image")
+            notes.add(zip(times_of(found), (block["image"] for block in found if "image" in block), strict=True))
         return value
 
     at: str | None = shape
