@@ -158,7 +158,7 @@ class Scripted(OpenAIPolicy):
         super().__init__([url], model)
         self._tokenizer, self._lock_step, self._salt = tokenizer, lock_step, uuid.uuid4().hex
 
-    async def _complete(self, url: str, body: bytes) -> Completion:
+    async def _complete(self, url: str, body: bytes) -> tuple[Completion, int]:
         text = turn_text(*turn_asked(body))
         more = {
             "cache_salt": uuid.uuid4().hex if self._lock_step else self._salt,

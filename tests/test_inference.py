@@ -857,7 +857,7 @@ def test_both_engines_read_the_same_video(settings: Settings, in_process: Transf
             client.event_hooks = {"response": [listen]}
             return client
 
-        async def _complete(self, url: str, body: bytes) -> Completion:
+        async def _complete(self, url: str, body: bytes) -> tuple[Completion, int]:
             return await super()._complete(url, body[:-1] + b', "return_token_ids": true}')
 
     reply = asyncio.run(ask(Listening([vllm], "tiny", video_preview=True), encoded, tools))

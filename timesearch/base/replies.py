@@ -92,6 +92,12 @@ class ModelList(BaseModel):
     data: list[_Model]
 
 
+class Version(BaseModel):
+    """Reply of vLLM's ``/version``."""
+
+    version: str
+
+
 class _Embedding(BaseModel):
     index: int
     embedding: list[FiniteFloat] = Field(min_length=1)

@@ -79,6 +79,19 @@ class Usage(BaseModel):
     generated: int = 0
 
 
+class Seen(BaseModel):
+    """What an engine was given in an episode, and what became of the requests."""
+
+    engine: str = Field("", description="what computed, with its version")
+    encoder: str = Field("", description="digest of the encoder that found the frames")
+    preview_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")
+    searched_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")
+    requests: int = 0
+    retried: int = Field(0, description="tries after the first, of requests that were answered in the end")
+    failed: int = Field(0, description="requests without an answer")
+    empty: int = Field(0, description="answers without a word")
+
+
 class EpisodeError(BaseModel):
     """Why an episode did not end in an answer."""
 
@@ -105,6 +118,8 @@ class Prediction(Sample):
     outcome: Literal["answered", "unanswered", "failed"] | None = None
     limit: Literal["turns", "context"] | None = Field(None, description="the budget that ended the search, if one did")
     error: EpisodeError | None = None
+    seen: Seen | None = Field(None, description="what the engine was given; None where nobody counted")
+    fingerprint: str = Field("", description="digest of what the prediction is made of, shortened")
 
     @field_validator("prediction")
     @classmethod

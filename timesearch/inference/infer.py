@@ -16,19 +16,17 @@ from typing import TYPE_CHECKING
 from timesearch.base.batch import BatchResult, Failure, write_failures
 from timesearch.base.errors import RequestError
 from timesearch.base.exclusive import exclusive
-from timesearch.base.files import file_digest, json_digest
 from timesearch.base.progress import Bar, progress_bar
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction
+from timesearch.inference.fingerprint import Fingerprint, fingerprint_of
 from timesearch.inference.journal import Journal
 from timesearch.inference.methods import checkpoint_of, episode_of, searches, trained_method
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.inference.policies import open_policy, require_fit, served
 from timesearch.rewards import answer_letter, rule_judge, score_episode
-from timesearch.search.prompts import Prompts
-from timesearch.settings import SearchSettings, Settings
+from timesearch.settings import Settings
 from timesearch.tracking import stage_run
-from timesearch.video.frames import VERSION as FRAMES_FORMAT
 
 if TYPE_CHECKING:
     from timesearch.tracking import Run
@@ -94,41 +92,9 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
     return result
 
 
-def fingerprint(settings: Settings, checkpoint: Path, method: str, frames: int | None, search: SearchSettings) -> str:
-    """Digest of all that predictions depend on besides the sample; others are not taken up.
-
-    Args:
-        settings: how it is played, apart from the search.
-        checkpoint: what plays.
-        method: its name.
-        frames: frames of a method without search; None for one that searches.
-        search: budgets, prompts and tools.
-    """
-    infer = settings.infer
-    weights = {
-        str(path.relative_to(checkpoint)): file_digest(path)
-        for path in sorted(checkpoint.rglob("*"))
-        if path.suffix in (".safetensors", ".json", ".jinja") and ".partial" not in path.parts
-    }
-    return json_digest(
-        {
-            "method": method,
-            "model": [infer.model, weights] if infer.model else weights,
-            "search": search.shaping(),
-            "prompts": Prompts.load(search.prompts).texts,
-            "frames": settings.frames.shaping() | {"format": FRAMES_FORMAT},
-            "features": settings.features.shaping(),
-            "encoder": settings.models.model_dump(include={"encoder", "pretrained", "encoder_steps"}),
-            "sampling": [infer.temperature, settings.seed],
-            "preview": infer.preview,
-            "uniform_frames": frames,
-        }
-    )
-
-
-def _fingerprint(settings: Settings, checkpoint: Path, method: str) -> str:
+def _fingerprint(settings: Settings, checkpoint: Path, method: str) -> Fingerprint:
     frames = None if searches(method) else settings.infer.uniform_frames
-    return fingerprint(settings, checkpoint, method, frames, settings.search)
+    return fingerprint_of(settings, checkpoint, method, frames, settings.search)
 
 
 def _record(

@@ -9,22 +9,23 @@ from typing import IO, Any
 
 from timesearch.base.files import write_json, write_jsonl
 from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.fingerprint import SHORT, Fingerprint, beside
 
 
 class Journal:
     """The predictions of one method: rows are appended as they come, and put into order at the end."""
 
-    def __init__(self, folder: Path, method: str, samples: Sequence[Sample], fingerprint: str) -> None:
+    def __init__(self, folder: Path, method: str, samples: Sequence[Sample], fingerprint: Fingerprint) -> None:
         self.done: set[str] = set()
         self._final = folder / f"{method}.jsonl"
         self._partial = folder / f"{method}.jsonl.partial"
-        self._mark = folder / f"{method}.json"
+        self._mark = beside(self._final)
         self._samples = {sample.id: sample for sample in samples}
         self._fingerprint = fingerprint
         self._handle: IO[str] | None = None
 
     def __enter__(self) -> Journal:
-        mark = {"fingerprint": self._fingerprint}
+        mark = {"fingerprint": self._fingerprint.digest, "made_of": self._fingerprint.model_dump(mode="json")}
         rows: dict[str, dict[str, Any]] = {}
         if self._mark.is_file() and json.loads(self._mark.read_text(encoding="utf-8")) == mark:
             rows = {row["id"]: row for path in (self._final, self._partial) for row in _rows(path) if self._fits(row)}
@@ -45,8 +46,9 @@ class Journal:
         return sample is not None and row["error"] is None and Sample.model_validate(fields) == sample
 
     def add(self, prediction: Prediction) -> None:
-        """Write one row, so that it outlives this process."""
+        """Write one row with its fingerprint, so that it outlives this process."""
         assert self._handle is not None
+        prediction.fingerprint = self._fingerprint.digest[:SHORT]
         self._handle.write(prediction.model_dump_json() + "\n")
         self._handle.flush()
 

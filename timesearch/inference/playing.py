@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.witness import Witness
 from timesearch.search.episode import run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
@@ -68,7 +69,9 @@ async def play(
     async def player() -> None:
         search = make_search(encoded=policy.encoded)
         for job in waiting:
-            record(job, await job.episode(search, policy, job.sample))
+            witness = Witness(policy, getattr(search.encoder, "digest", ""))
+            prediction = await job.episode(search, witness, job.sample)
+            record(job, prediction.model_copy(update={"seen": witness.seen}))
 
     try:
         await policy.connect()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.base.errors import RequestError, TemporaryError
 from timesearch.base.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
 from timesearch.base.redaction import redact
-from timesearch.base.replies import Completion, ModelList
+from timesearch.base.replies import Completion, ModelList, Version
 from timesearch.base.servers import authorisation
 from timesearch.data.messages import Block, Message, blocks_of
 from timesearch.dialects.qwen import describe_tools
@@ -78,6 +78,7 @@ class OpenAIPolicy:
         video_preview: bool = False,
     ) -> None:
         self.name = model
+        self.engine = "a server"
         self._video_preview = video_preview
         self._urls = [url.rstrip("/") for url in urls]
         for url in self._urls:
@@ -104,7 +105,7 @@ class OpenAIPolicy:
         by_vllm = True
         for url in self._urls:
             try:
-                listing = await self._send("GET", url, "/models", ModelList)
+                listing, _ = await self._send("GET", url, "/models", ModelList)
             except EngineError as error:
                 if isinstance(error.__cause__, BadReplyError):
                     raise RequestError(
@@ -124,7 +125,20 @@ class OpenAIPolicy:
             served = entries.get(self.name)
             self._context = self._context or (served.max_model_len if served else None)
             by_vllm = by_vllm and served is not None and served.owned_by == "vllm"
+            self.engine = await self._engine_at(url, served.owned_by if served else None)
         self._sampling = SAMPLING | (VLLM_SAMPLING if by_vllm else {})
+
+    async def _engine_at(self, url: str, owner: str | None) -> str:
+        """Who serves, and of a vLLM its version, which it says at ``/version`` beside ``/v1``."""
+        import httpx
+
+        if owner != "vllm":
+            return f"a server of {printable(owner)}" if owner else "a server"
+        try:
+            said = await request(self._http(), "GET", f"{url.removesuffix('/v1')}/version", Version, timeout=5.0)
+        except (RefusedError, BadReplyError, httpx.TransportError):
+            return owner
+        return f"{owner} {printable(said.version)}"
 
     @asynccontextmanager
     async def session(
@@ -157,21 +171,23 @@ class OpenAIPolicy:
             )
         return self._client
 
-    async def _complete(self, url: str, body: bytes) -> Completion:
-        """The reply to a request for a turn."""
+    async def _complete(self, url: str, body: bytes) -> tuple[Completion, int]:
+        """The reply to a request for a turn, and how often it was sent again."""
         return await self._send("POST", url, "/chat/completions", Completion, body)
 
-    async def _send(self, method: str, url: str, path: str, kind: type[M], body: bytes | None = None) -> M:
-        """Send a request until a server answers it; other servers are tried in turn."""
+    async def _send(self, method: str, url: str, path: str, kind: type[M], body: bytes | None = None) -> tuple[M, int]:
+        """Send a request until a server answers it, and count the tries after the first; other servers are tried in
+        turn."""
         from tenacity import AsyncRetrying, RetryError
 
         others = [other for other in self._urls if other != url] if body else []
         order = [url, *others]
-        target = url
+        target, tried = url, 0
         try:
             async for attempt in AsyncRetrying(**tries(seconds=self._retry_for)):
                 with attempt:
-                    target = order[(attempt.retry_state.attempt_number - 1) % len(order)]
+                    tried = attempt.retry_state.attempt_number
+                    target = order[(tried - 1) % len(order)]
                     reply = await request(
                         self._http(), method, target + path, kind, content=body, timeout=self._timeout
                     )
@@ -193,7 +209,7 @@ class OpenAIPolicy:
                 f"the policy server at {redact(target)} gave {error}, instead of what the OpenAI protocol says",
                 "bad_reply",
             ) from error
-        return reply
+        return reply, tried - 1
 
 
 class _OpenAISession:
@@ -221,12 +237,13 @@ class _OpenAISession:
             self._sent.append((message, self._serialise(message, position)))
         del self._sent[len(messages) :]
         body = self._head + b", ".join(part for _, part in self._sent) + self._tail
-        completion = await self._policy._complete(self._url, body)
+        completion, retries = await self._policy._complete(self._url, body)
         usage = completion.usage
         if usage is None:
-            return Reply(completion.text())
+            return Reply(completion.text(), retries=retries)
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-        return Reply(completion.text(), usage.prompt_tokens, min(cached, usage.prompt_tokens), usage.completion_tokens)
+        prompt, generated = usage.prompt_tokens, usage.completion_tokens
+        return Reply(completion.text(), prompt, min(cached, prompt), generated, retries)
 
     def _serialise(self, message: Message, position: int) -> bytes:
         if message["role"] == "system":

@@ -62,6 +62,7 @@ class TransformersPolicy:
         video_preview: bool = False,
     ) -> None:
         self.name = name
+        self.engine = _engine(model)
         self._model = model.eval()
         self._processor = processor
         self._batch_size = batch_size
@@ -275,6 +276,14 @@ class _TransformersSession:
         if self.policy._video_preview:
             shown = [with_video_preview(message, position) for position, message in enumerate(messages)]
         return await self.policy._ask(Request(shown, self.tools, self.max_new_tokens))
+
+
+def _engine(model: Any) -> str:
+    import torch
+    import transformers
+
+    number = str(model.dtype).removeprefix("torch.")
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, {model.device.type}, {number}"
 
 
 def _blocks(messages: Sequence[Message], kind: str) -> list[Block]:

@@ -24,6 +24,8 @@ class Reply:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    retries: int = 0
+    """tries after the first that it took"""
 
 
 class EngineError(ItemError):
@@ -56,7 +58,7 @@ class Session(Protocol):
 
 
 class Policy(Protocol):
-    """An engine with a model in it."""
+    """An engine with a model in it. One that has an attribute `engine` says there what computes, with its version."""
 
     name: str
     encoded: bool

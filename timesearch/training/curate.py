@@ -21,7 +21,7 @@ from timesearch.base.files import write_jsonl
 from timesearch.base.progress import progress_bar
 from timesearch.data.messages import final_answer
 from timesearch.data.samples import Prediction, Sample
-from timesearch.inference.infer import fingerprint
+from timesearch.inference.fingerprint import fingerprint_of
 from timesearch.inference.journal import Journal
 from timesearch.inference.methods import from_chosen_frames
 from timesearch.inference.playing import Episode, Job, play, search_maker
@@ -141,7 +141,7 @@ def _play(
 
     if not samples:
         return []
-    mark = fingerprint(settings, policy, filter.name, filter.frames, filter.search)
+    mark = fingerprint_of(settings, policy, filter.name, filter.frames, filter.search)
     with Journal(folder, filter.name, samples, mark) as journal:
         jobs = [Job(sample, filter.episode) for sample in samples if sample.id not in journal.done]
         if jobs:
