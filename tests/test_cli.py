@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scratch_project import ROOT
 
-from timesearch.base.machine import PAPER_GPUS, Gpu, Machine
+from timesearch.base.machine import PAPER_GPUS, Gpu, Machine, project_folder
 from timesearch.profiles import load_profile
 
 STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
@@ -69,6 +69,10 @@ def test_the_profile_that_fits(gpus: int, memory: float, profile: str, said: str
     machine = Machine(cores=8, memory=64, disk_free=100, gpus=[Gpu("card", memory)] * gpus)
     assert machine.profile == profile
     assert said is None if machine.together is None else said in machine.together
+
+
+def test_deployments_run_in_the_checkout() -> None:
+    assert project_folder() == {"directory": str(ROOT)}
 
 
 def test_the_paper_profile_asks_for_the_gpus_that_doctor_counts() -> None:

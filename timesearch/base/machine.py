@@ -83,7 +83,7 @@ def inspect_machine(folder: Path | str = ".") -> Machine:
 
 def project_folder() -> dict[str, str]:
     """The checkout that this environment is installed from; a step of a Prefect deployment."""
-    return {"directory": str(Path(__file__).resolve().parents[1])}
+    return {"directory": str(Path(__file__).resolve().parents[2])}
 
 
 def _memory() -> float:
