@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ import pytest
 def pytest_configure() -> None:
     """Started in the background of a script, Python and its children would ignore the Ctrl-C that tests send."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests start some hundred Python programs. Where nothing may be kept of what Python compiles, as in many images of
+    # containers, each of them would compile Prefect, MLflow, PyTorch or vLLM anew: half of the time of all tests.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
