@@ -28,7 +28,7 @@ class Prefect:
         self.env = {
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-            "PREFECT_WORKER_QUERY_SECONDS": "3",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
             "HF_TOKEN": PLANTED,
         }
@@ -73,6 +73,13 @@ class Prefect:
         for process in flow_runs:
             process.kill()
         self.worker.wait()
+
+    def revive(self) -> None:
+        """Start again what was stopped."""
+        if self.server.poll() is not None:
+            self.start_server()
+        if self.worker is None or self.worker.poll() is not None:
+            self.start_worker()
 
     def close(self) -> None:
         for process in (self.worker, self.server):
