@@ -43,6 +43,7 @@ from timesearch.base.errors import ItemError
 from timesearch.data.messages import final_answer, parse_turn, searched_seconds, text_of
 from timesearch.data.rows import read_models
 from timesearch.data.samples import Prediction
+from timesearch.evaluation.made import Tally, question_digest, shown_in
 from timesearch.evaluation.qa import parse_choice
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
@@ -115,6 +116,7 @@ class EpisodeScore:
     """What evaluation keeps of an episode: no messages, so that memory does not grow with them.
 
     `values` holds the metrics that the episode has a value of; `truth` and `times` are seconds, for the visual metrics;
+    `asked` is the digest of the question, `shown` what `timesearch.evaluation.made.shown_in` says of the frames;
     `judged` holds open-ended answers that wait for the judge: the metric that the verdict becomes, and (question, right
     answer, answer).
     """
@@ -132,6 +134,8 @@ class EpisodeScore:
     times: Sequence[float] = ()
     judged: tuple[tuple[str, tuple[str, str, str]], ...] = ()
     calls_by_turn: tuple[int, ...] = ()
+    asked: str = ""
+    shown: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -142,6 +146,7 @@ class MethodScores:
     path: Path
     episodes: list[EpisodeScore]
     failures: list[Failure]
+    tally: Tally = field(default_factory=Tally)
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -297,6 +302,7 @@ class Scorer:
         """Names of videos and counts of calls, of which many episodes have equal ones: each is held once."""
         self.without_truth: list[str] = []
         """Ids of episodes without ground-truth times."""
+        self.tally = Tally()
 
     def score(self, prediction: Prediction) -> EpisodeScore:
         """Score one episode."""
@@ -308,6 +314,9 @@ class Scorer:
             prediction.duration,
             Values(self._columns),
         )
+        self.tally.add(prediction)
+        shown = shown_in(prediction)
+        episode.asked, episode.shown = question_digest(prediction), self._same.setdefault(shown, shown)
         if episode.duration is None:
             episode.duration = self._videos.duration(prediction.video)
         episode.times = _searched(prediction)

@@ -86,6 +86,10 @@ def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {**headline(metrics), **({"hops": hops} if hops else {})}
 
 
+def _block(method: MethodScores) -> dict[str, Any]:
+    return {**headline(method.metrics), "fingerprint": method.metrics["fingerprint"]["digest"]}
+
+
 def episode_row(episode: EpisodeScore) -> dict[str, Any]:
     """An episode's scores as one JSON line."""
     return {
@@ -95,6 +99,8 @@ def episode_row(episode: EpisodeScore) -> dict[str, Any]:
         "duration": episode.duration,
         "truth": list(episode.truth),
         "groups": episode.groups,
+        "asked": episode.asked,
+        "shown": list(episode.shown),
         "answer": episode.answer,
         "choice": episode.choice,
         "unparsed": episode.unparsed,

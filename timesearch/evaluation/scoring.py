@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from timesearch.base.batch import Failure
 from timesearch.base.progress import progress_bar
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores, Scorer, Videos, read_predictions
 from timesearch.evaluation.summary import summarise
 from timesearch.evaluation.table import method_order
+from timesearch.judge.agreement import who_judged
 from timesearch.judge.client import JudgeClient, RuleJudge
 from timesearch.rewards import completeness
 from timesearch.settings import Evaluate
@@ -39,11 +41,13 @@ def evaluate_files(
     """
     folder = Videos(videos)
     methods = [_score_file(name, files[name], settings, folder) for name in sorted(files, key=method_order)]
-    _judge(methods, make)
+    judge = _judge(methods, make)
     if settings.visual and folder:
         _score_frames(methods, folder)
     for method in methods:
         method.metrics = summarise(method, settings, seed)
+        asked = [(episode.id, episode.asked) for episode in method.episodes]
+        method.metrics["fingerprint"] = method.tally.account(method.path, asked, settings, judge)
     return methods
 
 
@@ -64,11 +68,11 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
             Failure(identity, "no_ground_truth", f"{identity}: no ground-truth time")
             for identity in scorer.without_truth
         ]
-    return MethodScores(name, path, episodes, failures)
+    return MethodScores(name, path, episodes, failures, scorer.tally)
 
 
-def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
-    """Ask the judge about all open-ended answers at once, then derive completeness."""
+def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> dict[str, Any] | None:
+    """Ask the judge about all open-ended answers at once, then derive completeness; who judged, None if nobody."""
     waiting = [
         (method, episode, metric, triple)
         for method in methods
@@ -76,8 +80,10 @@ def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
         for metric, triple in episode.judged
     ]
     unjudged = set()
+    judge = None
     if waiting:
-        verdicts = asyncio.run(make().score_many([triple for *_, triple in waiting]))
+        judge = make()
+        verdicts = asyncio.run(judge.score_many([triple for *_, triple in waiting]))
         for (method, episode, metric, (*_, answer)), verdict in zip(waiting, verdicts, strict=True):
             episode.judged = ()
             if verdict is not None:
@@ -95,6 +101,7 @@ def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> None:
             if right is not None and (method.name, episode.id) not in unjudged:
                 again = episode.values.get("reanswer_accuracy", 0.0)
                 episode.values["completeness"] = completeness(right, again)
+    return None if judge is None else who_judged(judge)
 
 
 def _score_frames(methods: Sequence[MethodScores], videos: Videos) -> None:

@@ -10,12 +10,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from timesearch.base.errors import RequestError
 from timesearch.data.rows import read_rows
-from timesearch.judge.client import JudgeClient, RuleJudge
+from timesearch.judge.client import JudgeClient, RuleJudge, Triple
 
 LABELLED = Path(__file__).with_name("labelled.jsonl")
 
@@ -77,8 +78,29 @@ def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float:
 
 def measure(judge: JudgeClient | RuleJudge, rows: Sequence[Labelled]) -> Agreement:
     """Let a judge score labelled answers."""
-    triples = [(row.question, row.reference, row.candidate) for row in rows]
-    scores = asyncio.run(judge.score_many(triples))
+    return _agreement(rows, asyncio.run(judge.score_many(_triples(rows))))
+
+
+def who_judged(judge: JudgeClient | RuleJudge) -> dict[str, Any]:
+    """A judge by what its verdicts depend on, and its agreement with our labelled answers where that is known.
+
+    It is known of the rule, and of a model that has given its verdicts on them (`timesearch judge check`).
+    """
+    identity = dict(getattr(judge, "identity", {"kind": type(judge).__name__}))
+    rows = read_labelled(LABELLED)
+    if isinstance(judge, RuleJudge | JudgeClient):
+        scores = judge.known(_triples(rows))
+        if all(score is not None for score in scores):
+            agreement = _agreement(rows, scores)
+            identity |= {"agreement": round(agreement.accuracy, 4), "kappa": round(agreement.kappa, 4)}
+    return identity
+
+
+def _triples(rows: Sequence[Labelled]) -> list[Triple]:
+    return [(row.question, row.reference, row.candidate) for row in rows]
+
+
+def _agreement(rows: Sequence[Labelled], scores: Sequence[float | None]) -> Agreement:
     judged = [(row, int(score > 0.5)) for row, score in zip(rows, scores, strict=True) if score is not None]
     disputed = [(row, verdict) for row, verdict in judged if row.label != verdict]
     kappa = cohen_kappa([row.label for row, _ in judged], [verdict for _, verdict in judged])

@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from timesearch.base.errors import RequestError, TemporaryError
 from timesearch.base.files import json_digest, project_folder
@@ -55,13 +55,20 @@ class JudgeRefusedError(RequestError):
 class RuleJudge:
     """Right means the same words: case, punctuation, articles and spaces do not count. Needs no server."""
 
+    identity: ClassVar[dict[str, Any]] = {"kind": "rule"}
+    """What its verdicts depend on."""
+
+    def known(self, triples: Sequence[Triple]) -> list[float | None]:
+        """Scores that cost nothing: all."""
+        return [self.score(*triple) for triple in triples]
+
     def score(self, question: str, reference: str, candidate: str) -> float:
         """1.0 or 0.0 for one candidate."""
         return rule_judge(reference, candidate)
 
     async def score_many(self, triples: Sequence[Triple]) -> list[float | None]:
         """Scores in the order of `triples`, none of them None."""
-        return [self.score(*triple) for triple in triples]
+        return self.known(triples)
 
 
 class JudgeClient:
@@ -82,6 +89,23 @@ class JudgeClient:
         self._prompt = _PROMPT.read_text(encoding="utf-8")
         self._verdicts = Verdicts(project_folder() / settings.cache)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its verdicts depend on."""
+        settings = self._settings
+        return {
+            "kind": "server",
+            "model": settings.model,
+            "prompt": json_digest(self._prompt)[:12],
+            "longest answer": settings.max_candidate_chars,
+        }
+
+    def known(self, triples: Sequence[Triple]) -> list[float | None]:
+        """Scores that cost nothing: verdicts on the disk, and those of answers that are not asked about."""
+        asked = {triple for triple in triples if self._is_asked(triple)}
+        verdicts = self._verdicts.get({self._key(triple): triple for triple in asked})
+        return [verdicts.get(triple) if triple in asked else 0.0 for triple in triples]
+
     def score(self, question: str, reference: str, candidate: str) -> float | None:
         """Score one candidate as `score_many` does; not to be called inside a running event loop."""
         return asyncio.run(self.score_many([(question, reference, candidate)]))[0]
@@ -101,7 +125,7 @@ class JudgeClient:
         """
         import httpx
 
-        asked = {triple for triple in triples if 0 < len(triple[2].strip()) <= self._settings.max_candidate_chars}
+        asked = {triple for triple in triples if self._is_asked(triple)}
         verdicts = self._verdicts.get({self._key(triple): triple for triple in asked})
         missing = [triple for triple in asked if triple not in verdicts]
         if missing:
@@ -126,6 +150,9 @@ class JudgeClient:
             if refused:
                 logger.warning("no verdict on %d of %d answers: %s", len(refused), len(missing), refused[0])
         return [verdicts.get(triple, None if triple in asked else 0.0) for triple in triples]
+
+    def _is_asked(self, triple: Triple) -> bool:
+        return 0 < len(triple[2].strip()) <= self._settings.max_candidate_chars
 
     def _key(self, triple: Triple) -> str:
         return json_digest([*triple, self._settings.model, self._prompt])
