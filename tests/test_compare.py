@@ -2,12 +2,210 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any, ClassVar
 
+import httpx
 import pytest
+from evaluated import searching
+from players import Puppet, answer_turn, build_library, script, search_turn
+from scripted import OracleEncoder
 
+from timesearch.base.files import write_jsonl
+from timesearch.cli import main
+from timesearch.data.rows import read_samples
+from timesearch.evaluation.compare import Comparison, compare_sides, load_sides
+from timesearch.evaluation.results import write_evaluation
+from timesearch.evaluation.scoring import evaluate_files
 from timesearch.inference.fingerprint import fingerprint_of
-from timesearch.settings import Settings
+from timesearch.inference.journal import Journal
+from timesearch.inference.playing import Job, play, search_maker
+from timesearch.judge.client import RuleJudge
+from timesearch.search.engine_openai import OpenAIPolicy
+from timesearch.search.policy import EngineError, Policy
+from timesearch.search.videos import Video
+from timesearch.settings import Evaluate, Settings
+
+SEARCHING = script(search_turn(num_frames=1), answer_turn())
+QUICK = Evaluate(bootstrap=50, visual=False)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    settings = build_library(tmp_path_factory.mktemp("compare"), videos=4, questions=2)
+    settings.paths.train.mkdir(parents=True)
+    (settings.paths.train / "config.json").write_text("{}")
+    return settings
+
+
+def played(settings: Settings, folder: Path, policy: Policy | None = None) -> Path:
+    """Predictions of all test questions, written as the stage `infer` writes them."""
+    samples = read_samples(settings.paths.test_samples)
+    made_of = fingerprint_of(settings, settings.paths.train, "grpo_csv", None, settings.search)
+    folder.mkdir()
+    with Journal(folder, "grpo_csv", samples, made_of) as journal:
+        make_search = search_maker(settings, OracleEncoder())
+        jobs = [Job(sample) for sample in samples]
+        asyncio.run(play(jobs, policy or Puppet(SEARCHING), make_search, lambda _, row: journal.add(row), 2))
+        journal.finish()
+    return folder / "grpo_csv.jsonl"
+
+
+def compared(a: Path, b: Path, make: Callable[[], Any] = RuleJudge, settings: Evaluate = QUICK) -> Comparison:
+    ((_, one),) = load_sides(a, QUICK, RuleJudge).items()
+    ((_, other),) = load_sides(b, settings, make).items()
+    return compare_sides(one, other, QUICK)
+
+
+def named(found: Comparison) -> list[str]:
+    return [each.what for each in found.differences]
+
+
+class Answers:
+    """A server of the policy: a search, then an answer, and every `drops`-th request is lost."""
+
+    def __init__(self, drops: int) -> None:
+        self._number, self._drops = count(1), drops
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            return httpx.Response(200, json={"data": [{"id": "tiny", "owned_by": "somebody"}]})
+        if next(self._number) % self._drops == 0:
+            return httpx.Response(503, text="busy")
+        messages = json.loads(request.content)["messages"]
+        said = SEARCHING([{**message, "content": ""} for message in messages])
+        return httpx.Response(200, json={"choices": [{"message": {"content": said}}]})
+
+
+def served(monkeypatch: pytest.MonkeyPatch, drops: int) -> OpenAIPolicy:
+    policy = OpenAIPolicy(["http://policy/v1"], "tiny", retry_for=30)
+    client = httpx.AsyncClient(transport=httpx.MockTransport(Answers(drops)))
+    monkeypatch.setattr(policy, "_http", lambda: client)
+    return policy
+
+
+def test_where_nothing_changed_nothing_is_named(library: Settings, tmp_path: Path) -> None:
+    found = compared(played(library, tmp_path / "a"), played(library, tmp_path / "b"))
+    assert (named(found), found.unknown, found.questions) == ([], [], [])
+    assert found.measures["qa_accuracy"]["difference"] == 0.0
+    # Another policy plays otherwise, and was shown other frames: that is its result, and no ingredient.
+    silent = compared(tmp_path / "a" / "grpo_csv.jsonl", played(library, tmp_path / "c", Puppet(script(answer_turn()))))
+    assert named(silent) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"max_tokens": 1, "min_tokens": 1},
+            ["search.max_tokens", "pixels of a preview frame", "pixels of a searched"],
+        ),
+        ({"max_frames": 2}, ["search.max_frames", "frames of the preview"]),
+        ({"prompts": "default"}, ["prompt user"]),
+    ],
+)
+def test_a_changed_setting_is_named_and_so_is_what_was_seen(
+    library: Settings, tmp_path: Path, change: dict[str, Any], words: list[str]
+) -> None:
+    other = library.model_copy(update={"search": library.search.model_copy(update=change)})
+    differing = named(compared(played(library, tmp_path / "a"), played(other, tmp_path / "b")))
+    for word in words:
+        assert any(what.startswith(word) for what in differing), differing
+
+
+def test_times_that_are_stripped_are_named(library: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = played(library, tmp_path / "a")
+    monkeypatch.setattr("timesearch.search.videos.format_seconds", lambda seconds: "")
+    monkeypatch.setattr(
+        "timesearch.search.videos._opened",
+        lambda name, frames, features, times, encoded: Video(name, frames, features, encoded),
+    )
+    (what,) = named(compared(whole, played(library, tmp_path / "b")))
+    assert what.startswith("times told beside frames, in 8 of 8 episodes")
+
+
+def test_an_engine_that_drops_one_request_in_ten_is_named(
+    library: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady = played(library, tmp_path / "a", served(monkeypatch, 10_000))
+    found = compared(steady, played(library, tmp_path / "b", served(monkeypatch, 10)))
+    assert [str(each) for each in found.differences] == ["requests that were sent again: A 0 of 24, B 2 of 24"]
+
+    numbers = count(1)
+
+    def failing(messages: Any) -> str:
+        if next(numbers) % 10 == 0:
+            raise EngineError("gone")
+        return SEARCHING(messages)
+
+    def wordless(messages: Any) -> str:
+        return "" if next(numbers) % 10 == 0 else SEARCHING(messages)
+
+    local = played(library, tmp_path / "c")
+    lost = named(compared(local, played(library, tmp_path / "d", Puppet(failing))))
+    assert lost == ["requests without an answer", "episodes that ended in an error"]
+    assert named(compared(local, played(library, tmp_path / "e", Puppet(wordless)))) == ["replies without a word"]
+
+
+def test_another_judge_is_named_with_its_agreement(library: Settings, tmp_path: Path) -> None:
+    class Kind(RuleJudge):
+        identity: ClassVar[dict[str, Any]] = {"kind": "kind"}
+
+        def score(self, question: str, reference: str, candidate: str) -> float:
+            return 1.0
+
+    path = played(library, tmp_path / "a")
+    differing = {each.what: (each.a, each.b) for each in compared(path, path, Kind).differences}
+    assert differing["judge, kind"] == ("rule", "kind")
+    assert differing["judge, agreement"][0] > differing["judge, agreement"][1]
+
+
+def test_a_copied_file_keeps_its_fingerprint_and_metrics_keep_all_of_it(library: Settings, tmp_path: Path) -> None:
+    path = played(library, tmp_path / "a")
+    write_evaluation(evaluate_files({"grpo_csv": path}, QUICK, None), tmp_path / "results", QUICK, 0)
+    (tmp_path / "elsewhere").mkdir()
+    alone = Path(shutil.copy(path, tmp_path / "elsewhere" / "mine.jsonl"))
+    found = compared(tmp_path / "results", alone)
+    assert named(found) == []
+    assert len(found.unknown) == 1
+    assert "copy their .json file" in found.unknown[0]
+    assert found.a.made["digest"] == found.b.made["digest"] != ""
+    block = json.loads((tmp_path / "results" / "metrics.json").read_text())["grpo_csv"]
+    assert block["fingerprint"] == found.a.made["digest"]
+    for each in ("results/metrics.json", "results/evaluation/grpo_csv.json"):
+        assert named(compared(tmp_path / each, path)) == []
+
+
+def test_a_file_without_fingerprint_is_read_and_said_to_have_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [searching(number, "a.mp4", [[9.0]], "A") for number in range(4)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", [*rows[:3], searching(3, "a.mp4", [[9.0]], "B")])
+    write_jsonl(tmp_path / "c.jsonl", rows[1:])
+    other = [{**row, "question": "Else?"} for row in rows]
+    write_jsonl(tmp_path / "d.jsonl", other)
+
+    def said(*arguments: str) -> tuple[str, int]:
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", *(str(tmp_path / each) for each in arguments[:2]), *arguments[2:], "--params", "none"])
+        captured = capsys.readouterr()
+        return captured.out + captured.err, ended.value.code or 0
+
+    text, code = said("a.jsonl", "b.jsonl")
+    assert code == 0
+    assert "A has no fingerprint: how it was played is not known" in text
+    assert "only A right (1): q3" in text
+    text, code = said("a.jsonl", "c.jsonl")
+    assert (code, "1 of A's 4 questions are not in B" in text, "QA accuracy" in text) == (2, True, False)
+    assert "QA accuracy" in said("a.jsonl", "c.jsonl", "--common")[0]
+    assert "another question, options or right answer (q0, q1, q2, q3)" in said("a.jsonl", "d.jsonl")[0]
+    assert said("a.jsonl", "d.jsonl", "--common")[1] == 2
 
 
 def test_each_ingredient_changes_the_digest_and_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Commands: evaluate, report."""
+"""Commands: evaluate, compare, export, report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from timesearch.base.errors import RequestError
-from timesearch.cli.app import ParamsOption, app, say
+from timesearch.cli.app import ParamsOption, app, say, visible
 
 if TYPE_CHECKING:
     from timesearch.base.batch import BatchResult
+    from timesearch.settings import Settings
 
 PredictionsOption = Annotated[
     list[Path] | None, typer.Option("--predictions", help="Prediction file; repeat to compare several.")
@@ -37,7 +38,7 @@ def evaluate(
     from timesearch.evaluation.results import files_by_name, write_evaluation
     from timesearch.evaluation.scoring import evaluate_files
     from timesearch.evaluation.table import print_table
-    from timesearch.settings import Settings, load_settings
+    from timesearch.settings import load_settings
 
     if not predictions:
         settings = load_settings(params)
@@ -49,7 +50,7 @@ def evaluate(
         raise RequestError("--out is missing: name a folder for the results")
     if videos is not None and not videos.is_dir():
         raise RequestError(f"--videos {videos} is no folder: name the folder of the source videos, or leave it out")
-    settings = load_settings(params) if params.is_file() else Settings.model_validate({"judge": {"kind": "rule"}})
+    settings = _settings(params)
     options = settings.evaluate
     options.thresholds = threshold or options.thresholds
     options.visual = options.visual if visual is None else visual
@@ -61,6 +62,36 @@ def evaluate(
     note = "visual metrics need --videos" if options.visual and videos is None else ""
     _conclude(outcome, out, out / "failures.jsonl", note)
     raise typer.Exit(outcome.exit_code(keep_going))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Predictions, metrics, or a folder of results.")],
+    b: Annotated[Path, typer.Argument(help="The same, of what it is compared with.")],
+    common: Annotated[
+        bool, typer.Option("--common", help="Compare the questions that both answered, where they had others too.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for all of it.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Say what differs in how two results were made, and then which is better on the same questions."""
+    from timesearch.base.files import write_json
+    from timesearch.evaluation.compare import compare_sides, describe, load_sides, pairs_of
+    from timesearch.evaluation.evaluate import held_judge
+
+    settings = _settings(params)
+    options = settings.evaluate.model_copy(update={"visual": False})
+    with held_judge(settings.judge) as judge:
+        sides = [load_sides(path, options, judge, settings.seed) for path in (a, b)]
+    found = [compare_sides(one, other, options, settings.seed) for one, other in pairs_of(*sides)]
+    for number, each in enumerate(found):
+        say("\n" * (number > 0) + "\n".join(map(visible, describe(each, common))))
+    if out is not None:
+        write_json(out, [each.as_json() for each in found])
+    if not common and any(each.questions for each in found):
+        raise RequestError("their questions differ, so the numbers are not compared: --common compares those of both")
+    if not all(each.episodes for each in found):
+        raise RequestError("they have no question in common")
 
 
 @app.command()
@@ -92,6 +123,13 @@ def report(
         with exclusive(results):
             build.write_report(files_by_name(predictions), results / "evaluation", target, frames)
     say(f"report: {target} ({target.stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
+def _settings(params: Path) -> Settings:
+    """The settings of a project, or outside of one the defaults with the rule as the judge."""
+    from timesearch.settings import Settings, load_settings
+
+    return load_settings(params) if params.is_file() else Settings.model_validate({"judge": {"kind": "rule"}})
 
 
 def _conclude(outcome: BatchResult, results: Path, failures: Path, note: str) -> None:

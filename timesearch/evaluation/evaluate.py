@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from timesearch.base.batch import BatchResult
 from timesearch.base.exclusive import exclusive
 from timesearch.base.progress import console
-from timesearch.evaluation.results import prediction_files, tracked_metrics, write_evaluation
+from timesearch.evaluation.results import prediction_files, tracked_fingerprint, tracked_metrics, write_evaluation
 from timesearch.evaluation.scoring import MakeJudge, evaluate_files
 from timesearch.evaluation.table import print_table
 from timesearch.judge.client import JudgeClient, RuleJudge, make_judge
@@ -48,6 +48,7 @@ def run(settings: Settings) -> BatchResult:
         outcome = write_evaluation(methods, results, settings.evaluate, settings.seed, failures=failures)
         for method in methods:
             record.log_metrics(tracked_metrics(method))
+            record.log_params(tracked_fingerprint(method))
         report = write_results_report(settings)
         for path in (report, results / "metrics.json", results / "table.md", results / "evaluation", results / "plots"):
             record.log_artifact(path, path.name if path.is_dir() else None)

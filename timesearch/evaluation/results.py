@@ -21,6 +21,7 @@ from timesearch.inference.methods import trained_method
 from timesearch.settings import Evaluate, Settings
 
 _TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
+_TRACKED_OF_FINGERPRINT = ("made_of", "seen", "errors", "missing_videos", "scored", "questions")
 _TRACKABLE = re.compile(r"[\w-][\w\-. ]{,63}")
 """A method or a group's value that can be part of a metric's name in MLflow, which reads such names as paths."""
 _UNTRACKABLE = re.compile(r"[^\w-]")
@@ -83,11 +84,7 @@ def _summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
         value: {name: block[name] for name in _TRACKED_BY_GROUP}
         for value, block in metrics["by"].get("hops", {}).items()
     }
-    return {**headline(metrics), **({"hops": hops} if hops else {})}
-
-
-def _block(method: MethodScores) -> dict[str, Any]:
-    return {**headline(method.metrics), "fingerprint": method.metrics["fingerprint"]["digest"]}
+    return {**headline(metrics), "fingerprint": metrics["fingerprint"]["digest"], **({"hops": hops} if hops else {})}
 
 
 def episode_row(episode: EpisodeScore) -> dict[str, Any]:
@@ -152,6 +149,12 @@ def tracked_metrics(method: MethodScores) -> dict[str, float]:
             place = f"{whose}/{trackable(group)}/{trackable(value)}"
             named |= {f"{place}/{name}": block[name] for name in _TRACKED_BY_GROUP}
     return {name.replace("@", "_"): number for name, number in named.items() if number is not None}
+
+
+def tracked_fingerprint(method: MethodScores) -> dict[str, Any]:
+    """What a method's numbers are made of, by the names of MLflow's parameters: ``fingerprint.grpo_csv.scored``."""
+    made, whose = method.metrics["fingerprint"], f"fingerprint.{trackable(method.name)}"
+    return {whose: made["digest"], **{f"{whose}.{name}": made[name] for name in _TRACKED_OF_FINGERPRINT}}
 
 
 def trackable(name: str) -> str:

@@ -88,6 +88,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
                         asyncio.run(play(jobs, policy, make_search, record, settings.infer.concurrency))
         for method, journal in journals.items():
             _report(tracked, settings, method, journal.finish())
+            tracked.set_tags({f"fingerprint.{method}": journal.fingerprint.digest})
         write_failures(folder / "failures.jsonl", result.failures)
     return result
 

@@ -21,11 +21,11 @@ class Journal:
         self._partial = folder / f"{method}.jsonl.partial"
         self._mark = beside(self._final)
         self._samples = {sample.id: sample for sample in samples}
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._handle: IO[str] | None = None
 
     def __enter__(self) -> Journal:
-        mark = {"fingerprint": self._fingerprint.digest, "made_of": self._fingerprint.model_dump(mode="json")}
+        mark = {"fingerprint": self.fingerprint.digest, "made_of": self.fingerprint.model_dump(mode="json")}
         rows: dict[str, dict[str, Any]] = {}
         if self._mark.is_file() and json.loads(self._mark.read_text(encoding="utf-8")) == mark:
             rows = {row["id"]: row for path in (self._final, self._partial) for row in _rows(path) if self._fits(row)}
@@ -48,7 +48,7 @@ class Journal:
     def add(self, prediction: Prediction) -> None:
         """Write one row with its fingerprint, so that it outlives this process."""
         assert self._handle is not None
-        prediction.fingerprint = self._fingerprint.digest[:SHORT]
+        prediction.fingerprint = self.fingerprint.digest[:SHORT]
         self._handle.write(prediction.model_dump_json() + "\n")
         self._handle.flush()
 

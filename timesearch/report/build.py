@@ -409,6 +409,7 @@ def _summary(
             },
             "failures": metrics[name]["failures"],
             "unparsed": metrics[name]["qa_unparsed"],
+            "made": _made(metrics[name].get("fingerprint")),
         }
         for name in names
     ]
@@ -432,6 +433,18 @@ def _summary(
         "samples": page.sample_rows,
         "episodes": page.episodes,
     }
+
+
+def _made(fingerprint: Any) -> list[tuple[str, str]]:
+    """What a method's numbers are made of, as words and values; nothing of metrics from before there were any."""
+    if not isinstance(fingerprint, dict):
+        return []
+    parts = {name: part for name, part in fingerprint.items() if name not in ("made_of", "digest")}
+    flat = {"fingerprint": fingerprint.get("digest") or "none", **(fingerprint.get("made_of") or {})}
+    for name, part in parts.items():
+        inner = part if isinstance(part, dict) else {"": part}
+        flat |= {f"{name.replace('_', ' ')} {each}".strip(): value for each, value in inner.items()}
+    return [(name[:200], _cut(value if isinstance(value, str) else json.dumps(value))) for name, value in flat.items()]
 
 
 def _group_rows(group: str, names: Sequence[str], metrics: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -106,6 +106,15 @@ function drawProblems() {
   byId("problems").append(node);
 }
 
+function drawMade() {
+  const names = [...new Set(methods.flatMap((method) => method.made.map(([name]) => name)))];
+  if (!names.length) return;
+  const told = methods.map((method) => new Map(method.made));
+  const rows = names.map((name) => [name, ...told.map((values) => values.get(name) ?? "–")]);
+  byId("problems").append(element("details", {}, element("summary", {}, "What these numbers are made of"),
+    element("div", { class: "scroll" }, element("table", {}, table("Fingerprints", ["ingredient", ...methods.map((method) => method.label)], rows, methods.length + 1)))));
+}
+
 // Plots --------------------------------------------------------------------------------------------------------------
 
 const colour = (i) => `var(--s${(i % 8) + 1})`;
@@ -397,6 +406,7 @@ byId("embedded").textContent = summary.embedded;
 drawTable();
 drawComparisons();
 drawProblems();
+drawMade();
 drawPlots();
 drawGroups();
 drawFilters();
