@@ -404,7 +404,7 @@ def survive(policy: Scripted, samples: Sequence[Sample], settings: Settings, por
     before = (0, 0)
     complete = policy._complete
 
-    async def counted(url: str, body: bytes) -> Completion:
+    async def counted(url: str, body: bytes) -> tuple[Completion, int]:
         nonlocal killed, before
         completion = await complete(url, body)
         answered.append(time.perf_counter())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from players import build_library, new_search, search_turn
 
 from timesearch.data.messages import Message
@@ -93,6 +94,8 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
 
 class _NoModel:
     """Prompts are rendered without weights."""
+
+    dtype, device = torch.float32, torch.device("cpu")
 
     def eval(self) -> _NoModel:
         return self

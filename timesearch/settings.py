@@ -55,6 +55,7 @@ class Paths(Section):
     videos: Path = Path("cache/videos")
     frames: Path = Path("cache/frames")
     features: Path = Path("cache/features")
+    subtitles: Path = Path("cache/subtitles")
     models: Path = Path("models")
     coldstart: Path = Path("runs/coldstart")
     train: Path = Path("runs/train")

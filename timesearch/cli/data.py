@@ -1,4 +1,4 @@
-"""Commands: download, frames, features."""
+"""Commands: download, frames, features, subtitles."""
 
 from __future__ import annotations
 
@@ -121,6 +121,31 @@ def features(
     else:
         result = _recorded(settings, "features", settings.paths.features, lambda: run(settings, encoder))
     _close(result, "feature caches", settings.paths.features, keep_going)
+
+
+@app.command()
+def subtitles(
+    videos: Annotated[list[Path] | None, _items("Video files or folders; none: all samples'.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the indexes.")] = None,
+    params: ParamsOption = Path("params.yaml"),
+    keep_going: KeepGoing = False,
+) -> None:
+    """Index what is said in videos: subtitle files beside them, or streams inside."""
+    from timesearch.video.probe import SUFFIXES
+    from timesearch.video.subtitles import index_subtitles, run
+
+    def note(text: str) -> None:
+        typer.echo(f"  {visible(text)}", err=True)
+
+    settings = _settings(params, own_files=bool(videos))
+    if out is not None:
+        settings.paths.subtitles = out
+    folder = settings.paths.subtitles
+    if videos:
+        result = index_subtitles(_named(videos, SUFFIXES), folder, say=note)
+    else:
+        result = _recorded(settings, "subtitles", folder, lambda: run(settings, note))
+    _close(result, "subtitle indexes", folder, keep_going)
 
 
 def _settings(params: Path, own_files: bool) -> Settings:

@@ -112,6 +112,7 @@ class Asker:
         self._settings, self._policy, self._encoder = settings, policy, encoder
         self.frames = cache / "frames"
         self._features = cache / "features" / encoder.digest[:16]
+        self._subtitles = cache / "subtitles"
         self._ready: dict[str, tuple[Fingerprint, Fingerprint]] = {}
 
     def name_of(self, video: Path) -> str:
@@ -183,6 +184,7 @@ class Asker:
             if why_features_stale(features, FrameCache.open(frames), self._encoder) is not None:
                 say(f"looking at {len(FrameCache.open(frames))} frames")
                 make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size, stop)
+            self._index_words(video, name, say)
             self._ready[name] = self._state(name)
         except OSError as error:
             where = error.filename or self.frames.parent
@@ -191,6 +193,15 @@ class Asker:
                 "folder by --cache"
             ) from error
         return name
+
+    def _index_words(self, video: Path, name: str, say: Say) -> None:
+        """Make the words of a video searchable; it can be asked about its pictures where its subtitles are bad."""
+        from timesearch.video.subtitles import index_path, make_index
+
+        try:
+            make_index(video, index_path(self._subtitles, name), say=say)
+        except ItemError as error:
+            say(str(error))
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         return cache_path(self.frames, name), self._features / f"{name}.safetensors"
@@ -208,7 +219,14 @@ class Asker:
             RequestError: as `check_question`.
         """
         check_question(question, options)
-        search = Search(self._settings.search, self._encoder, self.frames, self._features, encoded=self._policy.encoded)
+        search = Search(
+            self._settings.search,
+            self._encoder,
+            self.frames,
+            self._features,
+            encoded=self._policy.encoded,
+            subtitles=self._subtitles,
+        )
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
         sample = validate(Sample, row, "the question")

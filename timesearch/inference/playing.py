@@ -32,7 +32,8 @@ class MakeSearch(Protocol):
 
 def search_maker(settings: Settings, encoder: Encoder, search: SearchSettings | None = None) -> MakeSearch:
     """Makes searches over the caches of the settings, by `search` in place of `settings.search`."""
-    return partial(Search, search or settings.search, encoder, settings.paths.frames, settings.paths.features)
+    paths = settings.paths
+    return partial(Search, search or settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Search:
         encoder: embeds queries in the space of the feature caches.
         frames: folder of frame caches.
         features: folder of feature caches.
+        subtitles: folder of subtitle indexes; None does without.
         encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``:
             for engines behind HTTP, which decode for themselves.
 
@@ -58,6 +59,7 @@ class Search:
         frames: Path | str,
         features: Path | str,
         encoded: bool = False,
+        subtitles: Path | str | None = None,
     ) -> None:
         self.settings = settings
         self.encoder = encoder
@@ -65,6 +67,7 @@ class Search:
         self.dialect = named(settings.dialect)
         self.tools = {tool.__name__: tool for tool in offered(settings.tools)}
         self._frames, self._features, self._encoded = Path(frames), Path(features), encoded
+        self._subtitles = Path(subtitles) if subtitles is not None else None
         self._forget()
 
     def _forget(self) -> None:
@@ -86,7 +89,7 @@ class Search:
         """
         self._forget()
         name = row["video"]
-        self.videos[name] = open_video(name, self._frames, self._features, self.encoder, self._encoded)
+        self.videos[name] = open_video(name, self._frames, self._features, self.encoder, self._encoded, self._subtitles)
         self.question = neutralise(self.prompts.question(row["question"], row.get("options") or []))
 
     @property

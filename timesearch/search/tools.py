@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Tool = Callable[..., list[Evidence]]
 
+MAX_LINES = 32
+"""Lines of subtitles that one call returns at most: as many words as a few frames take tokens."""
 _RETURNED = list[dict[str, Any]]
 """What a policy is told that a tool returns: the fields of a block are no part of its schema."""
 QUERY_CHARS = 500
@@ -75,7 +77,38 @@ def seek_video_frames(
     return search.frames([(window[index], max(float(times[window[index]]), start)) for index in picked])
 
 
-TOOLS: tuple[Tool, ...] = (seek_video_frames,)
+def search_subtitles(
+    search: Search, query: str, start_time: float = 0.0, end_time: float = -1.0, num_lines: int = 8
+) -> list[Evidence]:
+    """Find what is said in the video: the lines of its subtitles that match some words, within a window of time.
+
+    Args:
+        query: Words that may be said.
+        start_time: Start of the window in seconds.
+        end_time: End of the window in seconds; -1 stands for the end of the video.
+        num_lines: How many lines to return at most.
+
+    Returns:
+        The lines, each after its time in seconds.
+    """
+    video = search.video
+    if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
+        raise WrongCallError("query must be a few words of text")
+    start, end = number("start_time", start_time), number("end_time", end_time)
+    count = number("num_lines", num_lines)
+    if video.subtitles is None:
+        raise WrongCallError("this video has no subtitles")
+    if end < 0:
+        end = max(video.frames.end, video.subtitles.end)
+    if start > end:
+        raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
+    if count < 1:
+        raise WrongCallError("num_lines must be 1 or more")
+    lines = video.subtitles.search(query, start, end, int(min(count, MAX_LINES)))
+    return [Evidence(video.name, line.start, text=line.text) for line in lines]
+
+
+TOOLS: tuple[Tool, ...] = (seek_video_frames, search_subtitles)
 
 
 def offered(names: Sequence[str]) -> list[Tool]:

@@ -13,6 +13,7 @@ from timesearch.base.files import inside
 from timesearch.data.messages import Block, format_seconds
 from timesearch.retrieval.features import FeatureCache
 from timesearch.video.frames import FrameCache
+from timesearch.video.subtitles import Subtitles, index_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,17 +28,19 @@ class Video:
         name: path of the video below the videos folder, as samples write it.
         frames: its frame cache.
         features: its feature cache.
+        subtitles: the index of what is said in it, if there is one.
         encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``.
 
     Raises:
-        ItemError: `damaged_cache`.
+        ItemError: `damaged_cache` or `damaged_subtitles`.
         CacheMismatchError: the features belong to other frames.
     """
 
-    def __init__(self, name: str, frames: Path, features: Path, encoded: bool) -> None:
+    def __init__(self, name: str, frames: Path, features: Path, subtitles: Path | None, encoded: bool) -> None:
         self.name = name
         self.frames = FrameCache.open(frames)
         self.features = FeatureCache.open(features)
+        self.subtitles = Subtitles(subtitles) if subtitles is not None else None
         self._encoded = encoded
         self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
         self.features.verify()
@@ -76,8 +79,10 @@ class Video:
         return self._previews[key]
 
 
-def open_video(name: str, frames: Path, features: Path, encoder: Encoder, encoded: bool = False) -> Video:
-    """Open the caches of the video `name` in the folders `frames` and `features`; the last few stay open.
+def open_video(
+    name: str, frames: Path, features: Path, encoder: Encoder, encoded: bool = False, subtitles: Path | None = None
+) -> Video:
+    """Open the caches of the video `name` in these folders; the last few stay open. Only `subtitles` may lack it.
 
     Raises:
         ItemError: `unsafe_path`, `missing_cache` or `damaged_cache`.
@@ -87,16 +92,21 @@ def open_video(name: str, frames: Path, features: Path, encoder: Encoder, encode
     for path, stage in zip(paths, ("frames", "features"), strict=True):
         if not path.is_file():
             raise ItemError(f"{name}: {path} is missing: run the stage {stage!r} first", reason="missing_cache")
-    times = (paths[0].stat().st_mtime_ns, paths[1].stat().st_mtime_ns)
-    opened = _opened(name, *paths, times, encoded)
+    said = index_path(subtitles, name) if subtitles is not None else None
+    if said is not None and not said.is_file():
+        said = None
+    times = tuple(path.stat().st_mtime_ns for path in (*paths, said) if path is not None)
+    opened = _opened(name, *paths, said, times, encoded)
     opened.features.require_encoder(encoder)
     return opened
 
 
 @lru_cache(maxsize=8)
-def _opened(name: str, frames: Path, features: Path, times: tuple[int, int], encoded: bool) -> Video:
+def _opened(
+    name: str, frames: Path, features: Path, subtitles: Path | None, times: tuple[int, ...], encoded: bool
+) -> Video:
     """The files' `times` (ns) are part of the key, so that a rebuilt cache is opened anew."""
-    return Video(name, frames, features, encoded)
+    return Video(name, frames, features, subtitles, encoded)
 
 
 def _jpeg(image: Image) -> bytes:

@@ -129,7 +129,7 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     if not traces:
         first = f" The first: {rejected[0].message}" if rejected else ""
         raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
-    search = Search(settings.search, encoder, paths.frames, paths.features)
+    search = Search(settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
     system = Prompts.load(settings.search.prompts).texts["system"]
     return Recorded(traces, search, system, count, options.reanswer_share, settings.seed), rejected
 

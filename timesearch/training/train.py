@@ -72,7 +72,8 @@ def run(settings: Settings) -> Path:
 
     clock = Clock()
     encoder = default_encoder(settings)
-    make_search = partial(Search, settings.search, encoder, settings.paths.frames, settings.paths.features)
+    paths = settings.paths
+    make_search = partial(Search, settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
     environment = environment_factory(make_search, settings.search.tools, partial(clock, "decode"))
     system = Prompts.load(settings.search.prompts).texts["system"]
     with ExitStack() as stack:
