@@ -17,6 +17,8 @@ from timesearch.base.model_folders import PARTS, read_config, require_data_only
 from timesearch.base.progress import progress_bar
 from timesearch.settings import Models, Settings
 
+POCKET_ENCODERS = ("pocket", "pocket-hops")
+"""Values of `models.encoder` that stand for an encoder which is trained on the spot, for a kind of pocket world."""
 _MARK = "source.json"
 """Says what a folder was made from; the same again is not made again."""
 
@@ -91,11 +93,12 @@ def _make(target: Path, origin: dict[str, object], make: Callable[[Path], None])
 
 
 def _encoder(folder: Path, models: Models, seed: int) -> None:
-    if models.encoder == "pocket":
-        from timesearch.pocket.encoder import train_encoder
+    if models.encoder in POCKET_ENCODERS:
+        from timesearch.pocket.encoder import CURRICULA, train_encoder
 
         with progress_bar("encoder", models.encoder_steps) as bar:
-            train_encoder(folder, models.encoder_steps, seed, lambda loss: bar.advance(note=f"loss {loss:.2f}"))
+            report = lambda loss: bar.advance(note=f"loss {loss:.2f}")  # noqa: E731
+            train_encoder(folder, models.encoder_steps, seed, report, CURRICULA[models.encoder])
     elif Path(models.encoder).is_dir():
         _copy(Path(models.encoder), folder)
     else:

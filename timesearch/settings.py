@@ -72,7 +72,9 @@ class Download(Section):
 class Models(Section):
     """Stage `models`: the encoder and the base policy are brought to `models/encoder` and `models/policy`."""
 
-    encoder: str = Field("ViT-SO400M-14-SigLIP-384", description="open_clip model name, local folder, or 'pocket'")
+    encoder: str = Field(
+        "ViT-SO400M-14-SigLIP-384", description="open_clip model name, local folder, 'pocket', or 'pocket-hops'"
+    )
     pretrained: str = Field("webli", description="open_clip pretrained tag or weights file")
     policy: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="model folder or hub name")
     encoder_steps: int = Field(330, ge=1, description="training steps of the pocket encoder")

@@ -154,6 +154,7 @@ def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | 
     """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
     from timesearch.base.errors import RequestError
     from timesearch.inference.ask import Asker, answering_policy, default_cache
+    from timesearch.models import POCKET_ENCODERS
     from timesearch.retrieval.encoder import load_encoder
     from timesearch.retrieval.features import default_encoder
     from timesearch.settings import Settings, load_settings
@@ -161,7 +162,7 @@ def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | 
     settings = load_settings(params) if params.is_file() else Settings()
     trained = settings.paths.models / "encoder"
     made = settings.features.url or trained.is_dir()
-    if not made and settings.models.encoder == "pocket":
+    if not made and settings.models.encoder in POCKET_ENCODERS:
         raise RequestError(f"{trained} is missing, the encoder of these parameters: run `timesearch models` first")
     with answering_policy(settings, model, url) as policy:
         models = settings.models

@@ -41,14 +41,14 @@ from timesearch.pocket.world import (
 WORLD = "hops"
 """Name of the world in `pocket://hops/<split>/<seed>.mp4`."""
 HOP_SHAPES = (*SHAPES, "diamond", "moon", "bolt", "hourglass", "crown", "stairs", "fish", "flag")
-WINDOW = 13.0
+WINDOW = 12.0
 """Seconds from a frame of an event on that hold the next event, or its beginning, and none after that."""
 PLATE = 36
 """Side of the dark plate in the lower right corner that carries the mark, in pixels of `SIZE`."""
 
-_GAPS = (8.0, 11.5)
-"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 13
-seconds from the start of the next, and at least 13 from the one after that."""
+_GAPS = (8.0, 11.0)
+"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 11
+seconds from the start of the next, and at least 13 from the one after that: times may be rounded."""
 _LENGTHS = (2.0, 2.5, 3.0)
 _PLATE_COLOUR = (14, 14, 18)
 
@@ -98,7 +98,7 @@ class Question:
     @property
     def text(self) -> str:
         """What is asked; it names the first shape alone."""
-        return _TEXTS[self.links].format(shape=self.events[0].shape)
+        return TEXTS[self.links].format(shape=self.events[0].shape)
 
     def best_guess(self, seconds: Collection[float]) -> float:
         """The chance that the best guess is right of one who reads the frames at these times (s) perfectly.
@@ -172,7 +172,7 @@ class HopScene(Scene):
         rng = generator(WORLD, "questions", self.split, self.seed)
         shapes = [str(shape) for shape in rng.permutation([event.shape for event in self.events])]
         asked: list[Question] = []
-        for links in _TEXTS:
+        for links in TEXTS:
             chains = ((shape, self.follow(shape, links)) for shape in shapes)
             shape, chain = next((shape, chain) for shape, chain in chains if chain is not None)
             shapes.remove(shape)
@@ -188,7 +188,7 @@ class HopScene(Scene):
         return replace(self, events=[replace(each, mark=mark) if each == event else each for each in self.events])
 
 
-_TEXTS: dict[tuple[Link, ...], str] = {
+TEXTS: dict[tuple[Link, ...], str] = {
     ("points", "points"): "What colour is the shape two pointers after the {shape}?",
     ("points", "after"): "What colour is the shape right after the one that the {shape} points to?",
     ("points",): "What colour is the shape that the {shape} points to?",

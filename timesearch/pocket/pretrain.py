@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from timesearch.base.errors import ItemError
 from timesearch.base.progress import Bar, progress_bar
 from timesearch.pocket.dataset import samples_of
+from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.lessons import Corpus, Episodes, Lookup, Mixture, Reading
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
-from timesearch.pocket.world import COLOURS, SHAPES, generator, make_scene
+from timesearch.pocket.world import COLOURS, SHAPES, generator
 from timesearch.settings import Settings
 from timesearch.training.supervised import Plan, fine_tune
 
@@ -97,7 +98,7 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     from timesearch.video.download import download_videos
     from timesearch.video.frames import cache_frames
 
-    samples = [sample for seed in range(videos) for sample in samples_of(make_scene(world, split, seed))]
+    samples = [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
     names = sorted({sample.video for sample in samples})
     results = [
         download_videos(samples, root / "videos", settings.download),

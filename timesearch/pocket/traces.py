@@ -93,16 +93,16 @@ def write_trace(
     kinds = ["good", "narrow", "wrong", "guess"]
     kind = str(rng.choice(kinds, p=[habits.good, habits.narrow, habits.wrong, habits.guess]))
     if kind == "guess":
-        return [*messages, _turn("I can guess.", answer=draw_guess(scene.world, rng))]
+        return [*messages, trace_turn("I can guess.", answer=draw_guess(scene.world, rng))]
     end = scene.duration
     if kind == "wrong":
         other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
-        first = _turn(f"I need to see the {other}.", call={"query": other})
+        first = trace_turn(f"I need to see the {other}.", call={"query": other})
     elif kind == "narrow":
         window = _window_without(target, end, rng)
-        first = _turn(f"I need to see the {target.shape}.", call={"query": target.shape, **window})
+        first = trace_turn(f"I need to see the {target.shape}.", call={"query": target.shape, **window})
     else:
-        first = _turn(f"I need to see the {target.shape}.", call={"query": target.shape})
+        first = trace_turn(f"I need to see the {target.shape}.", call={"query": target.shape})
     # Windows for the searches after one that did not show the shape: halves of the video, then its thirds.
     windows = [(0.0, end), (0.0, end / 2), (end / 2, end), (0.0, end / 3), (end / 3, 2 * end / 3), (2 * end / 3, end)]
     tried = 1 if kind == "good" else 0
@@ -119,13 +119,13 @@ def write_trace(
             colour = target.colour
             if rng.random() < habits.misread:
                 colour = str(rng.choice([other for other in COLOURS if other != target.colour]))
-            turn = _turn(f"{seen} The {target.shape} {colour}.", answer=colour)
+            turn = trace_turn(f"{seen} The {target.shape} {colour}.", answer=colour)
         elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
-            turn = _turn(f"{seen} The {target.shape} nothing. I can guess.", answer=draw_guess(scene.world, rng))
+            turn = trace_turn(f"{seen} The {target.shape} nothing. I can guess.", answer=draw_guess(scene.world, rng))
         else:
             start, stop = windows[tried]
             limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
-            turn = _turn(f"{seen} The {target.shape} nothing.", call={"query": target.shape, **limits})
+            turn = trace_turn(f"{seen} The {target.shape} nothing.", call={"query": target.shape, **limits})
             tried += 1
     return messages
 
@@ -171,7 +171,7 @@ def reanswer(scene: Scene, shape: str, content: list[Block], described: bool = T
     colours = {event.shape: event.colour for event in map(scene.visible, times_of(content)) if event is not None}
     found = f"The {shape} {colours.get(shape, 'nothing')}."
     thought = f"{describe(scene, content)} {found}" if described else found
-    return _turn(thought, answer=colours.get(shape, UNKNOWN))
+    return trace_turn(thought, answer=colours.get(shape, UNKNOWN))
 
 
 def describe(scene: Scene, blocks: list[Block]) -> str:
@@ -195,7 +195,8 @@ def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
     return any(scene.visible(seconds) == target for seconds in times_of(blocks))
 
 
-def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
+def trace_turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
+    """An assistant turn that answers, or calls the search with these arguments."""
     if call is None:
         return {"role": "assistant", "content": write_turn(thought, answer=answer)}
     text = write_turn(thought, {"name": "seek_video_frames", "arguments": call})

@@ -115,10 +115,14 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     paths, options = settings.paths, settings.coldstart
     count = options.steps * options.batch_size
     if options.traces == "pocket":
+        from timesearch.pocket.hop_lessons import HopEpisodes, is_of_hops
+        from timesearch.pocket.hop_traces import HOP_COLD_START
         from timesearch.pocket.lessons import Corpus, Episodes
         from timesearch.pocket.traces import COLD_STARTS
 
         corpus = Corpus(samples, settings.search, encoder, paths.frames, paths.features)
+        if samples and is_of_hops(samples[0]):
+            return HopEpisodes(corpus, count, HOP_COLD_START, options.reanswer_share, settings.seed), []
         manners = COLD_STARTS[corpus.asked[0].scene.world]
         return Episodes(corpus, count, manners, options.reanswer_share, settings.seed), []
     file = Path(options.traces)
