@@ -20,8 +20,9 @@ from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
 from timesearch.pocket.hop_lessons import HopEpisodes, questions_of
 from timesearch.pocket.hop_traces import HOP_CLEAN, HOP_COLD_START, write_hop_reanswer, write_hop_trace
-from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopScene, Question, make_hop_scene
+from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
+from timesearch.pocket.policy import make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, Read, read_event, search_by_reading
 from timesearch.pocket.world import COLOURS
@@ -29,6 +30,7 @@ from timesearch.profiles import load_profile
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.rewards import format_reward
 from timesearch.search.budget import preview_plan
+from timesearch.search.tools import schema_of, seek_video_frames
 from timesearch.settings import Frames, SearchSettings
 from timesearch.training.supervised import UNKNOWN
 from timesearch.video.frames import FrameCache, make_frame_cache
@@ -320,3 +322,23 @@ def test_an_encoder_of_each_world_is_trained_by_the_stage_that_brings_models(tmp
     encoder = load_encoder(str(tmp_path / "models" / "encoder"))
     asked = encoder.encode_text(["star", "What colour is the shape right after the one that the star points to?"])
     assert asked.shape == (2, 64)
+
+
+def test_the_tokenizer_reads_tools_questions_and_items_by_their_words():
+    tokenizer = make_hop_tokenizer()
+    described = tokenizer.tokenize(tools_block())
+    said = schema_of(seek_video_frames)["function"]
+    described_as = [said["description"], *(each["description"] for each in said["parameters"]["properties"].values())]
+    for text in described_as:
+        assert " ".join(tokenizer.tokenize(text)) in " ".join(described)
+    assert {"seek_video_frames", "start_time", "query"} <= set(described)
+    assert not any("seek" in token and token != "seek_video_frames" for token in described)
+    for shape in HOP_SHAPES:
+        for text in TEXTS.values():
+            words = text.format(shape=shape)
+            assert len(tokenizer.tokenize(words)) == len(words.replace("?", " ?").split())
+        assert tokenizer.tokenize(f" {shape}>moon green.") == [f"Ġ{shape}", ">", "moon", "Ġgreen", "."]
+        assert tokenizer.tokenize(f'{{"query": "{shape}"}}}}\n')[-2] == shape
+    assert tokenizer.tokenize("162.5s") == ["162", ".5s"]
+    odd = 'Zoom <b>here</b>, {"a_b": [1.25, "é"]}\n\t'
+    assert tokenizer.decode(tokenizer.encode(odd)) == odd

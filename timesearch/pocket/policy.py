@@ -2,15 +2,18 @@
 
 It is the same architecture, processor class and chat template that a large Qwen-VL goes through, so nothing downstream
 knows that it is small. The tokenizer is byte-level BPE over the pocket prompts (any text can be encoded); the tools
-block and the fixed parts of a tool call are single tokens, which keeps an episode near 150 tokens.
+block and the fixed parts of a tool call are single tokens, which keeps an episode near 150 tokens. In the hop world's
+tokenizer they are words like any other.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timesearch.pocket.hops import HOP_SHAPES, TEXTS
 from timesearch.pocket.world import COLOURS, SHAPES
 from timesearch.search.prompts import Prompts
 
@@ -51,32 +54,65 @@ _CALL = (
     '"}}\n',
     "}}\n",
 )
+_JSON = ('\n{"name": "', '", "arguments": {"', "}}\n", '"}}\n')
+_SCHEMA = (
+    '{"type": "function", "function": {"name": "',
+    '", "description": "',
+    '", "parameters": {"type": "object", "properties": {"',
+    '": {"type": "string", "description": "',
+    '": {"type": "number", "description": "',
+    '": {"type": "integer", "description": "',
+    '"}, "',
+    '"}}, "required": ["',
+    '"]}, "return": {"type": "array", "items": {"type": "object", "additionalProperties": {}}, "description": "',
+    '"]}',
+)
+"""Marks of any tool's JSON schema; the first opens it."""
 # Words with their leading space, integers whole, and the tenth of a second with its unit, as in "112.5s".
 _WORDS = r" ?\p{L}+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}]+|\s"
+# The same, but a name such as start_time is one word, and so is what stands between two words of JSON.
+_HOP_WORDS = r" ?[\p{L}_]+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}_]+(?: [^\s\p{L}\p{N}_]+)*|\s"
 
 
 def make_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
     """Train the tokenizer on everything that a pocket episode can say."""
+    return _tokenizer(_corpus(prompts), 896, _WORDS, (*_MARKUP, *_CALL, tools_block()))
+
+
+def make_hop_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
+    """Train the tokenizer of the hop world.
+
+    A tool's name, its arguments and what its description says are words like any other here: a schema that is worded
+    anew is read by the words that it shares with others. What the chat template says around any schema, and JSON's own
+    marks, are a token each. A shape's word without a space before it, as in ``star>moon`` and in a query, is another
+    token than the one with it.
+    """
+    before, _, after = tools_block().partition(_SCHEMA[0])
+    around = (before, after[after.index("</tools>") :])
+    return _tokenizer(_hop_corpus(prompts), 1536, _HOP_WORDS, (*_MARKUP, *_JSON, *_SCHEMA, *around))
+
+
+def _tokenizer(corpus: list[str], size: int, words: str, phrases: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` tokens, and `phrases` that are a token each."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=896,
+        vocab_size=size,
         min_frequency=2,
         special_tokens=list(_SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_corpus(prompts), trainer)
-    phrases = (*_MARKUP, *_CALL, tools_block())
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -119,6 +155,25 @@ def _corpus(prompts: str) -> list[str]:
     ]
     numbers = [f"{seconds}.{tenth}s," for seconds in range(152) for tenth in (0, 5)]
     return words * 8 + numbers * 4 + [f".{tenth}s" for tenth in range(10)] * 400
+
+
+def _hop_corpus(prompts: str) -> list[str]:
+    """Texts whose words become tokens, in the hop world."""
+    items = [f" {shape}>{mark} {colour}" for shape in HOP_SHAPES for mark in HOP_SHAPES for colour in COLOURS]
+    words = [
+        *Prompts.load(prompts).texts.values(),
+        *(text.format(shape=shape) for text in TEXTS.values() for shape in HOP_SHAPES),
+        *(f'I need to see the {shape}. The {shape} nothing. "{shape}" shape' for shape in HOP_SHAPES),
+        "I see nothing. Then nothing. I need to see what follows. I can guess." * 4,
+        "<answer>I don't know</answer>",
+        '\n{"name": "seek_video_frames", "arguments": {"query": "shape", "num_frames": 2}}\n',
+        *(f'{{"query": "{shape}", "start_time": 1, "end_time": 2}}' for shape in HOP_SHAPES),
+        *(f"{colour}</answer>" for colour in COLOURS),
+        "system\nuser\nassistant\n" * 3,
+        tools_block(),
+    ]
+    numbers = [f"{seconds}.{tenth}s," for seconds in range(200) for tenth in (0, 5)]
+    return words * 8 + items + numbers * 4 + [f".{tenth}s" for tenth in range(10)] * 400
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
