@@ -15,7 +15,7 @@ import torch
 
 from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.files import write_jsonl
-from timesearch.data.messages import searched_seconds
+from timesearch.data.messages import blocks_of, searched_seconds
 from timesearch.data.rows import read_samples
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import train_encoder
@@ -29,7 +29,7 @@ from timesearch.rewards import score_episode
 from timesearch.search.checkpoint import load_model
 from timesearch.search.episode import without_pixels
 from timesearch.settings import ColdStart, Frames, Judge, Models, Paths, SearchSettings, Settings, Tracking
-from timesearch.training.coldstart import Recorded, read_traces, run
+from timesearch.training.coldstart import Recorded, carry_out, read_traces, run
 from timesearch.training.supervised import IGNORED, UNKNOWN, Collator, Example, Plan, fine_tune, images_of
 from timesearch.video.download import run as download
 from timesearch.video.frames import run as make_frames
@@ -303,6 +303,32 @@ def test_recorded_episodes_serve_as_traces(project: Settings, corpus: Corpus, tm
     kinds = {Recorded(traces, corpus.search, "s", 10, 1.0, 0)[n].messages[-1]["content"] for n in range(8)}
     assert kinds == {f"<answer>{sample.answer}</answer>", f"<answer>{UNKNOWN}</answer>"}
     assert Collator(processor)([again])["labels"].max() > 0
+
+
+def test_traces_without_tool_messages_have_their_calls_carried_out(corpus: Corpus, tmp_path: Path) -> None:
+    sample = corpus.samples[0]
+    generated = Episodes(corpus, 200, always(1, 0, 0, 0), 0.0, seed=7)
+    example = next(e for e in map(generated.__getitem__, range(200)) if e.name.startswith(sample.id))
+    whole = [without_pixels(message) for message in example.messages]
+    whole[-1] = {"role": "assistant", "content": f"<think>I see.</think>\n<answer>{sample.answer}</answer>"}
+    bare = [message for message in whole if message["role"] != "tool"]
+    published = {"video": f"/far/away/{sample.video}", "question": sample.question}
+    call = '<think>Look.</think>\n<tool_call>\n{"name": "nothing", "arguments": {}}\n</tool_call>'
+    wrong = [*bare[:2], {"role": "assistant", "content": call}, bare[-1]]
+    twice = [*whole[:-1], *bare[2:]]
+    rows = [published | {"messages": each} for each in (bare, whole, wrong, twice)]
+    write_jsonl(tmp_path / "traces.jsonl", [*rows, {"question": "Another?", "video": "a", "messages": bare}])
+    traces, failures = read_traces(tmp_path / "traces.jsonl", corpus.samples)
+    assert [failure.reason for failure in failures] == ["unanswered_call", "unknown_sample"]
+    shown = [Recorded([trace], corpus.search, "system", 1, 0.0, 0)[0].messages[2:] for trace in traces[:2]]
+    roles = [[message["role"] for message in messages] for messages in shown]
+    assert roles[0] == roles[1]
+    assert "tool" in roles[0]
+    frames = [[block.get("frame") for m in messages for block in blocks_of(m)] for messages in shown]
+    assert frames[0] == frames[1]
+    assert any(frame is not None for frame in frames[0])
+    with pytest.raises(ItemError, match=r"finds nothing: .*no tool 'nothing'"):
+        carry_out(traces[2], corpus.search)
 
 
 def test_a_teacher_behind_a_server_is_asked_once_and_its_wrong_traces_are_left_out(

@@ -165,6 +165,14 @@ def test_another_judge_is_named_with_its_agreement(library: Settings, tmp_path: 
     assert differing["judge, agreement"][0] > differing["judge, agreement"][1]
 
 
+def test_another_parser_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [searching(number, "a.mp4", [[9.0]], "A or B") for number in range(4)])
+    published = QUICK.model_copy(update={"qa": "published"})
+    found = compared(tmp_path / "a.jsonl", tmp_path / "a.jsonl", settings=published)
+    assert [str(each) for each in found.differences] == ["answers read: A strict, B published"]
+    assert (found.only_a_right, found.only_b_right) == ([], ["q0", "q1", "q2", "q3"])
+
+
 def test_a_copied_file_keeps_its_fingerprint_and_metrics_keep_all_of_it(library: Settings, tmp_path: Path) -> None:
     path = played(library, tmp_path / "a")
     write_evaluation(evaluate_files({"grpo_csv": path}, QUICK, None), tmp_path / "results", QUICK, 0)

@@ -24,12 +24,12 @@ from timesearch.cli import main
 from timesearch.evaluation import frames
 from timesearch.evaluation.episodes import Values, frame_times
 from timesearch.evaluation.evaluate import run
-from timesearch.evaluation.qa import parse_choice
+from timesearch.evaluation.qa import parse_choice, published_choice
 from timesearch.evaluation.results import files_by_name, tracked_metrics, write_evaluation
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
-from timesearch.evaluation.table import markdown_table, method_label, method_order, print_table
+from timesearch.evaluation.table import markdown_table, method_label, method_order, print_table, side_notes
 from timesearch.evaluation.temporal import (
     nearest_neighbour_distances,
     precision_recall_f1,
@@ -225,6 +225,42 @@ def test_parse_choice(response: str | None, letter: str | None) -> None:
 def test_parse_choice_gives_an_option_or_none(response: str, options: list[str]) -> None:
     letter = parse_choice(response, options)
     assert letter is None or letter in "ABCDEFG"[: len(options) or 7]
+
+
+@pytest.mark.parametrize(
+    ("turns", "letter", "strict"),
+    [
+        (["<answer>B</answer>"], "B", "B"),
+        (["<answer>B or C</answer>"], "B", "C"),  # MMMU's rule takes the letter that is named last
+        (["<answer>(B)</answer>"], "B", "B"),
+        (["<answer>B a dog</answer>"], "B", "B"),
+        (["B: that one"], "B", None),  # no answer was given, says the strict way
+        (["<answer>C</answer>", "<think>Hm.</think>"], "C", None),
+        (["I cannot tell"], None, None),
+        (["<answer>It is a blue square, I think so</answer>"], None, "B"),
+    ],
+)
+def test_answers_are_read_as_published_beside_the_strict_way(
+    tmp_path: Path, turns: list[str], letter: str | None, strict: str | None
+) -> None:
+    messages = [{"role": "assistant", "content": turn} for turn in turns]
+    assert published_choice(messages, None, OPTIONS) == letter
+    for gold in "ABC":
+        row = sample_row(0, "a.mp4") | {"answer": gold, "prediction": messages}
+        by_strict, _ = score(tmp_path, [row])
+        by_published, _ = score(tmp_path, [row], qa="published")
+        assert by_strict["qa_accuracy"] == by_strict["qa_strict"] == by_published["qa_strict"] == (strict == gold)
+        expected = 1 / 3 if letter is None else float(letter == gold)
+        assert by_published["qa_accuracy"] == by_strict["qa_published"] == pytest.approx(expected)
+        assert by_strict["qa_differ"] == (letter != strict)
+
+
+def test_the_mean_of_tstar_leaves_episodes_without_search_out(tmp_path: Path) -> None:
+    rows = [searching(0, "a.mp4", [[9.0, 11.0]], "A"), searching(1, "a.mp4", [], "A")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (method,) = evaluate_files({"rows": tmp_path / "rows.jsonl"}, WITHOUT_INTERVALS, None)
+    assert (method.metrics["temporal_f1"], method.metrics["temporal_tstar_f1"]) == (0.5, 1.0)
+    assert side_notes([method]) == ["rows: temporal F1 100.0 by T*, which leaves episodes without search out"]
 
 
 def test_right_answers_may_be_letters_or_texts() -> None:

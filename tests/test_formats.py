@@ -18,6 +18,7 @@ from timesearch.data.formats import options_of, to_rows
 from timesearch.data.rows import read_rows, read_samples
 from timesearch.data.samples import Sample
 from timesearch.evaluation.episodes import read_predictions
+from timesearch.search.prompts import Prompts
 
 LONGVIDEOBENCH = {
     "video_id": "Ab3dEfGhIjK",
@@ -477,3 +478,52 @@ def test_no_row_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, rows
     failures: list[Any] = []
     found = list(read_predictions(path, failures.append))
     assert len(found) + len(failures) >= len([row for row in rows if row.get("qa") != []])
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        "\nA. a garden\nB. a stair\nC. a dog\nD. a wall\nE. a boat",
+        " (A) a garden (B) a stair (C) a dog (D) a wall (E) a boat",
+        "\n\na) a garden\nb) a stair\nc) a dog\nd) a wall\ne) a boat",
+        "\na garden\na stair\na dog\na wall\na boat",
+    ],
+)
+def test_options_that_a_question_holds_are_asked_once(listed: str) -> None:
+    bare = {"id": "q", "video": "a.mp4", "question": f"What is behind it?{listed}", "answer": "C"}
+    options = LONGVIDEOBENCH["candidates"]
+    rows = [
+        HAYSTACK_LVBENCH | {"question": bare["question"]},
+        bare | {"options": options, "type": "multiple_choice"},
+        {"video": "a.mp4", "question": bare["question"], "target": "C", "candidates": options},
+        {
+            "video": "a.mp4",
+            "question": bare["question"],
+            "question_type": "x",
+            "candidates": options,
+            "answer": "a dog",
+        },
+    ]
+    for row in rows:
+        (read,) = to_rows(row, 1)
+        assert (read["options"], read["answer"]) == (options, "C")
+        asked = Prompts.question(read["question"], read["options"])
+        assert asked == bare["question"]
+        assert all(asked.count(option) == 1 for option in options)
+
+
+def test_options_that_a_question_only_mentions_are_asked() -> None:
+    for question in ("Is it a garden or a stair?", "A. Smith or B. Jones?", "a garden\na stair\nor what?"):
+        assert Prompts.question(question, ["a garden", "a stair"]).endswith("?\nA. a garden\nB. a stair")
+
+
+def test_options_that_stand_in_the_question_alone_are_known() -> None:
+    row = {key: value for key, value in HAYSTACK_LVBENCH.items() if key != "meta"}
+    assert to_rows(row, 1)[0]["options"] == LONGVIDEOBENCH["candidates"]
+
+
+def test_questions_of_a_kind_that_is_not_scored_are_refused_in_words(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [HAYSTACK_LVBENCH, HAYSTACK_LVBENCH | {"id": "s", "type": "sequence"}])
+    told: list[str] = []
+    assert len(read_samples(tmp_path / "rows.jsonl", lambda failure: told.append(failure.message))) == 1
+    assert "'sequence' questions are not scored here, only multiple_choice, open_ended, grounding" in told[0]

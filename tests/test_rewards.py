@@ -175,8 +175,8 @@ GROUNDING, WORDS, TIMES = "[[10, 20]]", "a red bus", '{"start_time": 10, "end_ti
         # The reference gives 1 where both sides have no length: nothing was found there, so here it is 0.
         ("<think>t</think><answer>[[10, 10]]</answer>", "[[10, 10]]", "grounding", 1, 0),
         ("<think>t</think><answer>[[20, 10]]</answer>", GROUNDING, "grounding", 1, 0),
-        # Open-ended. The reference scores 0 from 100 characters on. Here the judge's server has that bound as a
-        # parameter (`judge.max_candidate_chars`: a longer answer scores 0, one of exactly 100 is asked about).
+        # Open-ended. The reference scores 0 from 100 characters on, and so does the judge's server here
+        # (`judge.max_candidate_chars`); the rule, which no long answer can mislead, has no such bound.
         ("<think>t</think><answer>The red bus.</answer>", WORDS, "open_ended", 1, 1),
         ("<think>t</think><answer>" + "x" * 100 + "</answer>", "x" * 100, "open_ended", 1, 1),
         ("<think>t</think><answer>a red bus, or a blue one</answer>", WORDS, "open_ended", 1, 0),
@@ -244,3 +244,33 @@ def test_iou_is_symmetric_and_bounded(a: list[tuple[float, float]], b: list[tupl
 @given(st.text(max_size=40))
 def test_any_text_parses_to_intervals(text: str) -> None:
     assert all(len(pair) == 2 for pair in parse_intervals(text))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[[1, 2.5]]",
+        "[1, 2.5]",
+        '["1", "2.5s"]',
+        '```json\n{"start_time": 1, "end_time": 2.5}\n```',
+        "```json\n[[1, 2.5]]\n```",
+        'It is there:\n```\n{"start_time": 1, "end_time": 2.5}\n``` as seen.',
+        '{"start": 1, "end": 2.5}',
+        '{"start_time": "1.0", "end_time": "2.5"}',
+        '{"time": [[1, 2.5]]}',
+        '{"answer": {"start_time": 1, "end_time": 2.5}}',
+        'The span is {"start_time": 1, "end_time": 2.5}.',
+        "{'start_time': 1, 'end_time': 2.5}",
+        '```json\n{"start_time": 1,\n "end_time": 2.5,}\n```',
+        "from 1 to 2.5 seconds",
+    ],
+)
+def test_an_interval_is_read_however_it_is_written(said: str) -> None:
+    assert parse_intervals(said) == [(1.0, 2.5)]
+
+
+def test_several_intervals_are_read_from_several_objects_and_fences() -> None:
+    one, two = '{"start_time": 1, "end_time": 2}', '{"start_time": 3, "end_time": 4}'
+    for said in (f"{one}, {two}", f"{one}\n{two}", f"```json\n{one}\n```\nand\n```json\n{two}\n```", f"[{one}, {two}]"):
+        assert parse_intervals(said) == [(1.0, 2.0), (3.0, 4.0)]
+    assert parse_intervals('{"label": 3, "of": "two"}') == []

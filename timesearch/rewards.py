@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from string import ascii_letters
 from typing import Any
@@ -31,6 +32,11 @@ _LETTER = re.compile(r"\(?([A-Z])\)?(?:[.:)].*+)?", re.DOTALL)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _NUMBER = r"-?(?<!\d)\d++(?:\.\d++)?+"
 """A number from its first digit on: begun anew at each digit, a long number would be read as often as it has digits."""
+_SECONDS = re.compile(rf"\s*+{_NUMBER}s?\s*+")
+_ENDS = (("start_time", "end_time"), ("start", "end"))
+_OBJECT = re.compile(
+    rf"""["']start(?:_time)?["']\s*+:\s*+["']?({_NUMBER})s?["']?\s*+,\s*+["']end(?:_time)?["']\s*+:\s*+["']?({_NUMBER})"""
+)
 _PAIR = re.compile(rf"({_NUMBER})(?:s(?:ec(?:ond)?)?|,|-|to|\s)++({_NUMBER})")
 
 
@@ -66,26 +72,52 @@ def answer_letter(answer: str, options: Sequence[str]) -> str | None:
 def parse_intervals(text: str) -> list[tuple[float, float]]:
     """[start, end] pairs in seconds, from JSON or from free text such as ``12.5 to 20 seconds, 31-40``.
 
-    JSON may be one pair, the reference's ``{"start_time": 12.5, "end_time": 20}``, or a list of either, alone or
-    between fences of three backticks.
+    JSON may be one pair, the reference's ``{"start_time": 12.5, "end_time": 20}``, or a list of either, alone, between
+    fences of three backticks, or under a name such as ``time``; numbers may be texts. Objects are found among other
+    words too, several of them, and in Python's quotes.
     """
-    fenced = text.partition("```")[2].partition("```")[0].lstrip(ascii_letters)
-    for written in (text, fenced):
-        try:
-            return list(_pairs(parse_json(written)))
-        except UntrustedError:
-            pass
-    found = ((float(start), float(end)) for start, end in _PAIR.findall(text))
+    fenced = (part.lstrip(ascii_letters) for part in text.split("```")[1::2])
+    found: list[tuple[float, float]] = []
+    try:
+        found = list(_pairs(parse_json(text)))
+    except UntrustedError:
+        for written in fenced:
+            with suppress(UntrustedError):
+                found += _pairs(parse_json(written))
+    if not found:
+        written_out = _OBJECT.findall(text) or _PAIR.findall(text)
+        found = [(float(start), float(end)) for start, end in written_out]
     return [pair for pair in found if all(map(math.isfinite, pair))]
 
 
 def _pairs(value: Any) -> Iterator[tuple[float, float]]:
-    """The pairs in a JSON value: it is one itself, or a list of some."""
-    items = value if isinstance(value, list) and not all(map(_is_number, value)) else [value]
-    for item in items:
-        pair = [item.get("start_time"), item.get("end_time")] if isinstance(item, dict) else item
-        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)):
-            yield float(pair[0]), float(pair[1])
+    """The pairs in a JSON value: it is one itself, a list of some, or an object that holds some under a name."""
+    if isinstance(value, dict):
+        for start, end in _ENDS:
+            if start in value and end in value:
+                value = [value[start], value[end]]
+                break
+        else:
+            for inner in value.values():
+                if isinstance(inner, list | dict):
+                    yield from _pairs(inner)
+            return
+    if not isinstance(value, list):
+        return
+    numbers = [_number(item) for item in value]
+    if len(numbers) == 2 and numbers[0] is not None and numbers[1] is not None:
+        yield numbers[0], numbers[1]
+    else:
+        for item in value:
+            if isinstance(item, list | dict):
+                yield from _pairs(item)
+
+
+def _number(value: Any) -> float | None:
+    """A number, or one that is written as a text (``"12.5"``, ``"12.5s"``)."""
+    if isinstance(value, str) and len(value) < 40 and _SECONDS.fullmatch(value):
+        return float(value.strip().removesuffix("s"))
+    return float(value) if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

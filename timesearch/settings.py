@@ -217,7 +217,9 @@ class Judge(Section):
     retry_for: Pace[float] = Field(600.0, ge=0, description="seconds that an absent judge is waited for")
     cache: Pace[Path] = Field(Path("cache/judge.sqlite"), description="where verdicts are kept")
     log: Pace[Path] = Field(Path("runs/judge.log"), description="where the output of a started server goes")
-    max_candidate_chars: int = Field(100, ge=1, description="a longer answer is scored 0, as the paper's code does")
+    max_candidate_chars: int = Field(
+        100, ge=1, description="an answer of so many characters or more is scored 0, as the paper's code does"
+    )
 
 
 class Infer(Section):
@@ -253,6 +255,11 @@ class Evaluate(Section):
     """Stage `evaluate`: T* metrics and answers."""
 
     thresholds: list[float] = Field(default_factory=lambda: [5.0], description="seconds; the first is the headline")
+    qa: Literal["strict", "published"] = Field(
+        "strict",
+        description="how a letter is read, the other way beside it: strictly, an unreadable one being wrong; or as "
+        "published, an unreadable one counting as the chance of a guess",
+    )
     visual: bool = True
     bootstrap: int = Field(1000, ge=0, description="resamples of each 95% interval; 0 gives none")
     groups: list[str] = Field(

@@ -125,6 +125,40 @@ def options_of(value: Any) -> list[str]:
     return _without_letters([_text(item).strip() for item in items if item != ""])
 
 
+def holds_options(question: str, options: Sequence[str]) -> bool:
+    """Whether a question ends with its options already, behind letters or a line each, so that it is asked as it is."""
+    if not options:
+        return False
+    text = " ".join(question.split())
+    texts = [" ".join(option.split()) for option in options]
+    for first in "Aa":
+        for before, after in (("", "."), ("", ")"), ("(", ")"), ("[", "]"), ("", ":")):
+            place = 0
+            for number, option in enumerate(texts):
+                mark = f"{before}{chr(ord(first) + number)}{after}"
+                ends = [
+                    found + len(written)
+                    for written in (f"{mark} {option}", f"{mark}{option}")
+                    if (found := text.find(written, place)) >= 0
+                ]
+                if not ends:
+                    break
+                place = min(ends)
+            else:
+                return True
+    lines = [" ".join(line.split()) for line in question.splitlines() if line.strip()]
+    return len(lines) > len(texts) > 1 and lines[-len(texts) :] == texts
+
+
+def _options_in(question: str) -> list[str]:
+    """The options that a question ends with, behind letters; none where that is not certain."""
+    try:
+        found = _lettered(question)
+    except UnreadableError:
+        return []
+    return found[1] if found is not None and found[0] else []
+
+
 def _options(value: Any) -> list[str]:
     """`options_of`, if its places are those of the letters."""
     options = options_of(value)
@@ -340,6 +374,8 @@ def _reference(row: Row, number: int) -> list[Row]:
     target = row.get("target", row.get("answer", published.get("answer", "")))
     answer, spans = _target(target)
     options = _options(row.get("options") or row.get("candidates")) or published.get("options", [])
+    if not options and row.get("type") in (None, "multiple_choice"):
+        options = _options_in(row["question"])
     return [
         {
             "id": str(row.get("id", number)),

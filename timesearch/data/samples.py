@@ -10,7 +10,7 @@ that the video does not have.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -153,6 +153,11 @@ def validate(model: type[T], row: dict[str, Any], where: str) -> T:
         field = ".".join(str(part) for part in first["loc"])[:200]
         reason = "unknown_type" if first["loc"][:1] == ("type",) else "invalid_row"
         said = first["msg"].removeprefix("Value error, ")
+        if reason == "unknown_type":
+            kinds = ", ".join(get_args(QuestionType))
+            said = f"{str(row.get('type'))[:80]!r} questions are not scored here, only {kinds}"
+            if row.get("type") == "sequence":
+                said += ": nothing says how an order of events is to be read and how far a part of it counts"
         raise RowError(f"{where}: field {field!r}: {said}", reason, item_of(row)) from error
 
 

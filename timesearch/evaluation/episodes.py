@@ -44,7 +44,7 @@ from timesearch.data.messages import final_answer, parse_turn, searched_seconds,
 from timesearch.data.rows import read_models
 from timesearch.data.samples import Prediction
 from timesearch.evaluation.made import Tally, question_digest, shown_in
-from timesearch.evaluation.qa import parse_choice
+from timesearch.evaluation.qa import parse_choice, published_choice, published_score
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
 
@@ -291,7 +291,15 @@ def frame_times(path: Path) -> np.ndarray:
 class Scorer:
     """Scores episodes one by one: everything except the visual metrics and the judge's verdicts."""
 
-    def __init__(self, thresholds: Sequence[float], groups: Sequence[str], videos: Videos, report: Report) -> None:
+    def __init__(
+        self,
+        thresholds: Sequence[float],
+        groups: Sequence[str],
+        videos: Videos,
+        report: Report,
+        published: bool = False,
+    ) -> None:
+        self._published = published
         self._thresholds = thresholds
         self._groups = groups
         self._videos = videos
@@ -380,6 +388,9 @@ class Scorer:
         if spans:
             scores["span_coverage"] = span_coverage(spans, sound)
         episode.values.update(scores)
+        if episode.times:
+            for part in ("precision", "recall", "f1"):
+                episode.values[f"temporal_tstar_{part}"] = scores[f"temporal_{part}"]
         episode.truth = array("d", truth or [(start + stop) / 2 for start, stop in spans])
         episode.times = sound
 
@@ -449,7 +460,12 @@ class Scorer:
             return
         episode.choice = parse_choice(episode.answer, prediction.options)
         episode.unparsed = episode.choice is None
-        episode.values["qa_accuracy"] = float(episode.choice == gold)
+        strict = float(episode.choice == gold)
+        letter = published_choice(prediction.prediction, episode.answer, prediction.options)
+        published = published_score(letter, gold, prediction.options)
+        episode.values["qa_strict"], episode.values["qa_published"] = strict, published
+        episode.values["qa_differ"] = float(letter != episode.choice)
+        episode.values["qa_accuracy"] = published if self._published else strict
         if prediction.reanswer is not None:
             again = parse_choice(prediction.reanswer, prediction.options)
             episode.values["reanswer_accuracy"] = float(again == gold)

@@ -107,6 +107,7 @@ class Tally:
             "errors": dict(sorted(self._errors.items())),
             "missing_videos": sorted(self._missing)[:_NAMED],
             "scored": {
+                "answers read": settings.qa,
                 "thresholds in seconds": settings.thresholds,
                 "judge": judge,
                 "timesearch": version("timesearch"),

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from timesearch.data.messages import Message, text_of
 from timesearch.data.samples import LETTERS
+from timesearch.dialects.qwen import tagged_answers
 from timesearch.rewards import choice_letter
 
 _PUNCTUATION = (",", ".", "!", "?", ";", ":", "'")
@@ -64,6 +66,30 @@ def parse_choice(response: str | None, options: Sequence[str]) -> str | None:
         if named:
             return max(named, key=lambda letter: _last(spoken, options[LETTERS.index(letter)].lower()))
     return None
+
+
+def published_choice(messages: Sequence[Message], answer: str | None, options: Sequence[str]) -> str | None:
+    """The letter that the benchmark's own script reads; None where it would draw one at random.
+
+    It takes the last ``<answer>`` of any turn, else the whole of the last turn, and of that the first character, or
+    else the first word, if it is an option's letter.
+
+    Args:
+        messages: of the episode.
+        answer: what was answered, where there are no messages.
+        options: texts of the options; where empty, letters A to G.
+    """
+    turns = [text_of(message) for message in messages if message["role"] == "assistant"]
+    tagged = [said for turn in turns for said in tagged_answers(turn)]
+    text = (tagged or turns or [answer or ""])[-1].strip()
+    letters = LETTERS[: len(options) or _WITHOUT_OPTIONS]
+    word = text.partition(" ")[0].strip("()[].,:;!?'\"*\n")
+    return next((each for each in (text[:1], word) if len(each) == 1 and each in letters), None)
+
+
+def published_score(letter: str | None, gold: str, options: Sequence[str]) -> float:
+    """1.0 or 0.0, and for a letter drawn at random the chance that it is right."""
+    return 1 / (len(options) or _WITHOUT_OPTIONS) if letter is None else float(letter == gold)
 
 
 def _last(text: str, part: str) -> int:

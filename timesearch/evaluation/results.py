@@ -16,7 +16,7 @@ from timesearch.base.files import atomic_path, json_digest, write_json, write_js
 from timesearch.base.untrusted import UntrustedError, parse_json
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores
 from timesearch.evaluation.summary import compare, headline, plain, plot_data
-from timesearch.evaluation.table import markdown_table
+from timesearch.evaluation.table import markdown_table, side_notes
 from timesearch.inference.methods import trained_method
 from timesearch.settings import Evaluate, Settings
 
@@ -69,7 +69,8 @@ def write_evaluation(
     target = failures or out / "failures.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_failures(target, named)
-    write_text(out / "table.md", markdown_table(methods))
+    notes = "".join(f"\n{note}\n" for note in side_notes(methods))
+    write_text(out / "table.md", markdown_table(methods) + notes)
     plots = plot_data(methods)
     write_json(detail / "plots.json", {plot.name: {"categories": plot.categories, "rows": plot.rows} for plot in plots})
     for plot in plots:

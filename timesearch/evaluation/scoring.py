@@ -53,7 +53,7 @@ def evaluate_files(
 
 def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> MethodScores:
     failures: list[Failure] = []
-    scorer = Scorer(settings.thresholds, settings.groups, videos, failures.append)
+    scorer = Scorer(settings.thresholds, settings.groups, videos, failures.append, settings.qa == "published")
     episodes = []
     compare_frames = settings.visual and bool(videos)
     with progress_bar(f"scoring {name}", None) as bar:

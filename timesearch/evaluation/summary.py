@@ -4,11 +4,13 @@ Headline names, as in `metrics.json` (a mean over the episodes that have such a 
 
 - ``temporal_precision|recall|f1`` within the first threshold, others as ``temporal_f1@2``; ``temporal_f1`` is the mean
   of the episodes' F1, as T* reports it, and ``temporal_f1_of_means`` the F1 of mean precision and mean recall. An
-  episode that searched nothing counts as 0; T* leaves it out, so where all episodes have ground truth its number is
-  this one divided by ``search_rate``.
+  episode that searched nothing counts as 0. ``temporal_tstar_precision|recall|f1`` leave such episodes out, as T* does.
 - ``annd_precision|recall``: mean distances to the nearest neighbour in seconds, over episodes that searched.
 - ``span_coverage``: share of the ground-truth spans that a searched frame lies in.
 - ``visual_precision|recall|f1`` by standard SSIM, ``visual_tstar_...`` as T* computes it.
+- ``qa_strict`` and ``qa_published`` of multiple-choice answers: read by `parse_choice`, an answer that names no option
+  being wrong, or as the benchmark's script reads them, where that one draws a letter by the chance that it is right;
+  ``qa_differ``: answers that the two read as different letters. `evaluate.qa` says which of them is in
 - ``qa_accuracy`` of multiple-choice and open-ended answers; ``qa_unparsed``: answers that name no option, or nothing,
   and so are wrong; ``grounding_iou`` of grounding answers.
 - ``reanswer_accuracy`` of the answers from the searched frames alone, and ``completeness``, right both times.
@@ -47,7 +49,12 @@ _MEANS = {
     "annd_precision": "annd_precision",
     "annd_recall": "annd_recall",
     "span_coverage": "span_coverage",
+    "temporal_tstar_precision": "temporal_tstar_precision",
+    "temporal_tstar_recall": "temporal_tstar_recall",
+    "temporal_tstar_f1": "temporal_tstar_f1",
     "qa_accuracy": "qa_accuracy",
+    "qa_strict": "qa_strict",
+    "qa_published": "qa_published",
     "grounding_iou": "grounding_iou",
     "reanswer_accuracy": "reanswer_accuracy",
     "completeness": "completeness",
@@ -60,7 +67,7 @@ _MEANS = {
 """Headline name -> value of an episode that it is the mean of."""
 _MOST_GROUPS = 500
 """Values of a group, of which each has its numbers and intervals."""
-_OF_MEANS = ("temporal", "visual", "visual_tstar")
+_OF_MEANS = ("temporal", "temporal_tstar", "visual", "visual_tstar")
 
 
 def _matrix(episodes: Sequence[EpisodeScore], names: Sequence[str]) -> np.ndarray:
@@ -79,7 +86,7 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
         for part in ("precision", "recall", "f1")
     ]
     means = {**_MEANS, **{name: name for name in thresholds}}
-    values = _matrix(method.episodes, [*means.values(), "error"])
+    values = _matrix(method.episodes, [*means.values(), "qa_differ", "error"])
     unparsed = np.array([episode.unparsed for episode in method.episodes], dtype=bool)
     metrics = _block(values, unparsed, list(means), settings.bootstrap, seed)
     metrics["threshold"] = settings.thresholds[0]
@@ -113,13 +120,14 @@ def _block(values: np.ndarray, unparsed: np.ndarray, names: Sequence[str], resam
     """Headline numbers of some episodes and their intervals.
 
     Args:
-        values: shape (n, m + 1): the values of `names`, and whether the episode ended in an error.
+        values: shape (n, m + 2): the values of `names`, whether two ways read another letter, and whether the episode
+            ended in an error.
         unparsed: shape (n,): whether its answer could not be read.
         names: m headline names.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
-    values, errors = values[:, :-1], values[:, -1]
+    values, differ, errors = values[:, :-2], values[:, -2], values[:, -1]
     metrics: dict[str, Any] = {name: plain(number) for name, number in zip(names, _column_means(values), strict=True)}
     for kind in _OF_MEANS:
         precision, recall = metrics[f"{kind}_precision"], metrics[f"{kind}_recall"]
@@ -127,6 +135,7 @@ def _block(values: np.ndarray, unparsed: np.ndarray, names: Sequence[str], resam
     having = dict(zip(names, np.count_nonzero(~np.isnan(values), axis=0).tolist(), strict=True))
     metrics["qa_episodes"] = having["qa_accuracy"]
     metrics["qa_unparsed"] = int(unparsed.sum())
+    metrics["qa_differ"] = int(np.nansum(differ))
     metrics["temporal_episodes"] = having["temporal_f1"]
     metrics["visual_episodes"] = having["visual_f1"]
     metrics["episodes"] = len(values)

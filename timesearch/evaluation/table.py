@@ -97,6 +97,22 @@ def markdown_table(methods: Sequence[MethodScores]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def side_notes(methods: Sequence[MethodScores]) -> list[str]:
+    """What published scripts would say, a line a method where that is another number than the table's."""
+    notes = []
+    for method in methods:
+        metrics, told = method.metrics, []
+        if metrics.get("qa_differ") or metrics.get("qa_strict") != metrics.get("qa_published"):
+            strict, published = (f"{metrics[name] * 100:.1f}" for name in ("qa_strict", "qa_published"))
+            differ = metrics["qa_differ"]
+            told.append(f"multiple choice {strict} read strictly, {published} as published ({differ} read differently)")
+        if (searched := metrics.get("temporal_tstar_f1")) is not None and searched != metrics["temporal_f1"]:
+            told.append(f"temporal F1 {searched * 100:.1f} by T*, which leaves episodes without search out")
+        if told:
+            notes.append(f"{method_label(method.name)}: {'; '.join(told)}")
+    return notes
+
+
 def _escaped(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|")
 
@@ -115,4 +131,7 @@ def print_table(methods: Sequence[MethodScores]) -> None:
     for label, *cells in table_rows(methods):
         shown = (cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in cells)
         table.add_row(Text(label), *shown)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for note in side_notes(methods):
+        console.print(Text(note, style="dim"))

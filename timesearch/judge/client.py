@@ -113,7 +113,7 @@ class JudgeClient:
     async def score_many(self, triples: Sequence[Triple]) -> list[float | None]:
         """Score candidates, `settings.concurrency` at a time, each distinct one once.
 
-        An empty candidate, or one longer than `settings.max_candidate_chars`, scores 0 unasked.
+        An empty candidate, or one of `settings.max_candidate_chars` or more, scores 0 unasked, as in the paper's code.
 
         Returns:
             1.0 or 0.0 for each, in the order of `triples`; None where the judge refused the question, or answered with
@@ -152,7 +152,7 @@ class JudgeClient:
         return [verdicts.get(triple, None if triple in asked else 0.0) for triple in triples]
 
     def _is_asked(self, triple: Triple) -> bool:
-        return 0 < len(triple[2].strip()) <= self._settings.max_candidate_chars
+        return 0 < len(triple[2].strip()) < self._settings.max_candidate_chars
 
     def _key(self, triple: Triple) -> str:
         return json_digest([*triple, self._settings.model, self._prompt])

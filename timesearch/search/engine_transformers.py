@@ -62,7 +62,6 @@ class TransformersPolicy:
         video_preview: bool = False,
     ) -> None:
         self.name = name
-        self.engine = _engine(model)
         self._model = model.eval()
         self._processor = processor
         self._batch_size = batch_size
@@ -96,6 +95,16 @@ class TransformersPolicy:
             raise RequestError(f"{checkpoint} does not know videos: set infer.preview to images")
         model = load_model(checkpoint)
         return cls(model, processor, str(checkpoint), batch_size, temperature, seed, video_preview)
+
+    @property
+    def engine(self) -> str:
+        """What computes: the libraries with their versions, device and type of numbers."""
+        import torch
+        import transformers
+
+        kind = str(self._model.dtype).removeprefix("torch.")
+        where = f"{self._model.device.type}, {kind}"
+        return f"transformers {transformers.__version__}, torch {torch.__version__}, {where}"
 
     @property
     def context(self) -> int | None:
@@ -276,14 +285,6 @@ class _TransformersSession:
         if self.policy._video_preview:
             shown = [with_video_preview(message, position) for position, message in enumerate(messages)]
         return await self.policy._ask(Request(shown, self.tools, self.max_new_tokens))
-
-
-def _engine(model: Any) -> str:
-    import torch
-    import transformers
-
-    number = str(model.dtype).removeprefix("torch.")
-    return f"transformers {transformers.__version__}, torch {torch.__version__}, {model.device.type}, {number}"
 
 
 def _blocks(messages: Sequence[Message], kind: str) -> list[Block]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timesearch.base.errors import ItemError, RequestError
+from timesearch.data.formats import holds_options
 from timesearch.data.samples import LETTERS
 
 _SETS = Path(__file__).parent / "prompt_sets"
@@ -45,7 +46,7 @@ class Prompts:
 
     @staticmethod
     def question(question: str, options: list[str]) -> str:
-        """The question with its lettered options, a line each.
+        """The question with its lettered options, a line each; one that holds them already, as it is.
 
         Raises:
             ItemError: `too_many_options`, more than there are letters.
@@ -55,4 +56,6 @@ class Prompts:
                 f"a question with {len(options)} options cannot be asked: there are {len(LETTERS)} letters for them",
                 reason="too_many_options",
             )
+        if holds_options(question, options):
+            return question
         return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))])

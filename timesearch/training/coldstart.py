@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,25 @@ from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import json_digest, write_jsonl
 from timesearch.base.progress import console, progress_bar
-from timesearch.data.messages import Block, Message, blocks_of, evidence_in, final_answer, searched_seconds
+from timesearch.data.messages import (
+    Block,
+    Message,
+    blocks_of,
+    describe_call,
+    evidence_in,
+    exchanges,
+    final_answer,
+    parse_turn,
+    searched_seconds,
+    text_of,
+)
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.inference.policies import Served, open_policy
 from timesearch.rewards import accuracy, format_reward
 from timesearch.search.checkpoint import load_model, load_processor
+from timesearch.search.episode import without_pixels
 from timesearch.search.policy import Policy
 from timesearch.search.prompts import Prompts
 from timesearch.search.search import Search
@@ -134,6 +146,9 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
         first = f" The first: {rejected[0].message}" if rejected else ""
         raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
     search = Search(settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
+    traces = list(_carried_out(traces, search, rejected))
+    if not traces:
+        raise RequestError(f"no trace of {file} can be carried out. The first: {rejected[-1].message}")
     system = Prompts.load(settings.search.prompts).texts["system"]
     return Recorded(traces, search, system, count, options.reanswer_share, settings.seed), rejected
 
@@ -149,31 +164,36 @@ class Trace:
 def read_traces(path: Path, samples: Sequence[Sample]) -> tuple[list[Trace], list[Failure]]:
     """Read recorded episodes about `samples`.
 
-    A row names its sample by `id` and holds the episode's messages under `prediction` or `messages`, as inference
-    writes them. An open-ended answer is compared by its words, unless the row records the reward `accuracy` that a
-    judge gave it.
+    A row names its sample by `id`, or where it has none by `video` and `question`, and holds the episode's messages
+    under `prediction` or `messages`, as inference writes them, or as the reference publishes them: without any tool
+    message, for each call is carried out when the row is loaded (`carry_out`). An open-ended answer is compared by its
+    words, unless the row records the reward `accuracy` that a judge gave it.
 
     Returns:
         The traces to imitate, and a failure for each other row: `unknown_sample`, `not_answered` (an error or no
-        messages), `ill_formed` or `wrong_answer`.
+        messages), `ill_formed`, `unanswered_call` (some calls have a tool message, and others none) or `wrong_answer`.
 
     Raises:
         RequestError: the file is missing or holds a line that is not JSON.
     """
     from timesearch.base.batch import Failure
 
-    by_id = {sample.id: sample for sample in samples}
+    find = _finder(samples)
     traces: list[Trace] = []
     failures: list[Failure] = []
     for number, row in read_rows(path):
         where = f"{path}, line {number}"
-        sample, messages = by_id.get(str(row.get("id"))), row.get("prediction") or row.get("messages")
+        sample, messages = find(row), row.get("prediction") or row.get("messages")
         if sample is None:
-            failures.append(Failure(where, "unknown_sample", f"{where}: no train sample has the id {row.get('id')!r}"))
+            named = "its video and question" if row.get("id") is None else f"the id {row['id']!r}"
+            failures.append(Failure(where, "unknown_sample", f"{where}: no train sample has {named}"))
         elif not isinstance(messages, list) or row.get("error"):
             failures.append(Failure(sample.id, "not_answered", f"{where}: {row.get('error') or 'no messages'}"))
         elif format_reward(messages) < 1:
             failures.append(Failure(sample.id, "ill_formed", f"{where}: a turn breaks the format, or none answers"))
+        elif _unanswered(messages) not in (0, _calls(messages)):
+            text = f"{where}: {_unanswered(messages)} of its {_calls(messages)} calls have no tool message"
+            failures.append(Failure(sample.id, "unanswered_call", text))
         else:
             said = final_answer(messages)
             judged = (row.get("rewards") or {}).get("accuracy")
@@ -184,6 +204,68 @@ def read_traces(path: Path, samples: Sequence[Sample]) -> tuple[list[Trace], lis
                 text = f"{where}: it answers {str(said)[:80]!r}, not {sample.answer[:80]!r}"
                 failures.append(Failure(sample.id, "wrong_answer", text))
     return traces, failures
+
+
+def _finder(samples: Sequence[Sample]) -> Callable[[dict[str, Any]], Sample | None]:
+    """Finds the sample that a row of traces is about; a published row may lead to its video from another folder."""
+    by_id = {sample.id: sample for sample in samples}
+    by_question: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_question.setdefault(sample.question, []).append(sample)
+
+    def find(row: dict[str, Any]) -> Sample | None:
+        if row.get("id") is not None:
+            return by_id.get(str(row["id"]))
+        asked, video = row.get("question"), f"/{row.get('video')}"
+        found = by_question.get(asked, []) if isinstance(asked, str) else []
+        return next((sample for sample in found if video.endswith(f"/{sample.video}")), None)
+
+    return find
+
+
+def _calls(messages: Sequence[Message]) -> int:
+    return sum(len(parse_turn(text_of(message)).calls) for message in messages if message["role"] == "assistant")
+
+
+def _unanswered(messages: Sequence[Message]) -> int:
+    """Calls that no tool message answers."""
+    return _calls(messages) - sum(exchange.call is not None for exchange in exchanges(messages))
+
+
+def carry_out(trace: Trace, search: Search) -> Trace:
+    """A trace whose calls have no tool messages, with those that the search gives; any other trace as it is.
+
+    Raises:
+        ItemError: `failed_call`, a call finds nothing: it is wrong, or comes when the budget is spent.
+    """
+    if not _unanswered(trace.messages):
+        return trace
+    search.open(trace.sample.model_dump())
+    played: list[Message] = []
+    for message in trace.messages:
+        if message["role"] == "tool":
+            continue
+        played.append(message)
+        for call in parse_turn(text_of(message)).calls if message["role"] == "assistant" else ():
+            before = len(search.evidence)
+            blocks = search.correct(call.error) if call.error else search.call(call.name, call.arguments)
+            if len(search.evidence) == before:
+                said = text_of({"role": "tool", "content": blocks})[:200]
+                raise ItemError(
+                    f"{trace.sample.id}: the call {describe_call(call)[:80]!r} finds nothing: {said}", "failed_call"
+                )
+            played.append(without_pixels({"role": "tool", "name": call.name, "content": blocks}))
+    return Trace(trace.sample, played)
+
+
+def _carried_out(traces: Sequence[Trace], search: Search, rejected: list[Failure]) -> Iterator[Trace]:
+    from timesearch.base.batch import Failure
+
+    for trace in traces:
+        try:
+            yield carry_out(trace, search)
+        except ItemError as error:
+            rejected.append(Failure(trace.sample.id, error.reason, str(error)))
 
 
 @dataclass
@@ -212,7 +294,7 @@ class Recorded:
         import numpy as np
 
         rng = np.random.default_rng([self.seed, number])
-        trace = self.traces[int(rng.integers(len(self.traces)))]
+        trace = carry_out(self.traces[int(rng.integers(len(self.traces)))], self.search)
         if rng.random() < self.reanswer_share:
             pair = self._reanswer(trace, bool(rng.random() < 0.5), rng)
             if pair is not None:
