@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,6 +93,37 @@ def compare(
         raise RequestError("their questions differ, so the numbers are not compared: --common compares those of both")
     if not all(each.episodes for each in found):
         raise RequestError("they have no question in common")
+
+
+@app.command()
+def export(
+    predictions: Annotated[Path, typer.Argument(help="Prediction file.")],
+    to: Annotated[str, typer.Option("--to", help="timesearch-r, or lmms-eval.")],
+    out: Annotated[Path, typer.Option("--out", help="The JSON lines file.")],
+    videos: Annotated[Path | None, typer.Option("--videos", help="Folder of the source videos.")] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some rows were bad.")] = False,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Write predictions in the form that others' evaluation scripts read."""
+    from timesearch.base.batch import BatchResult
+    from timesearch.base.files import write_jsonl
+    from timesearch.evaluation.export import FORMS, exported
+
+    if to not in FORMS:
+        raise RequestError(f"--to {visible(to)} is no form that is known: choose from {', '.join(FORMS)}")
+    outcome = BatchResult()
+    rows = exported(predictions, to, videos or _settings(params).paths.videos, outcome.failures.append)
+    write_jsonl(out, _counted(rows, outcome))
+    say(f"{out}: {len(outcome.done)} rows in the form of {to}")
+    for failure in outcome.failures:
+        typer.echo(f"  {failure.reason}: {visible(failure.message)}", err=True)
+    raise typer.Exit(outcome.exit_code(keep_going))
+
+
+def _counted(rows: Iterable[dict[str, Any]], outcome: BatchResult) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        outcome.done.append("")
+        yield row
 
 
 @app.command()

@@ -13,6 +13,7 @@ Video-MME              ``videoID``, ``question_id``, ``task_type``
 MLVU                   ``video``, ``question_type``, ``candidates`` or ``scoring_points``
 LVBench                ``key``, and ``qa``: one row a video, one entry a question; or a table of a row a question,
                        with ``time_reference``
+lmms-eval              its log of samples: ``doc_id``, ``doc`` (the published row), ``filtered_resps``
 =====================  ==============================================================================================
 
 Fields that a sample has no place for stay in its `meta`, where evaluation finds the groups to report by.
@@ -36,7 +37,10 @@ from timesearch.dialects.qwen import tagged_answers
 Row = dict[str, Any]
 
 _OWN_FIELDS = frozenset(Prediction.model_fields)
-_EPISODE_FIELDS = ("prediction", "keyframe_timestamps", "searched_seconds", "predicted_answer", "error", "reanswer")
+_EPISODE_FIELDS = (
+    *("prediction", "keyframe_timestamps", "searched_seconds", "predicted_answer", "error", "reanswer"),
+    *("preview_seconds", "seen", "fingerprint"),
+)
 _BULKY_FIELDS = ("frame_distribution", "keyframe_distribution", "grounding_objects")
 _LONGVIDEOBENCH_FIELDS = (
     *("id", "video_path", "question", "candidates", "correct_choice", "duration", "position", "gt_frame_index"),
@@ -537,6 +541,18 @@ def _lvbench(row: Row, number: int) -> list[Row]:
     return samples
 
 
+def _lmms_eval(row: Row, number: int) -> list[Row]:
+    """A line of lmms-eval's log of samples; one that `timesearch export` wrote carries the whole prediction."""
+    doc = dict(row["doc"])
+    if isinstance(whole := doc.pop("timesearch", None), dict):
+        return [_own(whole)]
+    said = row["filtered_resps"]
+    while isinstance(said, list) and said:
+        said = said[0]
+    answers = {"prediction": said} if isinstance(said, str) else {}
+    return to_rows({**doc, **answers}, number)
+
+
 def _question(text: str) -> tuple[str, list[str]]:
     """A question, and the options that follow it: behind letters, or a line each after the line that asks."""
     found = _lettered(text)
@@ -590,6 +606,7 @@ def _as_letter(answer: Any, options: list[str]) -> str:
 
 
 _FORMS: list[tuple[Callable[[Row], bool], Callable[[Row, int], list[Row]]]] = [
+    (lambda row: "doc_id" in row and isinstance(row.get("doc"), dict) and "filtered_resps" in row, _lmms_eval),
     (lambda row: "frame_indexes_video" in row and "video_id" in row, _haystack_ego4d),
     (lambda row: "key" in row and ("qa" in row or {"question", "time_reference"} <= row.keys()), _lvbench),
     (lambda row: "videoID" in row and "task_type" in row, _video_mme),
