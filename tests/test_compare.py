@@ -22,7 +22,7 @@ from timesearch.data.rows import read_samples
 from timesearch.evaluation.compare import Comparison, compare_sides, load_sides
 from timesearch.evaluation.results import write_evaluation
 from timesearch.evaluation.scoring import evaluate_files
-from timesearch.inference.fingerprint import fingerprint_of
+from timesearch.inference.fingerprint import fingerprint_of, words_for
 from timesearch.inference.journal import Journal
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.judge.client import RuleJudge
@@ -106,7 +106,7 @@ def test_where_nothing_changed_nothing_is_named(library: Settings, tmp_path: Pat
             ["search.max_tokens", "pixels of a preview frame", "pixels of a searched"],
         ),
         ({"max_frames": 2}, ["search.max_frames", "frames of the preview"]),
-        ({"prompts": "default"}, ["prompt user"]),
+        ({"prompts": "default"}, ["prompts.user"]),
     ],
 )
 def test_a_changed_setting_is_named_and_so_is_what_was_seen(
@@ -221,20 +221,20 @@ def test_each_ingredient_changes_the_digest_and_is_named(tmp_path: Path) -> None
     told = {"search": {"prompts": "default"}}
     base = fingerprint_of(Settings.model_validate(told), tmp_path, "grpo_csv", None, Settings().search)
     changes = {
-        "temperature of sampling": {"infer": {"temperature": 0.7}},
-        "seed of sampling": {"seed": 3},
-        "form of the preview": {"infer": {"preview": "video"}},
+        "temperature": {"infer": {"temperature": 0.7}},
+        "seed": {"seed": 3},
+        "preview": {"infer": {"preview": "video"}},
         "frames.qscale": {"frames": {"qscale": 5}},
         "engine": {"infer": {"engine": "transformers"}},
         "search.max_tokens": {"search": {"max_tokens": 64}},
-        "prompt user": {"search": {"prompts": "pocket"}},
+        "prompts.user": {"search": {"prompts": "pocket"}},
     }
     for words, change in changes.items():
         settings = Settings.model_validate(told | change)
         other = fingerprint_of(settings, tmp_path, "grpo_csv", None, settings.search)
         ours, theirs = base.ingredients(), other.ingredients()
-        named = [name for name in ours if ours[name] != theirs[name]]
-        assert any(name.startswith(words) for name in named), (words, named)
+        assert words in [name for name in ours if ours[name] != theirs[name]]
+        assert words_for(words).startswith(words)
         assert base.digest != other.digest
     (tmp_path / "config.json").write_text("{ }")
     reread = fingerprint_of(Settings.model_validate(told), tmp_path, "grpo_csv", None, Settings().search)

@@ -19,6 +19,7 @@ from timesearch.evaluation.results import episode_row, files_by_name, load_metri
 from timesearch.evaluation.scoring import MakeJudge, evaluate_files
 from timesearch.evaluation.statistics import mcnemar, paired_bootstrap
 from timesearch.evaluation.table import method_label
+from timesearch.inference.fingerprint import words_for
 from timesearch.settings import Evaluate
 
 _MEASURES = {
@@ -237,7 +238,8 @@ def _ingredients(a: Side, b: Side) -> Iterator[Difference]:
     """What differs of how both were played and scored."""
     ours, theirs = a.made, b.made
     if ours.get("made_of") and theirs.get("made_of"):
-        yield from _different(ours["made_of"], theirs["made_of"])
+        for each in _different(ours["made_of"], theirs["made_of"]):
+            yield Difference(words_for(each.what), each.a, each.b)
     elif ours.get("digest") and theirs.get("digest") and ours["digest"] != theirs["digest"]:
         yield Difference("fingerprint", ours["digest"], theirs["digest"])
     seen, other = ours.get("seen"), theirs.get("seen")

@@ -2,7 +2,7 @@
 
 `metrics["fingerprint"]` holds
 
-- ``digest`` and ``made_of``: the fingerprint of the rows, and its ingredients in words where they stand beside the
+- ``digest`` and ``made_of``: the fingerprint of the rows, and its ingredients by name where they stand beside the
   predictions (`timesearch.inference.fingerprint`); None of rows that carry none, as older files and those of others;
 - ``seen``: what happened: engines with their versions, requests that were sent again, failed or came back empty,
   frames without a time before them, errors of episodes by type, videos that were missing;
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.base.files import json_digest
 from timesearch.data.messages import evidence_in
 from timesearch.data.samples import Prediction, Sample
-from timesearch.inference.fingerprint import SHORT, read_fingerprint
+from timesearch.inference.fingerprint import SHORT, read_ingredients
 
 if TYPE_CHECKING:
     from timesearch.settings import Evaluate
@@ -92,8 +92,8 @@ class Tally:
             judge: who judged open-ended answers; None where there were none.
         """
         digests = [digest for digest in self._digests if digest]
-        beside = read_fingerprint(predictions) if digests else None
-        fits = beside is not None and digests == [beside.digest[:SHORT]]
+        beside = read_ingredients(predictions) if digests else None
+        fits = beside is not None and digests == [beside[0][:SHORT]]
         seen: dict[str, Any] | None = None
         if self._counted:
             names = ("requests", "retried", "failed", "empty")
@@ -102,7 +102,7 @@ class Tally:
         return {
             "digest": "+".join(sorted(digests)[:8]) or None,
             "rows_without": self._digests[""],
-            "made_of": beside.ingredients() if beside is not None and fits else None,
+            "made_of": beside[1] if beside is not None and fits else None,
             "seen": seen,
             "errors": dict(sorted(self._errors.items())),
             "missing_videos": sorted(self._missing)[:_NAMED],

@@ -14,14 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from timesearch.base.digests import remembered
 from timesearch.base.files import json_digest
 from timesearch.base.untrusted import UntrustedError, parse_json
 from timesearch.search.prompts import Prompts
 from timesearch.search.tools import offered, signature_of
-from timesearch.settings import SearchSettings, Settings
+from timesearch.settings import Frames, SearchSettings, Settings
 from timesearch.video.frames import VERSION as FRAMES_FORMAT
 
 SHORT = 12
@@ -33,20 +33,20 @@ class Fingerprint(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field(description="method")
-    engine: str = Field(description="engine")
-    model: str = Field(description="name of the served model")
+    method: str
+    engine: str
+    model: str = Field(description="name under which it is served")
     checkpoint: str = Field(description="weights and configuration of the checkpoint")
-    temperature: float = Field(description="temperature of sampling")
-    seed: int = Field(description="seed of sampling")
-    preview: str = Field(description="form of the preview")
+    temperature: float = Field(description="of sampling; 0 is greedy")
+    seed: int = Field(description="of sampling")
+    preview: str = Field(description="form in which the preview is shown")
     given_frames: int | None = Field(description="frames that are given at once, without search")
-    subtitles: bool = Field(False, description="subtitles")
-    prompts: dict[str, str] = Field(description="prompt")
-    tools: dict[str, str] = Field(description="tool")
-    search: dict[str, Any] = Field(description="search")
-    frames: dict[str, Any] = Field(description="frame caches")
-    encoder: dict[str, Any] = Field(description="encoder")
+    subtitles: bool = False
+    prompts: dict[str, str] = Field(description="digest of each text")
+    tools: dict[str, str] = Field(description="digest of each signature and description")
+    search: dict[str, Any]
+    frames: dict[str, Any]
+    encoder: dict[str, Any]
 
     @property
     def digest(self) -> str:
@@ -54,16 +54,8 @@ class Fingerprint(BaseModel):
         return json_digest(self.model_dump(mode="json"))
 
     def ingredients(self) -> dict[str, Any]:
-        """Each ingredient under the words for it, such as ``search.max_tokens (vision tokens a frame at most)``."""
-        named: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            value, words = getattr(self, name), field.description or name
-            if not isinstance(value, dict):
-                named[words] = value
-                continue
-            for part, inner in value.items():
-                named[f"{words} {part}" if name in ("prompts", "tools") else _words(name, part)] = inner
-        return named
+        """Each ingredient by its name, such as ``search.max_tokens``."""
+        return _flat(self.model_dump(mode="json"))
 
 
 def fingerprint_of(
@@ -102,10 +94,16 @@ def fingerprint_of(
     )
 
 
-def read_fingerprint(predictions: Path) -> Fingerprint | None:
-    """The ingredients that stand beside a file of predictions; None where there are none that can be read."""
-    with suppress(OSError, UntrustedError, ValidationError, AttributeError):
-        return Fingerprint.model_validate(parse_json(beside(predictions).read_bytes()).get("made_of"))
+def read_ingredients(predictions: Path) -> tuple[str, dict[str, Any]] | None:
+    """Digest and ingredients that stand beside a file of predictions; None where there are none that can be read."""
+    with suppress(OSError, UntrustedError):
+        mark = parse_json(beside(predictions).read_bytes())
+        if (
+            isinstance(mark, dict)
+            and isinstance(mark.get("fingerprint"), str)
+            and isinstance(mark.get("made_of"), dict)
+        ):
+            return mark["fingerprint"], _flat(mark["made_of"])
     return None
 
 
@@ -114,12 +112,21 @@ def beside(predictions: Path) -> Path:
     return predictions.with_suffix(".json")
 
 
-def _words(section: str, name: str) -> str:
-    """A setting by its name, and what it says where the settings explain it."""
-    owner = {"search": Settings().search, "frames": Settings().frames}.get(section)
-    field = type(owner).model_fields.get(name) if owner is not None else None
-    said = f" ({field.description})" if field is not None and field.description else ""
-    return f"{section}.{name}{said}"
+def words_for(ingredient: str) -> str:
+    """An ingredient's name with what it is in words, where that is more than the name says."""
+    section, _, name = ingredient.partition(".")
+    sections: dict[str, type[BaseModel]] = {"search": SearchSettings, "frames": Frames}
+    owner = sections.get(section) if name else Fingerprint
+    field = owner.model_fields.get(name or section) if owner is not None else None
+    return f"{ingredient} ({field.description})" if field is not None and field.description else ingredient
+
+
+def _flat(made_of: dict[str, Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for name, value in made_of.items():
+        inner = {f"{name}.{part}": each for part, each in value.items()} if isinstance(value, dict) else {name: value}
+        named |= inner
+    return named
 
 
 def _weights(checkpoint: Path) -> str:
