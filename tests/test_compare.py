@@ -28,7 +28,7 @@ from timesearch.inference.playing import Job, play, search_maker
 from timesearch.judge.client import RuleJudge
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.search.policy import EngineError, Policy
-from timesearch.search.videos import Video
+from timesearch.search.videos import _opened
 from timesearch.settings import Evaluate, Settings
 
 SEARCHING = script(search_turn(num_frames=1), answer_turn())
@@ -120,12 +120,12 @@ def test_a_changed_setting_is_named_and_so_is_what_was_seen(
 
 def test_times_that_are_stripped_are_named(library: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = played(library, tmp_path / "a")
+    _opened.cache_clear()  # opened videos hold the previews that they have shown
     monkeypatch.setattr("timesearch.search.videos.format_seconds", lambda seconds: "")
-    monkeypatch.setattr(
-        "timesearch.search.videos._opened",
-        lambda name, frames, features, times, encoded: Video(name, frames, features, encoded),
-    )
-    (what,) = named(compared(whole, played(library, tmp_path / "b")))
+    try:
+        (what,) = named(compared(whole, played(library, tmp_path / "b")))
+    finally:
+        _opened.cache_clear()
     assert what.startswith("times told beside frames, in 8 of 8 episodes")
 
 
@@ -227,6 +227,7 @@ def test_each_ingredient_changes_the_digest_and_is_named(tmp_path: Path) -> None
         "frames.qscale": {"frames": {"qscale": 5}},
         "engine": {"infer": {"engine": "transformers"}},
         "search.max_tokens": {"search": {"max_tokens": 64}},
+        "subtitles": {"search": {"tools": ["seek_video_frames", "search_subtitles"]}},
         "prompts.user": {"search": {"prompts": "pocket"}},
     }
     for words, change in changes.items():

@@ -41,7 +41,7 @@ class Fingerprint(BaseModel):
     seed: int = Field(description="of sampling")
     preview: str = Field(description="form in which the preview is shown")
     given_frames: int | None = Field(description="frames that are given at once, without search")
-    subtitles: bool = False
+    subtitles: bool = Field(False, description="whether they can be searched")
     prompts: dict[str, str] = Field(description="digest of each text")
     tools: dict[str, str] = Field(description="digest of each signature and description")
     search: dict[str, Any]
@@ -83,6 +83,7 @@ def fingerprint_of(
         seed=settings.seed,
         preview=infer.preview,
         given_frames=frames,
+        subtitles="search_subtitles" in search.tools,
         prompts={part: _short(text) for part, text in Prompts.load(search.prompts).texts.items()},
         tools={
             tool.__name__: _short(f"{signature_of(tool)}\n{inspect.getdoc(tool)}") for tool in offered(search.tools)
