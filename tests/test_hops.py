@@ -18,7 +18,7 @@ from timesearch.models import run as bring_models
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
-from timesearch.pocket.hop_lessons import HopEpisodes, questions_of
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, questions_of
 from timesearch.pocket.hop_traces import HOP_CLEAN, HOP_COLD_START, write_hop_reanswer, write_hop_trace
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
@@ -342,3 +342,19 @@ def test_the_tokenizer_reads_tools_questions_and_items_by_their_words():
     assert tokenizer.tokenize("162.5s") == ["162", ".5s"]
     odd = 'Zoom <b>here</b>, {"a_b": [1.25, "é"]}\n\t'
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
+
+
+def test_lookups_tell_what_their_lists_say():
+    lessons = HopLookup(40, 0)
+    unknown: list[bool] = []
+    for number in range(len(lessons)):
+        messages = lessons[number].messages
+        items = text_of(messages[0]).split(". ")[0].removeprefix("I see ").split(", ")
+        assert len(messages) >= 4
+        for message in messages[1::2]:
+            answer, thought = final_answer([message]), text_of(message)
+            unknown.append(answer == UNKNOWN)
+            last = thought.split(".</think>")[0].split(". ")[-1].removeprefix("<think>").split(" ", 1)[1]
+            assert last.endswith("othing") if answer == UNKNOWN else last in items
+            assert last.endswith("othing") or last.endswith(f" {answer}")
+    assert 0.1 < np.mean(unknown) < 0.5

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from timesearch.base.errors import RequestError
+from timesearch.data.messages import Block, Message
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
-from timesearch.pocket.hop_traces import HopManners, write_hop_reanswer, write_hop_trace
-from timesearch.pocket.hops import WORLD, HopScene, Question
+from timesearch.pocket.hop_traces import (
+    HopManners,
+    describe_hops,
+    hop_reanswer,
+    write_hop_reanswer,
+    write_hop_trace,
+)
+from timesearch.pocket.hops import WORLD, HopEvent, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.world import generator
 from timesearch.training.supervised import Example
@@ -51,6 +58,42 @@ class HopEpisodes:
     @cached_property
     def _asked(self) -> list[tuple[Sample, Question]]:
         return questions_of(self.corpus.samples)
+
+
+class HopLookup:
+    """Exercises without pictures: a list of what was seen, and questions that it answers, or not, hop by hop.
+
+    Following marks and order through what was read is a skill of its own, which whole episodes teach slowly and dearly.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("hop lookup", self._seed, number)
+        scene = make_hop_scene("pretrain", int(rng.integers(10**8, 10**9)))
+        questions = [scene.questions[place] for place in rng.permutation(len(scene.questions))]
+        known = {event for question in questions[:3] for event in question.events}
+        others = [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
+        shown = sorted(known.union(others), key=lambda event: event.start)
+        content: list[Block] = [{"type": "image", "seconds": event.start} for event in shown]
+        told = describe_hops(questions[0], content)
+        messages: list[Message] = []
+        for question in questions:
+            if not _told_by_order(question, shown):
+                continue
+            text = question.text if messages else f"{told} {question.text}"
+            messages += [{"role": "user", "content": text}, hop_reanswer(question, content, described=False)]
+        return Example(f"lookup {number}", messages)
+
+
+def _told_by_order(question: Question, shown: Sequence[HopEvent]) -> bool:
+    """Whether a list of what was seen, which has no times, tells what comes next as far as the question asks."""
+    pairs = zip(question.events, question.events[1:], question.links, strict=False)
+    return all(link == "points" or event not in shown or after in shown for event, after, link in pairs)
 
 
 def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, Question]]:

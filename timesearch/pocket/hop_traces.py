@@ -146,10 +146,10 @@ def write_hop_reanswer(
     return [{"role": "user", "content": content}, hop_reanswer(question, content)]
 
 
-def hop_reanswer(question: Question, content: Sequence[Block]) -> Message:
+def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what each shows, hop by hop, and the colour or "I don't know"."""
     seen = times_of(content)
-    told = [describe_hops(question, content)]
+    told = [describe_hops(question, content)] if described else []
     for position, event in enumerate(question.events):
         followed = bool(position) and question.links[position - 1] == "after"
         if not _shown(question, event, seen):
