@@ -96,34 +96,48 @@ def make_settings(**train: Any) -> Settings:
 
 
 def _write_caches(root: Path, video: str, scene: Any) -> None:
+    times = np.arange(0.0, scene.duration, 1.0)
+    pictures = [scene.frame(seconds).resize((64, 64)) for seconds in times]
+    shown = [scene.visible(seconds) for seconds in times]
+    axes = [SHAPES.index(event.shape) if event else len(SHAPES) for event in shown]
+    _write(root, video, times, pictures, axes)
+
+
+def write_caches(root: Path, video: str, times: np.ndarray, size: tuple[int, int]) -> None:
+    """Caches of a video of grey frames at a steady rate, each shape in turn."""
+    from PIL import Image
+
+    grey = Image.new("RGB", size, "grey")
+    _write(root, video, times, [grey] * len(times), [index % len(SHAPES) for index in range(len(times))])
+
+
+def _write(root: Path, video: str, times: np.ndarray, pictures: list[Any], axes: list[int]) -> None:
     from safetensors.numpy import save_file
 
     from timesearch.retrieval.features import _digest
     from timesearch.video.frames import VERSION, FrameCache, frame_name, transform_of
 
-    times = np.arange(0.0, scene.duration, 1.0)
     frames = inside(root / "cache" / "frames", f"{video}.frames")
     frames.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
+    rate = 1.0 / float(times[1] - times[0])
     with zipfile.ZipFile(frames, "w") as archive:
-        for index, seconds in enumerate(times):
+        for index, picture in enumerate(pictures):
             buffer = io.BytesIO()
-            scene.frame(seconds).resize((64, 64)).save(buffer, "JPEG", quality=90)
+            picture.save(buffer, "JPEG", quality=90)
             archive.writestr(frame_name(index), buffer.getvalue())
             digest.update(buffer.getvalue())
         meta = {
             "version": VERSION,
             "source": {"name": Path(video).name, "size": 0, "sha256": "0" * 64},
-            "fps": 1.0,
-            "width": 64,
-            "height": 64,
-            "transform": transform_of(Frames(fps=1.0)),
+            "fps": rate,
+            "width": pictures[0].width,
+            "height": pictures[0].height,
+            "transform": transform_of(Frames(fps=rate)),
             "frames_sha256": digest.hexdigest(),
             "timestamps": times.tolist(),
         }
         archive.writestr("meta.json", json.dumps(meta))
-    shown = [scene.visible(seconds) for seconds in times]
-    axes = [SHAPES.index(event.shape) if event else len(SHAPES) for event in shown]
     rows = np.eye(len(SHAPES) + 1)[axes] + 0.02 * np.random.default_rng(0).standard_normal(
         (len(times), len(SHAPES) + 1)
     )

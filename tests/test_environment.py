@@ -148,7 +148,7 @@ def test_unknown_tools_and_arguments_are_told_what_to_correct(caches: Path) -> N
 def test_the_last_call_is_followed_by_the_request_to_answer(caches: Path) -> None:
     environment = open_environment(caches, max_turns=3)
     texts = [text_of({"role": "tool", "content": environment.seek_video_frames("star")}) for _ in range(3)]
-    overflow = environment.search.prompts.texts["overflow"]
+    overflow = environment.search.protocol.texts["overflow"]
     assert [overflow in text for text in texts] == [False, True, True]
     assert texts[2] == overflow
 

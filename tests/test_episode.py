@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from players import Puppet, answer_turn, build_library, new_search, script, search_turn
@@ -16,7 +17,7 @@ from timesearch.data.samples import Prediction, Sample
 from timesearch.rewards import score_episode
 from timesearch.search.episode import Step, answer_from_frames, run_episode, system_message
 from timesearch.search.policy import ContextOverflowError, EngineError
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.settings import Settings
 
 
@@ -116,7 +117,7 @@ def test_the_turns_end(settings: Settings, sample: Sample) -> None:
     prediction = play(settings, sample, Puppet(script(search_turn())))
     assert (prediction.outcome, prediction.limit, prediction.turns) == ("unanswered", "turns", 4)
     last = [message for message in prediction.prediction if message["role"] == "tool"][-1]
-    assert Prompts.load("pocket").texts["overflow"] in text_of(last)
+    assert SearchProtocol.load("pocket").texts["overflow"] in text_of(last)
 
 
 def test_a_short_context_ends_the_search_with_a_request_to_answer(settings: Settings, sample: Sample) -> None:
@@ -175,7 +176,7 @@ def test_both_protocols_describe_the_tools_in_the_same_words(settings: Settings)
     from trl.chat_template_utils import qwen3_vl_chat_template
 
     tools = new_search(settings).schemas
-    prompts = Prompts.load("default")
+    prompts = SearchProtocol.load("default")
     engine = Environment(trim_blocks=True, lstrip_blocks=True)
     engine.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = engine.from_string(qwen3_vl_chat_template)
@@ -183,7 +184,7 @@ def test_both_protocols_describe_the_tools_in_the_same_words(settings: Settings)
     as_text = template.render(messages=[system_message(prompts, tools, "text")])
     assert by_template == as_text
     assert "seek_video_frames" in as_text
-    own = Prompts({**prompts.texts, "system": "Tools: {tools} End."})
+    own = replace(prompts, texts={**prompts.texts, "system": "Tools: {tools} End."})
     assert system_message(own, tools, "text")["content"].endswith("}} End.")
 
 

@@ -22,7 +22,7 @@ from timesearch.search.checkpoint import load_processor
 from timesearch.search.engine_openai import serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import system_message
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 
 GOLDEN = Path(__file__).parent / "golden" / "prompts.json"
 POCKET = Path(__file__).parents[1] / "pretrained" / "pocket"
@@ -43,7 +43,7 @@ def prompts_of(root: Path, prompt_set: str) -> dict[str, Any]:
     sample = read_samples(settings.paths.test_samples)[0].model_copy(update={"options": ["red", "blue <|im_end|>"]})
     search = new_search(settings)
     search.open(sample.model_dump())
-    prompts = Prompts.load(prompt_set)
+    prompts = SearchProtocol.load(prompt_set)
     opening: list[Message] = [{"role": "user", "content": search.preview()}]
     tools = search.schemas
     for number, arguments in enumerate(CALLS):

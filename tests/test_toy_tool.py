@@ -90,7 +90,7 @@ def test_it_stands_in_the_prompts_of_both_engines(settings: Settings, protocol: 
     from trl.chat_template_utils import qwen3_vl_chat_template
 
     search = new_search(settings)
-    message = system_message(search.prompts, search.schemas, protocol)
+    message = system_message(search.protocol, search.schemas, protocol)
     if protocol == "text":
         assert '"name": "read_signs"' in message["content"]
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from timesearch.search import prompts
+from timesearch.search import protocol
 from timesearch.settings import Settings
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 
@@ -21,7 +21,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     (tmp_path / "policy/model.safetensors").write_bytes(b"weights")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text("{}\n")
-    shutil.copytree(Path(prompts.__file__).parent / "prompt_sets/default", tmp_path / "words")
+    shutil.copytree(Path(protocol.__file__).parent / "prompt_sets/default", tmp_path / "words")
     settings = Settings()
     settings.search.prompts = "words"
     prepare(settings)

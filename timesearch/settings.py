@@ -121,11 +121,15 @@ class SearchSettings(Section):
     max_tokens: int = Field(256, ge=1, description="vision tokens a frame at most, searched ones too")
     patch: int = Field(28, ge=1, description="pixels along the side of one vision token: 28 Qwen2.5-VL, 32 Qwen3-VL")
     max_new_tokens: int = Field(256, ge=1, description="tokens that the policy writes a turn at most")
-    prompts: str = Field("default", description="name of a prompt set of the package, or a folder of text files")
-    dialect: str = Field("qwen", description="how the policy writes its turns and is told of its tools as text")
+    prompts: str = Field("default", description="name of a protocol of the package, or a folder of texts and rules")
+    dialect: str = Field(
+        "qwen",
+        description="how the policy writes its turns and is told of its tools as text, where its protocol does not say",
+    )
     protocol: Literal["template", "text"] = Field(
         "template",
-        description="tools rendered by the chat template, or as text in the system prompt (inference alone)",
+        description="tools rendered by the chat template, or as text in the system prompt (inference alone), where the "
+        "protocol does not say",
     )
 
 
@@ -156,6 +160,7 @@ class Train(Section):
 
     steps: int = Field(1000, ge=1)
     learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear"] = Field("constant", description="of the learning rate; linear ends at 0")
     beta: float = Field(0.005, ge=0, description="weight of the KL penalty")
     num_generations: int = Field(8, ge=2, description="episodes a question")
     prompts_per_step: int = Field(8, ge=1, description="questions an optimiser step, over all processes")
@@ -222,6 +227,17 @@ class Judge(Section):
     )
 
 
+Budget = Literal[
+    "max_turns",
+    "max_frames_per_turn",
+    "total_video_tokens",
+    "max_frames",
+    "min_tokens",
+    "max_tokens",
+    "max_new_tokens",
+]
+
+
 class Infer(Section):
     """Stage `infer`: episodes on the test samples."""
 
@@ -238,7 +254,9 @@ class Infer(Section):
     log: Pace[Path] = Field(Path("runs/policy.log"), description="where the output of a started server goes")
     temperature: float = Field(0.0, ge=0)
     preview: Literal["images", "video"] = Field(
-        "images", description="'video' for models trained on one (Qwen3-VL; Qwen2.5-VL by engine transformers)"
+        "images",
+        description="'video' for models trained on one (Qwen3-VL; Qwen2.5-VL by engine transformers), where the "
+        "protocol does not say",
     )
     concurrency: Pace[int] = Field(32, ge=1, description="episodes in flight")
     timeout: Pace[float] = Field(600.0, gt=0, description="seconds a call")
@@ -249,6 +267,11 @@ class Infer(Section):
         "coldstart",
     )
     uniform_frames: int = Field(8, ge=1, description="frames of the baselines without search")
+    budgets: dict[Budget, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="budgets of the search that differ from those of training, by their names in `search`: max_turns, "
+        "max_new_tokens, total_video_tokens, ...",
+    )
 
 
 class Evaluate(Section):
@@ -299,6 +322,11 @@ class Settings(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     tracking: Tracking = Field(default_factory=Tracking)
 
+    def for_inference(self) -> Settings:
+        """These settings with the budgets of inference in `search`."""
+        budgets = {str(name): value for name, value in self.infer.budgets.items()}
+        return self.model_copy(update={"search": self.search.model_copy(update=budgets)})
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe one, without what it multiplies and what no file name and no UTF-8 text can hold."""
@@ -324,15 +352,12 @@ def _parse_yaml(data: bytes) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def load_settings(path: Path | str = "params.yaml") -> Settings:
-    """Read and check a parameter file.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that may be hostile.
 
     Raises:
-        RequestError: the file is missing, is not YAML, is too large, or has an unknown name or a wrong value (named).
+        RequestError: the file is too large, is not YAML, or holds no mapping.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"{path} does not exist: run in the project folder, or name a parameter file by --params")
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     try:
@@ -345,9 +370,22 @@ def load_settings(path: Path | str = "params.yaml") -> Settings:
     except Exception as error:  # PyYAML stumbles over some values in ways that it does not name (AttributeError, ...)
         raise RequestError(f"{path} is not YAML in UTF-8: {str(error).partition(chr(10))[0][:100]}") from error
     if not isinstance(values, dict | None):
-        raise RequestError(f"{path} holds no sections of parameters")
+        raise RequestError(f"{path} holds no names with values")
+    return values or {}
+
+
+def load_settings(path: Path | str = "params.yaml") -> Settings:
+    """Read and check a parameter file.
+
+    Raises:
+        RequestError: the file is missing, is not YAML, is too large, or has an unknown name or a wrong value (named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist: run in the project folder, or name a parameter file by --params")
+    values = read_yaml(path)
     try:
-        return Settings.model_validate(values or {})
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])[:100]

@@ -27,6 +27,9 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", help="Checkpoint folder of the policy, or its name at --url.")
 ]
 UrlOption = Annotated[str | None, typer.Option("--url", help="OpenAI-compatible server of the policy, with /v1.")]
+ProtocolOption = Annotated[
+    str | None, typer.Option("--protocol", help="Prompts and rules: a name, or a folder (search.prompts).")
+]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; ~/.cache/timesearch.")]
 
 
@@ -94,6 +97,7 @@ def ask(
         bool, typer.Option("--json", help="Print one JSON object a question, and nothing else.")
     ] = False,
     cache: CacheOption = None,
+    protocol: ProtocolOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Answer questions about a video, and show the search as it happens."""
@@ -111,7 +115,7 @@ def ask(
     console = Console(stderr=as_json, highlight=False)
     held = ExitStack()
     with console.status("loading the policy") as status:
-        asker, policy = held.enter_context(_open_asker(params, model, url, cache))
+        asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol))
         with as_request():
             name = asker.prepare(video, lambda text: status.update(Text(text)))
     watch = _Live(console, asker.frames, name)
@@ -150,7 +154,9 @@ def ask(
 
 
 @contextmanager
-def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | None) -> Iterator[tuple[Asker, Policy]]:
+def _open_asker(
+    params: Path, model: str | None, url: str | None, cache: Path | None, protocol: str | None
+) -> Iterator[tuple[Asker, Policy]]:
     """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
     from timesearch.base.errors import RequestError
     from timesearch.inference.ask import Asker, answering_policy, default_cache
@@ -159,7 +165,8 @@ def _open_asker(params: Path, model: str | None, url: str | None, cache: Path | 
     from timesearch.retrieval.features import default_encoder
     from timesearch.settings import Settings, load_settings
 
-    settings = load_settings(params) if params.is_file() else Settings()
+    settings = (load_settings(params) if params.is_file() else Settings()).for_inference()
+    settings.search.prompts = protocol or settings.search.prompts
     trained = settings.paths.models / "encoder"
     made = settings.features.url or trained.is_dir()
     if not made and settings.models.encoder in POCKET_ENCODERS:
@@ -248,6 +255,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8780,
     cache: CacheOption = None,
+    protocol: ProtocolOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Ask about videos in the browser: a small page on this machine."""
@@ -261,7 +269,7 @@ def serve(
         with as_request():
             check_folder(folder)
     listener = listen(host, port)
-    with _open_asker(params, model, url, cache) as (asker, policy):
+    with _open_asker(params, model, url, cache, protocol) as (asker, policy):
         page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
         server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
 

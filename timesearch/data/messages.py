@@ -37,6 +37,8 @@ class Block(TypedDict, total=False):
     """the image as the frame cache holds it, in place of `image`"""
     frames: list[Block]
     """image blocks of a video"""
+    fps: float
+    """frames a second of a preview, on its images, where the protocol counts times by it"""
 
 
 class Message(TypedDict, total=False):

@@ -1,7 +1,7 @@
 """How agents write their turns: a dialect is a file here, and an entry of the tuple.
 
 Whoever reads a trace need not know who wrote it: a turn is read by the dialect whose marks are in it. In which one a
-policy is spoken to is a setting (`search.dialect`).
+policy is spoken to is a setting (`search.dialect`), or a rule of its protocol.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from typing import Literal
 
 from timesearch.base.errors import RequestError
 from timesearch.dialects.dialect import Dialect, ToolCall, Turn
+from timesearch.dialects.first_tag import FIRST_TAG
 from timesearch.dialects.qwen import QWEN
 
-__all__ = ["DIALECTS", "Dialect", "ToolCall", "Turn", "act_of", "named", "parse_turn"]
+__all__ = ["DIALECTS", "Dialect", "ToolCall", "Turn", "act_of", "named", "parse_turn", "read_as"]
 
-DIALECTS: tuple[Dialect, ...] = (QWEN,)
-"""All dialects; a turn without marks is read by the first."""
+DIALECTS: tuple[Dialect, ...] = (QWEN, FIRST_TAG)
+"""All dialects. A turn is read by the first whose marks it holds, one without marks by the first of all."""
 
 
 def parse_turn(text: str) -> Turn:
@@ -24,6 +25,11 @@ def parse_turn(text: str) -> Turn:
     A turn that calls a tool does not answer, whatever else it says: it has not seen what the tool found yet.
     """
     return _of(text).parse_turn(text)
+
+
+def read_as(dialect: Dialect, text: str) -> Turn:
+    """Read the turn of a policy that is spoken to in `dialect`: by that where its marks are there, else leniently."""
+    return dialect.parse_turn(text) if any(mark in text for mark in dialect.marks) else parse_turn(text)
 
 
 def act_of(text: str) -> Literal["call", "answer"] | None:

@@ -36,5 +36,7 @@ class Dialect:
     """what a turn says, read leniently"""
     act_of: Callable[[str], Literal["call", "answer"] | None]
     """what a turn does that keeps the form (one thought, then one call or one answer); None for any other turn"""
-    system_text: Callable[[str, Sequence[dict[str, Any]]], str]
-    """the system message of a text and the tools' JSON schemas, where no chat template adds them"""
+    system_text: Callable[[str, Sequence[dict[str, Any] | str]], str]
+    """the system message of a text and the tools' JSON schemas (or their lines), where no chat template adds them"""
+    cut: Callable[[str], str] = lambda text: text
+    """what history holds of a turn"""

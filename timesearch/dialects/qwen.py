@@ -59,7 +59,7 @@ def _parse_call(body: str, repairs: Iterator[int]) -> ToolCall:
     try:
         value = parse_json(body)
     except UntrustedError:
-        value = _repaired(body) if next(repairs, None) is not None else None
+        value = repaired(body) if next(repairs, None) is not None else None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
         return ToolCall("", {}, 'not a JSON object with "name" and "arguments"')
     arguments = value.get("arguments", {})
@@ -73,7 +73,7 @@ def _parse_call(body: str, repairs: Iterator[int]) -> ToolCall:
     return ToolCall(value["name"], arguments)
 
 
-def _repaired(body: str) -> Any:
+def repaired(body: str) -> Any:
     """What a damaged JSON text means, where that is plain; else None."""
     if len(body) > _REPAIRED_CHARS or sum(map(body.count, "{[(")) > MAX_DEPTH:
         return None
@@ -101,20 +101,25 @@ def write_turn(thought: str, call: dict[str, Any] | None = None, answer: str | N
     return f"<think>{thought}</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
-def system_text(text: str, tools: Sequence[dict[str, Any]]) -> str:
+def system_text(text: str, tools: Sequence[dict[str, Any] | str]) -> str:
     """The system message with the tools in it, for engines whose chat template adds none.
 
     They go where the text says ``{tools}``; a text that does not gets them at its end, in the words of Qwen's chat
     templates, so that both ways render to the same tokens.
     """
     if "{tools}" in text:
-        return text.replace("{tools}", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        return text.replace("{tools}", "\n".join(map(schema_line, tools)))
     return f"{text}\n\n{describe_tools(tools)}"
 
 
-def describe_tools(tools: Sequence[dict[str, Any]]) -> str:
+def schema_line(tool: dict[str, Any] | str) -> str:
+    """A tool's JSON schema as chat templates write it; a line that is written already as it is."""
+    return tool if isinstance(tool, str) else json.dumps(tool, ensure_ascii=False)
+
+
+def describe_tools(tools: Sequence[dict[str, Any] | str]) -> str:
     """The tools in the words in which Qwen's chat templates put them after the system text."""
-    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    schemas = "\n".join(map(schema_line, tools))
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{schemas}\n</tools>\n\n"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from timesearch.base.digests import remembered
 from timesearch.base.files import json_digest
 from timesearch.base.untrusted import UntrustedError, parse_json
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import Rules, SearchProtocol
 from timesearch.search.tools import offered, signature_of
 from timesearch.settings import Frames, SearchSettings, Settings
 from timesearch.video.frames import VERSION as FRAMES_FORMAT
@@ -43,6 +43,7 @@ class Fingerprint(BaseModel):
     given_frames: int | None = Field(description="frames that are given at once, without search")
     subtitles: bool = Field(False, description="whether they can be searched")
     prompts: dict[str, str] = Field(description="digest of each text")
+    rules: dict[str, Any]
     tools: dict[str, str] = Field(description="digest of each signature and description")
     search: dict[str, Any]
     frames: dict[str, Any]
@@ -73,7 +74,9 @@ def fingerprint_of(
     Raises:
         RequestError: an unknown prompt set or tool.
     """
-    infer = settings.infer
+    infer, protocol = settings.infer, SearchProtocol.load(search.prompts)
+    own = {tool.__name__: _short(f"{signature_of(tool)}\n{inspect.getdoc(tool)}") for tool in offered(search.tools)}
+    described = {bound.tool: _short(f"{bound.line}\n{bound.arguments}") for bound in protocol.tools}
     return Fingerprint(
         method=method,
         engine=infer.engine,
@@ -84,10 +87,9 @@ def fingerprint_of(
         preview=infer.preview,
         given_frames=frames,
         subtitles="search_subtitles" in search.tools,
-        prompts={part: _short(text) for part, text in Prompts.load(search.prompts).texts.items()},
-        tools={
-            tool.__name__: _short(f"{signature_of(tool)}\n{inspect.getdoc(tool)}") for tool in offered(search.tools)
-        },
+        prompts={part: _short(text) for part, text in protocol.texts.items()},
+        rules=protocol.rules.model_dump(mode="json"),
+        tools=own | described,
         search={name: value for name, value in search.shaping().items() if name not in ("prompts", "tools")},
         frames=settings.frames.shaping() | {"format": FRAMES_FORMAT},
         encoder=settings.models.model_dump(include={"encoder", "pretrained", "encoder_steps"})
@@ -116,7 +118,7 @@ def beside(predictions: Path) -> Path:
 def words_for(ingredient: str) -> str:
     """An ingredient's name with what it is in words, where that is more than the name says."""
     section, _, name = ingredient.partition(".")
-    sections: dict[str, type[BaseModel]] = {"search": SearchSettings, "frames": Frames}
+    sections: dict[str, type[BaseModel]] = {"search": SearchSettings, "frames": Frames, "rules": Rules}
     owner = sections.get(section) if name else Fingerprint
     field = owner.model_fields.get(name or section) if owner is not None else None
     return f"{ingredient} ({field.description})" if field is not None and field.description else ingredient

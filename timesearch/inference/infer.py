@@ -44,6 +44,7 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
             play search episodes, or one served model that would have to play for several checkpoints.
         TemporaryError: the policy's server does not answer, or another process works in `results/predictions`.
     """
+    settings = settings.for_inference()
     methods = list(methods or [*settings.infer.baselines, trained_method(settings)])
     checkpoints = {method: checkpoint_of(method, settings) for method in methods}
     if settings.infer.model is not None and len(set(checkpoints.values())) > 1:

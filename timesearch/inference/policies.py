@@ -9,6 +9,7 @@ from pathlib import Path
 
 from timesearch.base.progress import console
 from timesearch.search.policy import Policy
+from timesearch.search.protocol import SearchProtocol
 from timesearch.settings import Settings
 
 CACHING = ("--enable-prefix-caching", "--enable-prompt-tokens-details")
@@ -74,13 +75,16 @@ def open_policy(
     """
     infer = settings.infer
     temperature = infer.temperature if temperature is None else temperature
-    video_preview = infer.preview == "video" if video_preview is None else video_preview
+    rules = SearchProtocol.load(settings.search.prompts).rules
+    video_preview = (rules.preview or infer.preview) == "video" if video_preview is None else video_preview
     in_process = infer.engine == "transformers" or not start_server
     if at is None and in_process:
         from timesearch.search.engine_transformers import TransformersPolicy
 
         assert checkpoint is not None, "a policy is a checkpoint or on a server"
-        yield TransformersPolicy.load(checkpoint, infer.concurrency, temperature, settings.seed, video_preview)
+        yield TransformersPolicy.load(
+            checkpoint, infer.concurrency, temperature, settings.seed, video_preview, rules.template
+        )
         return
     from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy
 
@@ -100,11 +104,18 @@ def open_policy(
         return
     from timesearch.base.servers import VLLM, model_server
 
+    command = infer.command
+    if not command:
+        from timesearch.search.checkpoint import template_options
+
+        assert checkpoint is not None, "a policy is a checkpoint or on a server"
+        template = template_options(checkpoint, rules.template, infer.log.parent)
+        command = [*VLLM, *CACHING, *template, *(VIDEO_OPTIONS if video_preview else ())]
     with model_server(
         "policy",
         f"http://127.0.0.1:{infer.port}/v1",
         str(checkpoint),
-        infer.command or (*VLLM, *CACHING, *(VIDEO_OPTIONS if video_preview else ())),
+        command,
         setting="infer.port",
         log=infer.log,
         timeout=infer.start_timeout,

@@ -17,7 +17,7 @@ from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.traces import Manners, reanswer, write_reanswer, write_trace
 from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene, generator, question
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.search.search import Search
 from timesearch.settings import SearchSettings
 from timesearch.training.supervised import Example
@@ -67,7 +67,7 @@ class Corpus:
     @cached_property
     def system(self) -> Message:
         """The system message."""
-        return {"role": "system", "content": Prompts.load(self.settings.prompts).texts["system"]}
+        return {"role": "system", "content": SearchProtocol.load(self.settings.prompts).texts["system"]}
 
     @cached_property
     def tools(self) -> list[dict[str, Any]]:

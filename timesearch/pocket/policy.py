@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS
 from timesearch.pocket.world import COLOURS, SHAPES
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
@@ -143,7 +143,7 @@ def tools_block() -> str:
 def _corpus(prompts: str) -> list[str]:
     """Texts whose words become tokens; each occurs often enough to be merged whole."""
     words = [
-        *Prompts.load(prompts).texts.values(),
+        *SearchProtocol.load(prompts).texts.values(),
         *(f"I need to see the {shape}. No {shape} here." for shape in SHAPES),
         *(f"The {shape} is {colour}." for shape in SHAPES for colour in COLOURS),
         *(f"What colour is the {shape}? What" for shape in SHAPES),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+from timesearch.search.pool import from_end_to_end
+from timesearch.search.protocol import Rules
 from timesearch.settings import SearchSettings
+from timesearch.video.probe import smart_size
 
 TIME_TOKENS = 12
 """Text tokens around a frame, at most: its time and the markers of an image."""
@@ -12,7 +15,12 @@ TEXT_TOKENS = 2048
 """Text tokens of a prompt, at most: system text, tools, question and options."""
 
 
-def preview_plan(total: int, size: tuple[int, int], settings: SearchSettings) -> tuple[list[int], tuple[int, int]]:
+OWN_RULES = Rules()
+
+
+def preview_plan(
+    total: int, size: tuple[int, int], settings: SearchSettings, rules: Rules = OWN_RULES
+) -> tuple[list[int], tuple[int, int]]:
     """Frames of the preview and their size: first as many frames as the budgets allow, then as large as they allow.
 
     Args:
@@ -20,17 +28,32 @@ def preview_plan(total: int, size: tuple[int, int], settings: SearchSettings) ->
         size: width and height of a cached frame in pixels.
         settings: `total_video_tokens`, `max_frames`, `min_tokens`, `max_tokens` and `patch` are used, as in the
             paper's configuration.
+        rules: `spread`, `even`, `budget` and `size` are used.
 
     Returns:
-        Increasing indices, each the middle of an equal share of the frames, and (width, height) in pixels. Where frames
-        do not come at a steady rate, `FrameCache.evenly` says which ones are shown in the middles of the time.
+        Increasing indices, each the middle of an equal share of the frames (or from the first to the last), and
+        (width, height) in pixels. Where frames do not come at a steady rate, `FrameCache.evenly` says which ones are
+        shown in the middles of the time.
     """
+    smart = rules.size == "smart"
     whole = max(1, (size[0] // settings.patch) * (size[1] // settings.patch))
-    least = min(settings.min_tokens, whole)
-    count = max(1, min(total, settings.max_frames, settings.total_video_tokens // least))
-    tokens = min(settings.max_tokens, max(least, settings.total_video_tokens // count))
-    indices = [int((position + 0.5) * total / count) for position in range(count)]
-    return indices, fit_size(size, tokens, settings.patch)
+    least = settings.min_tokens if smart else min(settings.min_tokens, whole)
+    budget = settings.total_video_tokens * (2 if rules.budget == "pair" else 1)
+    count = max(1, min(total, settings.max_frames, budget // least))
+    if rules.even:
+        count = max(1, count - count % 2)
+    if rules.spread == "ends":
+        indices = [int(index) for index in from_end_to_end(total, count)]
+    else:
+        indices = [int((position + 0.5) * total / count) for position in range(count)]
+    if smart:
+        return indices, _smart(size, least, min(settings.max_tokens, budget / count), settings.patch)
+    return indices, fit_size(size, min(settings.max_tokens, max(least, budget // count)), settings.patch)
+
+
+def _smart(size: tuple[int, int], least: float, most: float, patch: int) -> tuple[int, int]:
+    """Qwen's size of a frame, both sides rounded to whole patches, within vision tokens."""
+    return smart_size(*size, patch, int(least * patch**2), int(most * patch**2))
 
 
 def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
@@ -49,9 +72,12 @@ def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
     return across * patch, down * patch
 
 
-def searched_size(size: tuple[int, int], settings: SearchSettings) -> tuple[int, int]:
+def searched_size(size: tuple[int, int], settings: SearchSettings, rules: Rules = OWN_RULES) -> tuple[int, int]:
     """Width and height in which a cached frame of `size` is shown when it was searched."""
-    return fit_size(size, settings.max_tokens, settings.patch)
+    least, most = rules.searched_tokens or (settings.min_tokens, settings.max_tokens)
+    if rules.size == "smart":
+        return _smart(size, least, most, settings.patch)
+    return fit_size(size, most, settings.patch)
 
 
 def preview_frames(settings: SearchSettings) -> int:

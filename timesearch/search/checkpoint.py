@@ -9,10 +9,11 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import RequestError
-from timesearch.base.files import write_json
+from timesearch.base.files import atomic_path, write_json
 from timesearch.base.model_folders import LOADING, read_config, require_data_only
 from timesearch.base.threads import use_fitting_threads
 from timesearch.search.budget import completion_tokens, prompt_tokens
+from timesearch.search.protocol import SearchProtocol, Template
 from timesearch.settings import SearchSettings
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ def base_of(checkpoint: Path | str) -> str:
     return base
 
 
-def load_processor(checkpoint: Path | str) -> Any:
-    """The processor of a checkpoint, with a chat template that knows tools.
+def load_processor(checkpoint: Path | str, template: Template = "tools") -> Any:
+    """The processor of a checkpoint, with the chat template that a protocol asks for.
 
-    Qwen2.5-VL's own template does not: it is replaced by that of Qwen3-VL, whose markup Qwen2.5 was trained on too.
+    By ``tools`` it is one that shows tools. Qwen2.5-VL's own does not: it is replaced by that of Qwen3-VL, whose markup
+    Qwen2.5 was trained on too; `template_options` says the same to a server. By ``own`` it is the checkpoint's.
 
     What it renders is bounded from then on, as `timesearch.search.templates` says.
 
@@ -75,7 +77,7 @@ def load_processor(checkpoint: Path | str) -> Any:
         raise _unfit(checkpoint, error) from error
     if not hasattr(processor, "image_processor"):
         raise RequestError(f"{checkpoint} has no image processor: a policy must be a vision-language model")
-    if "tools" not in str(processor.chat_template or ""):
+    if template == "tools" and _lacks_tools(processor):
         from trl.chat_template_utils import qwen3_vl_chat_template
 
         processor.chat_template = qwen3_vl_chat_template
@@ -83,6 +85,29 @@ def load_processor(checkpoint: Path | str) -> Any:
     if 0 < _side(vision) ** 2 < vision.size.get("shortest_edge", 0):
         vision.size["shortest_edge"] = _side(vision) ** 2  # as `keep_small_frames`
     return processor
+
+
+def _lacks_tools(processor: Any) -> bool:
+    return "tools" not in str(processor.chat_template or "")
+
+
+def template_options(checkpoint: Path | str, template: Template, folder: Path) -> list[str]:
+    """Options of a vLLM that serves a checkpoint, so that it renders what `load_processor` does.
+
+    Args:
+        checkpoint: as there.
+        template: as there.
+        folder: where the template is written, if the server needs one.
+
+    Raises:
+        RequestError: as there.
+    """
+    if template == "own" or not _lacks_tools(load_processor(checkpoint, "own")):
+        return []
+    path = folder / "chat_template.jinja"
+    with atomic_path(path) as partial:
+        partial.write_text(load_processor(checkpoint).chat_template, encoding="utf-8")
+    return ["--chat-template", str(path)]
 
 
 def _unfit(checkpoint: Path | str, error: Exception) -> RequestError:
@@ -223,7 +248,8 @@ def examine(checkpoint: Path | str, settings: SearchSettings) -> list[Finding]:
     """
     from transformers import AutoConfig
 
-    processor = load_processor(checkpoint)
+    rules = SearchProtocol.load(settings.prompts).rules
+    processor = load_processor(checkpoint, rules.template)
     try:
         config = AutoConfig.from_pretrained(base_of(checkpoint), trust_remote_code=False)
     except RequestError:
@@ -231,7 +257,7 @@ def examine(checkpoint: Path | str, settings: SearchSettings) -> list[Finding]:
     except Exception as error:
         raise _unfit(checkpoint, error) from error
     return [
-        *_template(checkpoint, processor, settings),
+        *_template(checkpoint, processor, (rules.tools or settings.protocol) == "template"),
         *_vision(processor, config, settings),
         *_context(config, settings),
     ]
@@ -248,7 +274,7 @@ def check_fit(checkpoint: Path | str, settings: SearchSettings) -> None:
         raise RequestError(f"{checkpoint} does not fit these parameters: {'; '.join(wrong)}")
 
 
-def _template(checkpoint: Path | str, processor: Any, settings: SearchSettings) -> Iterator[Finding]:
+def _template(checkpoint: Path | str, processor: Any, offered: bool) -> Iterator[Finding]:
     said = "<think> a  b </think>\n<tool_call>\n{}\n</tool_call>"
     messages = [
         {"role": "system", "content": "S"},
@@ -256,7 +282,6 @@ def _template(checkpoint: Path | str, processor: Any, settings: SearchSettings) 
         {"role": "assistant", "content": said},
         {"role": "tool", "content": [{"type": "text", "text": "1.0s"}, {"type": "image"}]},
     ]
-    offered = settings.protocol == "template"
     tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
     try:
         text = processor.apply_chat_template(messages, tools=[tool] if offered else None, add_generation_prompt=True)

@@ -58,7 +58,7 @@ class OpenAIPolicy:
         context: length of the context in tokens; asked from the server (`connect`) where None.
         seed: of sampling.
         video_preview: send the preview as one video block, in the form of vLLM, which must run with `VIDEO_OPTIONS`;
-            it gives Qwen3-VL the times of the frames, but Qwen2.5-VL none.
+            vLLM 0.32 gives Qwen2.5-VL and Qwen3-VL the times of the frames, older ones give Qwen2.5-VL none.
 
     Raises:
         RequestError: one of `urls` is not a URL.

@@ -22,6 +22,7 @@ from timesearch.search.policy import (
     video_metadata,
     with_video_preview,
 )
+from timesearch.search.protocol import Template
 
 _PAUSE = 0.03
 """Seconds without a new request after which a batch starts although it is not full."""
@@ -82,6 +83,7 @@ class TransformersPolicy:
         temperature: float = 0.0,
         seed: int = 0,
         video_preview: bool = False,
+        template: Template = "tools",
     ) -> TransformersPolicy:
         """Load a checkpoint folder (or hub name); a folder that holds a LoRA adapter is put onto its base model.
 
@@ -90,7 +92,7 @@ class TransformersPolicy:
         """
         from timesearch.search.checkpoint import load_model
 
-        processor = load_processor(checkpoint)
+        processor = load_processor(checkpoint, template)
         if video_preview and getattr(processor, "video_processor", None) is None:
             raise RequestError(f"{checkpoint} does not know videos: set infer.preview to images")
         model = load_model(checkpoint)

@@ -22,22 +22,19 @@ from timesearch.data.messages import (
     Message,
     blocks_of,
     exchanges,
-    final_answer,
     neutralise,
     parse_turn,
     searched_seconds,
     times_of,
 )
 from timesearch.data.samples import EpisodeError, Prediction, Sample, Usage
-from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn
+from timesearch.dialects import DIALECTS, Dialect, ToolCall, Turn, read_as
 from timesearch.search.budget import TIME_TOKENS, searched_size
 from timesearch.search.policy import ContextOverflowError, Policy, Reply, Session
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.search.search import Search
 from timesearch.video.frames import Look
 
-CALLS_PER_TURN = 8
-"""Calls of one turn that are carried out at most; the rest of them stay unanswered."""
 MESSAGE_TOKENS = 96
 """Allowance for the words around searched frames, in tokens."""
 
@@ -62,11 +59,14 @@ Watch = Callable[[Step], None]
 
 
 def system_message(
-    prompts: Prompts, tools: list[dict[str, Any]], protocol: str, dialect: Dialect = DIALECTS[0]
+    protocol: SearchProtocol,
+    tools: Sequence[dict[str, Any] | str],
+    where: str,
+    dialect: Dialect = DIALECTS[0],
 ) -> Message:
-    """The system message: with the tools in it for the protocol ``text``, else the chat template adds them."""
-    text = prompts.texts["system"]
-    return {"role": "system", "content": dialect.system_text(text, tools) if protocol == "text" else text}
+    """The system message: with the tools in it where that is ``text``, else the chat template adds them."""
+    text = protocol.texts["system"]
+    return {"role": "system", "content": dialect.system_text(text, tools) if where == "text" else text}
 
 
 async def run_episode(
@@ -130,40 +130,46 @@ class _Episode:
     def __init__(self, search: Search, policy: Policy, sample: Sample, watch: Watch) -> None:
         self.messages: list[Message] = []
         self._search, self._policy, self._sample = search, policy, sample
-        self._settings, self._watch = search.settings, watch
+        self._settings, self._rules, self._watch = search.settings, search.protocol.rules, watch
         self._usage = Usage()
         self._preview: list[float] = []
         self._turns = self._tool_calls = 0
         self._limit: Literal["turns", "context"] | None = None
+        self._answer: str | None = None
         self._reanswer: str | None = None
 
     async def search(self) -> None:
         blocks = await asyncio.to_thread(self._open)
         self._preview = times_of(blocks)
         self._watch(Step("preview", blocks=tuple(blocks)))
-        tools = self._search.schemas
+        search, rules = self._search, self._rules
+        where = rules.tools or self._settings.protocol
         self.messages = [
-            system_message(self._search.prompts, tools, self._settings.protocol, self._search.dialect),
+            system_message(search.protocol, search.descriptions, where, search.dialect),
             {"role": "user", "content": blocks},
         ]
-        offered = tools if self._settings.protocol == "template" else []
+        offered = search.schemas if where == "template" else []
         async with self._policy.session(self._sample.video, offered, self._settings.max_new_tokens) as session:
             asked = False
             for number in range(1, self._settings.max_turns + 1):
                 reply = await self._reply(session)
-                turn = parse_turn(reply.text)
-                self.messages.append({"role": "assistant", "content": reply.text})
+                turn = read_as(search.dialect, reply.text)
+                self.messages.append({"role": "assistant", "content": search.dialect.cut(reply.text)})
                 self._turns = number
                 self._watch(Step("turn", number, text=reply.text, turn=turn))
-                if turn.answer is not None or number == self._settings.max_turns:
+                self._answer = turn.answer
+                last = number == self._settings.max_turns
+                if turn.answer is not None or (last and rules.last_turn == "answers"):
+                    return
+                if rules.unreadable == "ends" and any(call.error and not call.name for call in turn.calls):
                     return
                 if turn.calls:
                     await self._carry_out(turn, reply, number)
-                elif asked:
+                elif asked or last or rules.silent == "ends":
                     return
                 else:
                     asked = True
-                    self.messages.append({"role": "user", "content": self._search.prompts.render("overflow")})
+                    self.messages.append({"role": "user", "content": search.protocol.render("overflow")})
 
     def _open(self) -> list[Block]:
         self._search.open(self._sample.model_dump())
@@ -174,11 +180,11 @@ class _Episode:
         try:
             reply = await session.reply(self.messages)
         except ContextOverflowError:
-            if self.messages[-1]["role"] != "tool":
+            if self.messages[-1]["role"] != "tool" or self._rules.context == "fails":
                 raise
             while self.messages[-1]["role"] == "tool":
                 self.messages.pop()
-            self.messages.append({"role": "tool", "content": self._search.prompts.render("overflow")})
+            self.messages.append({"role": "tool", "content": self._search.protocol.render("overflow")})
             self._limit = "context"
             reply = await session.reply(self.messages)
         self._usage.prefilled += reply.prompt_tokens - reply.cached_tokens
@@ -189,7 +195,7 @@ class _Episode:
     async def _carry_out(self, turn: Turn, reply: Reply, number: int) -> None:
         search = self._search
         room = self._room(reply)
-        for call in turn.calls[:CALLS_PER_TURN]:
+        for call in turn.calls[: self._rules.calls_per_turn]:
             search.room = room
             if call.error:
                 blocks = search.correct(call.error)
@@ -207,9 +213,9 @@ class _Episode:
 
     def _room(self, reply: Reply) -> int | None:
         """Frames that still fit into the context, beside the words around them and one more turn."""
-        if self._policy.context is None or not reply.prompt_tokens:
+        if self._policy.context is None or not reply.prompt_tokens or self._rules.context == "fails":
             return None
-        width, height = searched_size(self._search.video.frames.size, self._settings)
+        width, height = searched_size(self._search.video.frames.size, self._settings, self._rules)
         frame = (width // self._settings.patch) * (height // self._settings.patch) + TIME_TOKENS
         used = reply.prompt_tokens + reply.generated_tokens + MESSAGE_TOKENS + self._settings.max_new_tokens
         return max(0, (self._policy.context - used) // frame)
@@ -219,9 +225,9 @@ class _Episode:
         if content is None:
             return
         async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
-            reply = await session.reply([{"role": "user", "content": content}])
+            reply = await session.reply(self._search.asking(content))
         text = neutralise(reply.text)
-        self._reanswer = parse_turn(text).answer
+        self._reanswer = text if self._rules.reanswer_reply == "raw" else parse_turn(text).answer
         self._watch(Step("reanswer", text=text))
 
     async def answer_chosen(self, choose: Callable[[Search], Sequence[int | Look]]) -> None:
@@ -230,7 +236,7 @@ class _Episode:
             return self._search.ask_from(self._search.frames(choose(self._search)))
 
         blocks = await asyncio.to_thread(look)
-        asking: list[Message] = [{"role": "user", "content": blocks}]
+        asking = self._search.asking(blocks)
         async with self._policy.session(self._sample.video, [], self._settings.max_new_tokens) as session:
             self.messages = asking
             reply = await self._reply(session)
@@ -239,10 +245,11 @@ class _Episode:
             {"role": "assistant", "content": reply.text},
         ]
         self._turns = 1
-        self._reanswer = parse_turn(reply.text).answer
+        self._answer = parse_turn(reply.text).answer
+        self._reanswer = reply.text if self._rules.reanswer_reply == "raw" else self._answer
 
     def prediction(self, error: EpisodeError | None) -> Prediction:
-        answer = None if error else final_answer(self.messages)
+        answer = None if error else self._answer
         return Prediction(
             **self._sample.model_dump(),
             prediction=[without_pixels(message) for message in self.messages],

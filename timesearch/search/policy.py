@@ -104,7 +104,10 @@ def with_video_preview(message: Message, position: int) -> Message:
 
 def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
     """When the frames of a video block were seen, as processors and vLLM take it: a video of ten frames a second, the
-    resolution in which times are written, of which the frames are samples at even distances."""
+    resolution in which times are written, of which the frames are samples at even distances; or, where the frames say
+    their rate, a video of these frames alone."""
+    if rate := frames[0].get("fps"):
+        return {"fps": rate, "frames_indices": list(range(len(frames))), "total_num_frames": len(frames)}
     indices = [round(10 * seconds) for seconds in times_of(frames)]
     share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
     total = max(indices[-1] + 1, round(share * len(indices)))

@@ -13,11 +13,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.data.messages import Block, Evidence, format_seconds, neutralise
+from timesearch.data.messages import Block, Evidence, Message, format_seconds, neutralise
 from timesearch.dialects import named
+from timesearch.dialects.qwen import schema_line
 from timesearch.search.budget import preview_plan, searched_size
-from timesearch.search.prompts import Prompts
-from timesearch.search.tools import WrongCallError, offered, schema_of, signature_of
+from timesearch.search.pool import Pool
+from timesearch.search.protocol import SearchProtocol
+from timesearch.search.tools import Tool, WrongCallError, bind, offered, schema_of, signature_of
 from timesearch.search.videos import Video, open_video
 from timesearch.settings import SearchSettings
 
@@ -63,9 +65,10 @@ class Search:
     ) -> None:
         self.settings = settings
         self.encoder = encoder
-        self.prompts = Prompts.load(settings.prompts)
-        self.dialect = named(settings.dialect)
+        self.protocol = SearchProtocol.load(settings.prompts)
+        self.dialect = named(self.protocol.rules.dialect or settings.dialect)
         self.tools = {tool.__name__: tool for tool in offered(settings.tools)}
+        self._bound = {name: bound for name, bound in bind(self.protocol.tools).items() if bound.tool in self.tools}
         self._frames, self._features, self._encoded = Path(frames), Path(features), encoded
         self._subtitles = Path(subtitles) if subtitles is not None else None
         self._forget()
@@ -73,6 +76,8 @@ class Search:
     def _forget(self) -> None:
         self.videos: dict[str, Video] = {}
         self.question = ""
+        self.kind = ""
+        self._duration: float | None = None
         self.evidence: list[Evidence] = []
         self.calls = 0
         self.room: int | None = None
@@ -90,7 +95,9 @@ class Search:
         self._forget()
         name = row["video"]
         self.videos[name] = open_video(name, self._frames, self._features, self.encoder, self._encoded, self._subtitles)
-        self.question = neutralise(self.prompts.question(row["question"], row.get("options") or []))
+        self.pool = Pool.of(self.video.frames, self.protocol.rules)
+        self.question = neutralise(self.protocol.question(row["question"], row.get("options") or []))
+        self.kind, self._duration = str(row.get("type") or ""), row.get("duration")
 
     @property
     def video(self) -> Video:
@@ -100,13 +107,25 @@ class Search:
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """JSON schemas of the tools, as TRL renders them in training."""
-        return [schema_of(tool) for tool in self.tools.values()]
+        """JSON schemas of the tools: as TRL renders them in training, or as the protocol describes them."""
+        described = {bound.tool: bound.schema for bound in self._bound.values()}
+        return [described.get(name) or schema_of(tool) for name, tool in self.tools.items()]
+
+    @property
+    def descriptions(self) -> list[str]:
+        """`schemas` as lines of text; those of the protocol byte for byte."""
+        lines = {bound.tool: bound.line for bound in self._bound.values()}
+        return [lines.get(name) or schema_line(schema_of(tool)) for name, tool in self.tools.items()]
+
+    @property
+    def most_calls(self) -> int:
+        """Calls that are carried out at most."""
+        return self.settings.max_turns - (self.protocol.rules.last_turn == "answers")
 
     @property
     def spent(self) -> bool:
         """Whether no further call will be carried out: the next turn has to answer."""
-        return self.calls >= self.settings.max_turns - 1
+        return self.calls >= self.most_calls
 
     @property
     def frames_left(self) -> int:
@@ -116,10 +135,26 @@ class Search:
 
     def preview(self) -> list[Block]:
         """Content of the user message: a time and an image for each preview frame, then the question."""
-        frames = self.video.frames
-        indices, size = preview_plan(len(frames), frames.size, self.settings)
-        duration = format_seconds(frames.end)
-        return [*self.video.preview(len(indices), size), *self.say("user", question=self.question, duration=duration)]
+        frames, rules = self.video.frames, self.protocol.rules
+        indices, size = preview_plan(len(frames), frames.size, self.settings, rules)
+        looks = frames.evenly(len(indices))
+        if rules.spread == "ends":
+            looks = [(index, float(frames.timestamps[index])) for index in indices]
+        if rules.times == "index":
+            looks = [(index, index / frames.meta["fps"]) for index, _ in looks]
+        shown = self.video.preview(looks, size)
+        if rules.times == "index":
+            # What Qwen2.5-VL takes for the rate of a video, from which it tells the times of its frames.
+            sampled = len(looks) / len(frames) * frames.meta["fps"]
+            shown = [{**block, "fps": sampled} if block["type"] == "image" else block for block in shown]
+        return [*shown, *self.say("user", question=self.question, duration=self.duration)]
+
+    @property
+    def duration(self) -> str:
+        """The length of the video as the protocol tells it."""
+        if self.protocol.rules.duration == "end":
+            return format_seconds(self.video.frames.end)
+        return str(len(self.pool) / self.pool.rate if self._duration is None else self._duration)
 
     def call(self, name: str, arguments: dict[str, Any]) -> list[Block]:
         """Carry out a tool call that a policy wrote.
@@ -134,31 +169,53 @@ class Search:
         Raises:
             ItemError: a cache was damaged or lost meanwhile.
         """
-        tool = self.tools.get(name)
+        tool, arguments = self._tool_of(name, arguments)
         if tool is None:
-            known = " or ".join(self.tools)
+            known = " or ".join(self.tool_names)
             return self.correct(f"there is no tool {neutralise(name)[:50]!r}, only {known}")
         try:
             signature_of(tool).bind(**arguments)
         except TypeError as error:
             return self.correct(neutralise(str(error))[:100])
         self.calls += 1
-        if self.calls >= self.settings.max_turns or self.room == 0:
+        if self.calls > self.most_calls or self.room == 0:
             return self.say("overflow")
+        over = self.spent and self.protocol.rules.last_call == "overflow"
         try:
             found = [replace(each, call=self.calls) for each in tool(self, **arguments)]
         except WrongCallError as error:
-            return [*self.correct(str(error)), *(self.say("overflow") if self.spent else [])]
+            return [*self.correct(str(error)), *(self.say("overflow") if over else [])]
         self.evidence += found
-        return [*self.show(found), *self.say("overflow" if self.spent else "next", count=len(found))]
+        times = ",".join(format_seconds(each.seconds) for each in found if each.seconds is not None)
+        return [*self.show(found), *self.say("overflow" if over else "next", count=len(found), times=times)]
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The tools by the names by which the policy calls them."""
+        called = {bound.tool: name for name, bound in self._bound.items()}
+        return [called.get(name, name) for name in self.tools]
+
+    def _tool_of(self, name: str, arguments: dict[str, Any]) -> tuple[Tool | None, dict[str, Any]]:
+        """The tool that a policy calls by `name`, and the arguments by the tool's names for them."""
+        if name not in self.tool_names:
+            return None, {}
+        bound = self._bound.get(name)
+        tool = self.tools[bound.tool if bound else name]
+        if bound:
+            arguments = {bound.arguments.get(key, key): value for key, value in arguments.items()}
+        if self.protocol.rules.arguments == "mended":
+            needed = {key: None for key, each in signature_of(tool).parameters.items() if each.default is each.empty}
+            known = {key: value for key, value in arguments.items() if key in signature_of(tool).parameters}
+            arguments = needed | {key: value for key, value in known.items() if value is not None}
+        return tool, arguments
 
     def correct(self, problem: str) -> list[Block]:
         """The answer to a call that cannot be carried out."""
         return self.say("correction", problem=problem)
 
     def say(self, part: str, **values: object) -> list[Block]:
-        """A text of the prompt set, filled in."""
-        return [{"type": "text", "text": self.prompts.render(part, **values)}]
+        """A text of the protocol, filled in."""
+        return [{"type": "text", "text": self.protocol.render(part, self.kind, **values)}]
 
     def frames(self, looks: Sequence[int | Look]) -> list[Evidence]:
         """Frames of the opened video, each by its index in the frame cache, or by that and the time of a look at it."""
@@ -175,7 +232,7 @@ class Search:
             else:
                 opened = self.videos[video]
                 looks = [(each.frame, each.seconds) for each in group if each.frame is not None]
-                blocks += opened.show(looks, searched_size(opened.frames.size, self.settings))
+                blocks += opened.show(looks, searched_size(opened.frames.size, self.settings, self.protocol.rules))
         return blocks
 
     def ask_from(self, found: Sequence[Evidence]) -> list[Block]:
@@ -184,8 +241,10 @@ class Search:
 
     def reanswer(self) -> list[Block] | None:
         """`ask_from` all evidence in order of time, each piece once: a picture at the earliest time at which it was
-        looked at; None where nothing was found.
+        looked at; or, by the protocol, as the calls found it. None where nothing was found.
         """
+        if self.protocol.rules.reanswer_frames == "by_call":
+            return self.ask_from(self.evidence) if self.evidence else None
         order = {name: position for position, name in enumerate(self.videos)}
         pieces = sorted(
             self.evidence,
@@ -195,6 +254,12 @@ class Search:
         for each in pieces:
             once.setdefault(replace(each, call=0) if each.frame is None else (each.video, each.frame), each)
         return self.ask_from(list(once.values())) if once else None
+
+    def asking(self, content: list[Block]) -> list[Message]:
+        """The conversation of a re-answer: the system text of its own, where the protocol has one, and `content`."""
+        system = self.protocol.texts.get("reanswer_system")
+        opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        return [*opening, {"role": "user", "content": content}]
 
 
 def _words(found: Evidence) -> Block:

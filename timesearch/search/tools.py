@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from timesearch.base.errors import RequestError
 from timesearch.data.messages import Block, Evidence
 from timesearch.retrieval.selection import select_frames
+from timesearch.search.pool import from_end_to_end
+from timesearch.search.protocol import BoundTool
 
 if TYPE_CHECKING:
     from timesearch.search.search import Search
@@ -49,32 +51,68 @@ def seek_video_frames(
     Returns:
         The frames, each after its time in seconds.
     """
-    video = search.video
-    times = video.frames.timestamps
-    if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
-        raise WrongCallError("query must be a few words of text")
-    start, end = number("start_time", start_time), number("end_time", end_time)
-    count = number("num_frames", num_frames)
+    pool, end_of_video = search.pool, search.video.frames.end
+    words = _words(search, query)
+    start, end, count = _window(search, start_time, end_time, num_frames=num_frames)
     if end < 0:
-        end = video.frames.end
+        end = math.inf if pool.covering else end_of_video
     if start > end:
         raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
     if count < 1:
         raise WrongCallError("num_frames must be 1 or more")
-    window = video.frames.window(start, end)
+    window = pool.window(start, end)
     if not window:
         raise WrongCallError(
-            f"no frame lies between {start:g} and {end:g} seconds: the video ends at {video.frames.end:.1f} seconds"
+            f"no frame lies between {start:g} and {end:g} seconds: the video ends at {end_of_video:.1f} seconds"
         )
-    picked = select_frames(
-        video.features.features[window.start : window.stop],
-        search.encoder.encode_text([query])[0],
-        int(min(count, search.frames_left, len(window))),
-        method=search.settings.method,
-        places=video.frames.places[window.start : window.stop],
-    )
+    places = list(window)
+    indices = pool.indices[places]
+    most = int(min(count, search.frames_left, len(window)))
+    if words:
+        picked = select_frames(
+            search.video.features.features[indices],
+            search.encoder.encode_text([words])[0],
+            most,
+            method=search.settings.method,
+            places=pool.places[places],
+        )
+    else:
+        picked = [int(place) for place in from_end_to_end(len(window), most)]
     # A picture that is held from before the window is looked at when the window starts.
-    return search.frames([(window[index], max(float(times[window[index]]), start)) for index in picked])
+    earliest = -math.inf if pool.covering else start
+    return search.frames([(int(indices[pick]), max(float(pool.times[places[pick]]), earliest)) for pick in picked])
+
+
+def _words(search: Search, query: Any) -> str:
+    """What a call searches for; nothing, where the protocol lets a call do without."""
+    rules = search.protocol.rules
+    if rules.arguments == "mended":
+        query = "" if query is None else str(query)[:QUERY_CHARS]
+    if rules.query == "optional" and not query:
+        return ""
+    if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
+        raise WrongCallError("query must be a few words of text")
+    return query
+
+
+def _window(search: Search, start: Any, end: Any, **counted: Any) -> tuple[float, float, float]:
+    """Numbers of a call as it wrote them, one of them `counted`; where the protocol mends arguments, what is no number is as if not given."""
+    ((name, count),) = counted.items()
+    if search.protocol.rules.arguments == "corrected":
+        return number("start_time", start), number("end_time", end), number(name, count)
+    begin = _mended(start, float, 0.0)
+    if not math.isfinite(begin):
+        raise WrongCallError("start_time must be a finite number")
+    until = _mended(end, float, math.inf)
+    return begin, math.inf if math.isnan(until) else until, max(1, _mended(count, int, 8))
+
+
+def _mended(value: Any, kind: Callable[[Any], float], otherwise: float) -> float:
+    """What Python makes of `value`; `otherwise` where it makes nothing."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return otherwise
 
 
 def search_subtitles(
@@ -94,8 +132,7 @@ def search_subtitles(
     video = search.video
     if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
         raise WrongCallError("query must be a few words of text")
-    start, end = number("start_time", start_time), number("end_time", end_time)
-    count = number("num_lines", num_lines)
+    start, end, count = _window(search, start_time, end_time, num_lines=num_lines)
     if video.subtitles is None:
         raise WrongCallError("this video has no subtitles")
     if end < 0:
@@ -124,6 +161,22 @@ def offered(names: Sequence[str]) -> list[Tool]:
         if name not in known:
             raise RequestError(f"search.tools names {name!r}, which is no tool: choose from {', '.join(known)}")
     return [known[name] for name in names]
+
+
+def bind(described: Sequence[BoundTool]) -> dict[str, BoundTool]:
+    """The tools of a protocol by the names by which the policy calls them.
+
+    Raises:
+        RequestError: a description names a tool or an argument that there is not.
+    """
+    known = {tool.__name__: signature_of(tool).parameters for tool in TOOLS}
+    for bound in described:
+        if bound.tool not in known:
+            raise RequestError(f"tools.json names {bound.tool!r}, which is no tool: choose from {', '.join(known)}")
+        if unknown := sorted(set(bound.arguments.values()) - known[bound.tool].keys()):
+            takes = ", ".join(known[bound.tool])
+            raise RequestError(f"tools.json: {bound.tool} takes no argument {unknown[0]!r}, only {takes}")
+    return {bound.name: bound for bound in described}
 
 
 def number(name: str, value: Any) -> float:

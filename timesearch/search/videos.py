@@ -12,7 +12,7 @@ from timesearch.base.errors import ItemError
 from timesearch.base.files import inside
 from timesearch.data.messages import Block, format_seconds
 from timesearch.retrieval.features import FeatureCache
-from timesearch.video.frames import FrameCache
+from timesearch.video.frames import FrameCache, Look
 from timesearch.video.subtitles import Subtitles, index_path
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class Video:
         self.features = FeatureCache.open(features)
         self.subtitles = Subtitles(subtitles) if subtitles is not None else None
         self._encoded = encoded
-        self._previews: dict[tuple[int, tuple[int, int]], list[Block]] = {}
+        self._previews: dict[tuple[tuple[Look, ...], tuple[int, int]], list[Block]] = {}
         self.features.verify()
         self.features.require_frames(self.frames)
 
     def show(self, looks: Sequence[tuple[int, float | None]], size: tuple[int, int]) -> list[Block]:
-        """A time and an image for each frame, scaled down to `size` (width, height, pixels) where that is another.
+        """A time and an image for each frame, scaled to `size` (width, height, pixels) where that is another.
 
         Args:
             looks: index of each frame, and when it is looked at (s); None for the time from which it is shown.
@@ -71,11 +71,11 @@ class Video:
             blocks.append({**pixel, "frame": index, "seconds": seconds})
         return blocks
 
-    def preview(self, count: int, size: tuple[int, int]) -> list[Block]:
-        """`show` of `count` looks evenly in time, made once for all questions about the video."""
-        key = (count, size)
+    def preview(self, looks: Sequence[Look], size: tuple[int, int]) -> list[Block]:
+        """`show`, made once for all questions about the video."""
+        key = (tuple(looks), size)
         if key not in self._previews:
-            self._previews[key] = self.show(self.frames.evenly(count), size)
+            self._previews[key] = self.show(looks, size)
         return self._previews[key]
 
 

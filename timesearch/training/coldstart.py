@@ -41,7 +41,7 @@ from timesearch.rewards import accuracy, format_reward
 from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.search.episode import without_pixels
 from timesearch.search.policy import Policy
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.search.search import Search
 from timesearch.settings import ColdStart, Settings
 from timesearch.training.data import load_training_samples, require_trainable
@@ -149,7 +149,7 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     traces = list(_carried_out(traces, search, rejected))
     if not traces:
         raise RequestError(f"no trace of {file} can be carried out. The first: {rejected[-1].message}")
-    system = Prompts.load(settings.search.prompts).texts["system"]
+    system = SearchProtocol.load(settings.search.prompts).texts["system"]
     return Recorded(traces, search, system, count, options.reanswer_share, settings.seed), rejected
 
 
@@ -350,8 +350,8 @@ def _origin(settings: Settings) -> str:
     """Digest of all that played traces depend on besides the sample: those of another origin are not taken up."""
     options = settings.coldstart
     player = weights_of(settings.paths.models / "policy") if options.traces == "policy" else options.teacher_model
-    prompts = Prompts.load(settings.search.prompts).texts
-    made_of = [player, options.teacher_temperature, settings.seed, settings.search.shaping(), prompts]
+    protocol = SearchProtocol.load(settings.search.prompts).digest
+    made_of = [player, options.teacher_temperature, settings.seed, settings.search.shaping(), protocol]
     return json_digest(made_of)[:12]
 
 

@@ -16,15 +16,33 @@ from timesearch.data.rows import read_models
 from timesearch.data.samples import Sample
 from timesearch.rewards import answer_letter
 from timesearch.search.checkpoint import check_fit
+from timesearch.search.protocol import Rules, SearchProtocol
 from timesearch.settings import SearchSettings, Settings
+
+_INFERENCE_ALONE = (
+    *("dialect", "tools", "template", "preview", "calls_per_turn", "last_turn", "last_call", "context"),
+    "reanswer_reply",
+)
+"""Rules that TRL's loop, its chat template or its images leave no choice about."""
 
 
 def require_trainable(policy: Path, search: SearchSettings) -> None:
     """Refuse what would otherwise show as a policy that learns nothing.
 
     Raises:
-        RequestError: the policy does not fit the parameters of search, or tools are to be shown as text.
+        RequestError: the policy does not fit the parameters of search, or tools are to be shown as text, or a rule of
+            the protocol is one of inference alone.
     """
+    protocol, own = SearchProtocol.load(search.prompts), Rules()
+    for name in _INFERENCE_ALONE:
+        if getattr(protocol.rules, name) != getattr(own, name):
+            raise RequestError(
+                f"the rule {name} of the protocol {search.prompts} is one of inference alone: train by a protocol "
+                f"without it (search.prompts)"
+            )
+    if protocol.tools or "reanswer_system" in protocol.texts:
+        what = "tools.json" if protocol.tools else "reanswer_system.txt"
+        raise RequestError(f"the protocol {search.prompts} has {what}, which training does not show: train without it")
     if search.protocol != "template":
         raise RequestError(
             f"search.protocol is {search.protocol!r}: in training the chat template shows the tools; set it to "

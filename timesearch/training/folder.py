@@ -10,7 +10,7 @@ from pathlib import Path
 from timesearch.base.exclusive import contents
 from timesearch.base.files import file_digest, write_json
 from timesearch.base.progress import console
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.settings import Settings
 
 
@@ -30,7 +30,7 @@ def prepare_run_folder(folder: Path, settings: Settings, stage: str, policy: Pat
             "seed": settings.seed,
             **{name: getattr(settings, name).shaping() for name in ("search", stage)},
         },
-        "prompts": Prompts.load(settings.search.prompts).texts,
+        "protocol": SearchProtocol.load(settings.search.prompts).digest,
         "policy": weights_of(policy),
         "samples": file_digest(settings.paths.train_samples),
     }

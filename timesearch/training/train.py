@@ -24,7 +24,7 @@ from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import SearchProtocol
 from timesearch.search.search import Search
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples, require_trainable
@@ -75,7 +75,7 @@ def run(settings: Settings) -> Path:
     paths = settings.paths
     make_search = partial(Search, settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
     environment = environment_factory(make_search, settings.search.tools, partial(clock, "decode"))
-    system = Prompts.load(settings.search.prompts).texts["system"]
+    system = SearchProtocol.load(settings.search.prompts).texts["system"]
     with ExitStack() as stack:
         callbacks = []
         if main:
@@ -135,7 +135,7 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
         model_init_kwargs={"dtype": "bfloat16" if train.bf16 and (zero or train.lora_rank) else "float32", **LOADING},
         max_steps=train.steps,
         learning_rate=train.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=train.schedule,
         beta=train.beta,
         num_generations=train.num_generations,
         per_device_train_batch_size=train.micro_batch,
