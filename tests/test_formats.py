@@ -18,7 +18,7 @@ from timesearch.data.formats import options_of, to_rows
 from timesearch.data.rows import read_rows, read_samples
 from timesearch.data.samples import Sample
 from timesearch.evaluation.episodes import read_predictions
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import lettered
 
 LONGVIDEOBENCH = {
     "video_id": "Ab3dEfGhIjK",
@@ -507,14 +507,14 @@ def test_options_that_a_question_holds_are_asked_once(listed: str) -> None:
     for row in rows:
         (read,) = to_rows(row, 1)
         assert (read["options"], read["answer"]) == (options, "C")
-        asked = Prompts.question(read["question"], read["options"])
+        asked = lettered(read["question"], read["options"])
         assert asked == bare["question"]
         assert all(asked.count(option) == 1 for option in options)
 
 
 def test_options_that_a_question_only_mentions_are_asked() -> None:
     for question in ("Is it a garden or a stair?", "A. Smith or B. Jones?", "a garden\na stair\nor what?"):
-        assert Prompts.question(question, ["a garden", "a stair"]).endswith("?\nA. a garden\nB. a stair")
+        assert lettered(question, ["a garden", "a stair"]).endswith("?\nA. a garden\nB. a stair")
 
 
 def test_options_that_stand_in_the_question_alone_are_known() -> None:

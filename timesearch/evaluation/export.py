@@ -26,7 +26,7 @@ from timesearch.data.samples import LETTERS, Prediction
 from timesearch.evaluation.episodes import Videos, read_predictions
 from timesearch.evaluation.qa import parse_choice
 from timesearch.rewards import answer_letter, parse_intervals
-from timesearch.search.prompts import Prompts
+from timesearch.search.protocol import lettered
 
 FORMS = ("timesearch-r", "lmms-eval")
 _LISTED = 5
@@ -68,7 +68,7 @@ def _timesearch_r(prediction: Prediction, folder: Videos, videos: Path) -> Row:
     return {
         "id": prediction.id,
         "video": str(videos / prediction.video),
-        "question": Prompts.question(prediction.question, prediction.options),
+        "question": lettered(prediction.question, prediction.options),
         "target": {"answer": answer or prediction.answer, **ends},
         "type": prediction.type,
         "duration": prediction.duration,
@@ -150,7 +150,7 @@ def _lmms_eval(prediction: Prediction, number: int) -> Row:
     said = final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer
     turns = [text_of(message) for message in prediction.prediction if message["role"] == "assistant"]
     doc = _published(prediction) | {"timesearch": prediction.model_dump(mode="json", exclude_defaults=True)}
-    asked = Prompts.question(prediction.question, prediction.options)
+    asked = lettered(prediction.question, prediction.options)
     found = {
         "id": prediction.id,
         "duration_group": doc["duration_group"],

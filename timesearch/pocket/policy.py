@@ -161,7 +161,7 @@ def _hop_corpus(prompts: str) -> list[str]:
     """Texts whose words become tokens, in the hop world."""
     items = [f" {shape}>{mark} {colour}" for shape in HOP_SHAPES for mark in HOP_SHAPES for colour in COLOURS]
     words = [
-        *Prompts.load(prompts).texts.values(),
+        *SearchProtocol.load(prompts).texts.values(),
         *(text.format(shape=shape) for text in TEXTS.values() for shape in HOP_SHAPES),
         *(f'I need to see the {shape}. The {shape} nothing. "{shape}" shape' for shape in HOP_SHAPES),
         "I see nothing. Then nothing. I need to see what follows. I can guess." * 4,

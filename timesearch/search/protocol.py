@@ -186,20 +186,33 @@ class SearchProtocol:
         return _MARK.sub(lambda mark: str(values.get(mark[1], mark[0])), self.text(part, kind))
 
     def question(self, question: str, options: Sequence[str]) -> str:
-        """The question with its lettered options, a line each; one that holds them already, as it is.
+        """The question with its options, by the rule `options`.
 
         Raises:
-            ItemError: `too_many_options`, more than there are letters.
+            ItemError: `too_many_options`.
         """
-        if len(options) > len(LETTERS):
-            raise ItemError(
-                f"a question with {len(options)} options cannot be asked: there are {len(LETTERS)} letters for them",
-                reason="too_many_options",
-            )
-        inline = self.rules.options == "inline" and all(option in question for option in options)
-        if inline or holds_options(question, list(options)):
-            return question
-        return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))])
+        return lettered(question, options, inline=self.rules.options == "inline")
+
+
+def lettered(question: str, options: Sequence[str], inline: bool = False) -> str:
+    """The question with its lettered options, a line each; one that holds them already, as it is.
+
+    Args:
+        question: the question.
+        options: its options, without letters.
+        inline: whether it counts as held that all options are somewhere in the question.
+
+    Raises:
+        ItemError: `too_many_options`, more than there are letters.
+    """
+    if len(options) > len(LETTERS):
+        raise ItemError(
+            f"a question with {len(options)} options cannot be asked: there are {len(LETTERS)} letters for them",
+            reason="too_many_options",
+        )
+    if holds_options(question, list(options)) or (inline and all(option in question for option in options)):
+        return question
+    return "\n".join([question, *(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))])
 
 
 def _texts(folder: Path, verbatim: bool) -> dict[str, str]:

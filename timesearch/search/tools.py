@@ -96,7 +96,10 @@ def _words(search: Search, query: Any) -> str:
 
 
 def _window(search: Search, start: Any, end: Any, **counted: Any) -> tuple[float, float, float]:
-    """Numbers of a call as it wrote them, one of them `counted`; where the protocol mends arguments, what is no number is as if not given."""
+    """Numbers of a call as it wrote them, one of them `counted`.
+
+    Where the protocol mends arguments, what is no number is as if it were not given.
+    """
     ((name, count),) = counted.items()
     if search.protocol.rules.arguments == "corrected":
         return number("start_time", start), number("end_time", end), number(name, count)
