@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 from evaluated import searching
+from mlflow.utils.validation import _validate_param
 from players import Puppet, answer_turn, build_library, script, search_turn
 from scripted import OracleEncoder
 
+from timesearch.base.errors import RequestError
 from timesearch.base.files import write_jsonl
 from timesearch.cli import main
 from timesearch.data.rows import read_samples
-from timesearch.evaluation.compare import Comparison, compare_sides, load_sides
-from timesearch.evaluation.results import write_evaluation
+from timesearch.evaluation.compare import Comparison, compare_sides, describe, load_sides
+from timesearch.evaluation.results import tracked_fingerprint, write_evaluation
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.inference.fingerprint import fingerprint_of, words_for
 from timesearch.inference.journal import Journal
@@ -248,3 +250,30 @@ def test_no_setting_that_shapes_predictions_is_left_out(tmp_path: Path, section:
     made = fingerprint_of(settings, tmp_path, "grpo_csv", None, settings.search)
     held = {*made.search, *made.frames, *made.encoder, "prompts", "tools"}
     assert set(getattr(settings, section).shaping_names()) <= held
+
+
+def test_metrics_of_any_form_are_compared_or_refused(tmp_path: Path) -> None:
+    rows = [searching(number, "a.mp4", [[9.0]], "A") for number in range(3)]
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    (method,) = evaluate_files({"mine": tmp_path / "mine.jsonl"}, QUICK, None)
+    write_evaluation([method], tmp_path / "a", QUICK, 0)
+    target = tmp_path / "a" / "evaluation" / "mine.json"
+    whole = json.loads(target.read_text())
+    for name in (*whole["fingerprint"], None):
+        for value in (None, 1, "x", [], ["x"], {}, {"x": {"y": [1]}}, True):
+            odd = {**whole["fingerprint"], name: value} if name else value
+            target.write_text(json.dumps(whole | {"fingerprint": odd}))
+            found = compared(target, tmp_path / "mine.jsonl")
+            assert describe(found, common=True)
+    target.write_text("{}")
+    with pytest.raises(RequestError, match="holds no prediction that can be read"):
+        load_sides(tmp_path / "a" / "evaluation", QUICK, RuleJudge)
+
+
+def test_mlflow_takes_the_names_of_all_ingredients(library: Settings, tmp_path: Path) -> None:
+    path = played(library, tmp_path / "a")
+    (method,) = evaluate_files({"odd: name": path}, QUICK, None)
+    named = tracked_fingerprint(method)
+    assert len(named) > 30
+    for name, value in named.items():
+        _validate_param(name, value)

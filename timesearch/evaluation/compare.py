@@ -43,6 +43,17 @@ _SEEN = {
 }
 
 
+_LEFT_OUT = {
+    "missing_video": "episodes whose video was missing when they were scored",
+    "unjudged": "answers without a verdict of the judge",
+    "unknown_frame_rate": "episodes whose ground truth had no frame rate",
+    "not_json": "rows that could not be read",
+    "invalid_row": "rows with a wrong value",
+    "unknown_type": "rows of a type that is not scored",
+    "duplicate_id": "rows whose id was there before",
+}
+
+
 @dataclass(frozen=True)
 class Side:
     """One result."""
@@ -57,7 +68,9 @@ class Side:
     def made(self) -> Mapping[str, Any]:
         """`metrics["fingerprint"]`, empty of results that were evaluated before there were any."""
         made = self.metrics.get("fingerprint")
-        return made if isinstance(made, dict) else {}
+        if not isinstance(made, dict) or not isinstance(made.get("digest"), str | None):
+            return {}
+        return made
 
 
 @dataclass(frozen=True)
@@ -255,6 +268,11 @@ def _ingredients(a: Side, b: Side) -> Iterator[Difference]:
             if ours.get(name) != theirs.get(name):
                 yield Difference(words, ours.get(name), theirs.get(name))
         yield from _different(ours.get("scored"), theirs.get("scored"))
+    left_out = [side.metrics["failures"] if isinstance(side.metrics["failures"], dict) else {} for side in (a, b)]
+    for reason, words in _LEFT_OUT.items():
+        one, other = (counts.get(reason, 0) for counts in left_out)
+        if one != other:
+            yield Difference(words, one, other)
 
 
 def _different(a: Any, b: Any) -> Iterator[Difference]:

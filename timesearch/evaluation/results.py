@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from timesearch.inference.methods import trained_method
 from timesearch.settings import Evaluate, Settings
 
 _TRACKED_BY_GROUP = ("temporal_precision", "temporal_recall", "temporal_f1", "visual_f1", "qa_accuracy", "episodes")
-_TRACKED_OF_FINGERPRINT = ("made_of", "seen", "errors", "missing_videos", "scored", "questions")
+_TRACKED_OF_FINGERPRINT = ("seen", "errors", "missing_videos", "scored", "questions")
 _TRACKABLE = re.compile(r"[\w-][\w\-. ]{,63}")
 """A method or a group's value that can be part of a metric's name in MLflow, which reads such names as paths."""
 _UNTRACKABLE = re.compile(r"[^\w-]")
@@ -152,10 +153,15 @@ def tracked_metrics(method: MethodScores) -> dict[str, float]:
     return {name.replace("@", "_"): number for name, number in named.items() if number is not None}
 
 
-def tracked_fingerprint(method: MethodScores) -> dict[str, Any]:
-    """What a method's numbers are made of, by the names of MLflow's parameters: ``fingerprint.grpo_csv.scored``."""
+def tracked_fingerprint(method: MethodScores) -> dict[str, str]:
+    """What a method's numbers are made of, by the names of MLflow's parameters, such as ``fingerprint.grpo_csv.seed``.
+
+    Ingredients stand each by itself, so that MLflow compares them; what was seen and how it was scored as JSON.
+    """
     made, whose = method.metrics["fingerprint"], f"fingerprint.{trackable(method.name)}"
-    return {whose: made["digest"], **{f"{whose}.{name}": made[name] for name in _TRACKED_OF_FINGERPRINT}}
+    named = {f"{whose}.{trackable(name)}": str(value) for name, value in (made["made_of"] or {}).items()}
+    parts = {f"{whose}.{name}": json.dumps(made[name]) for name in _TRACKED_OF_FINGERPRINT}
+    return {whose: made["digest"] or "none", **named, **parts}
 
 
 def trackable(name: str) -> str:
