@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import reference_clone
 from PIL import Image
 from players import MeanColour, Puppet, answer_turn, script, search_turn
 from synthetic import make_video
@@ -19,6 +20,7 @@ from timesearch.cli import main
 from timesearch.data.messages import Message, text_of
 from timesearch.inference.ask import Asker, contact_sheet, default_cache
 from timesearch.search.policy import EngineError
+from timesearch.search.reference import import_protocol
 from timesearch.settings import Settings
 
 
@@ -70,6 +72,24 @@ def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
     assert rows[0]["predicted_answer"] == "red"
     assert rows[0]["video"] == video
     assert all(time <= 20 for time in rows[0]["searched_seconds"])
+
+
+def test_a_protocol_is_chosen_for_a_question_and_budgets_are_those_of_inference(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_protocol(reference_clone.make_clone(tmp_path / "clone"), tmp_path / "protocol")
+    policy = Puppet(script('<tool_call>{"name": "seek_video_frames", "arguments": {}}</tool_call>'))
+    monkeypatch.setattr("timesearch.inference.ask.answering_policy", lambda *_: nullcontext(policy))
+    monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_: MeanColour())
+    params = tmp_path / "params.yaml"
+    params.write_text(f"paths: {{models: {tmp_path / 'none'}}}\ninfer: {{budgets: {{max_turns: 3}}}}\n")
+    choices = ("--protocol", str(tmp_path / "protocol"), "--params", str(params), "--cache", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", str(footage / "car-detection.mp4"), "What is it?", *choices])
+    assert not ended.value.code
+    assert [message["role"] for message in policy.seen[0]] == ["system", "user"]
+    assert policy.seen[0][0]["content"] == reference_clone.WHOLE_SYSTEM
+    assert len([messages for messages in policy.seen if messages[0]["content"] == reference_clone.WHOLE_SYSTEM]) == 3
 
 
 def test_damaged_caches_are_made_again(tmp_path: Path, run) -> None:

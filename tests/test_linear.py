@@ -22,7 +22,7 @@ import pytest
 from timesearch import rewards
 from timesearch.base import redaction, untrusted
 from timesearch.data import formats, messages
-from timesearch.dialects import qwen
+from timesearch.dialects import first_tag, qwen
 from timesearch.evaluation.qa import parse_choice
 from timesearch.serve.guard import is_named
 from timesearch.video.sampling import _Verdict
@@ -197,6 +197,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "parse_turn": messages.parse_turn,
     "neutralise": messages.neutralise,
     "tagged_answers": qwen.tagged_answers,
+    "turns by the first tag": first_tag.parse_turn,
     "final_answer": lambda text: messages.final_answer(assistant(text)),
     "exchanges": lambda text: messages.exchanges([{"role": "tool", "content": [{"type": "text", "text": text}]}]),
     "format_reward": lambda text: rewards.format_reward(assistant(text)),
