@@ -18,20 +18,24 @@ The videos are rendered, encoded, decoded and embedded by the same code as every
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import ItemError
-from timesearch.base.progress import Bar, progress_bar
+from timesearch.base.files import json_digest, write_json
+from timesearch.base.model_folders import read_config
+from timesearch.base.progress import Bar, console, progress_bar
+from timesearch.data.samples import Sample
 from timesearch.pocket.dataset import samples_of
 from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.lessons import Corpus, Episodes, Lookup, Mixture, Reading
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
 from timesearch.pocket.world import COLOURS, SHAPES, generator
+from timesearch.search.checkpoint import load_model
 from timesearch.settings import Settings
 from timesearch.training.supervised import Plan, fine_tune
 
@@ -45,7 +49,10 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) -> Path:
-    """Train the base policy and write its checkpoint to `folder`, after each phase.
+    """Train the base policy and write its checkpoint to `folder`, with a ``recipe.json`` that says how it was made.
+
+    What is done is kept in `.rebuild` of the models' folder until then: a run that was stopped goes on, from the start
+    of its phase at the latest. Each phase ends with a line of what it reached.
 
     Args:
         settings: of frames, features and search; the checkpoint is made for them.
@@ -53,20 +60,91 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
         folder: gets the whole checkpoint.
         seed: of weights and examples.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        corpus = cached_corpus(settings, encoder, Path(scratch), "guess-proof", "pretrain", VIDEOS)
-        tokenizer = make_tokenizer(settings.search.prompts)
-        processor, model = make_processor(tokenizer), make_policy(tokenizer, seed)
+    work = settings.paths.models / ".rebuild"
+    done = _begun(work, _recipe(settings, encoder, seed))
+    corpus = _kept_corpus(settings, encoder, work)
+    tokenizer = make_tokenizer(settings.search.prompts)
+    processor, model = make_processor(tokenizer), make_policy(tokenizer, seed)
+    if done["phases"]:
+        model = load_model(work / done["phases"][-1]["phase"])
+
+    def finish(title: str, steps: int, values: dict[str, float]) -> None:
+        save_policy(model, processor, work / title)
+        done["phases"].append({"phase": title, "steps": steps, **values})
+        write_json(work / "recipe.json", done)
+        shutil.rmtree(work / "trainer", ignore_errors=True)
+        reached = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        console.print(f"{title}: {steps} steps, {reached}", markup=False, highlight=False)
+
+    phases = [phase["phase"] for phase in done["phases"]]
+    if "align" not in phases:
         with progress_bar("align", ALIGN_STEPS) as bar:
-            align(model, processor, corpus, ALIGN_STEPS, seed, partial(_advance, bar))
-        save_policy(model, processor, folder)
-        for title, examples, plan in _phases(corpus, seed):
-            model.model.visual.requires_grad_(title == "base")
-            with progress_bar(title, plan.steps) as bar:
-                trainer = Path(scratch) / "trainer"
-                model = fine_tune(model, processor, examples, plan, trainer, partial(_advance, bar))
-            save_policy(model, processor, folder)
+            last = _Last(bar)
+            align(model, processor, corpus, ALIGN_STEPS, seed, last)
+        finish("align", ALIGN_STEPS, last.values)
+    for title, examples, plan in _phases(corpus, seed):
+        if title in phases:
+            continue
+        model.model.visual.requires_grad_(title == "base")
+        with progress_bar(title, plan.steps) as bar:
+            last = _Last(bar)
+            model = fine_tune(model, processor, examples, plan, work / "trainer", last)
+        finish(title, plan.steps, last.values)
+    save_policy(model, processor, folder)
+    write_json(folder / "recipe.json", {**done, "made": datetime.now(UTC).date().isoformat()})
+    shutil.rmtree(work)
     return folder
+
+
+class _Last:
+    """Shows the loss of each step, and remembers the last values."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self.values: dict[str, float] = {}
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.values = {name: value for name, value in values.items() if name in ("loss", "right")}
+        self._bar.advance(note=f"loss {values['loss']:.3f}")
+
+
+def _recipe(settings: Settings, encoder: Encoder, seed: int) -> dict[str, Any]:
+    """What the checkpoint follows from, as far as it may change, and its digest."""
+    nothing = Corpus([], settings.search, encoder, Path(), Path())
+    made_from = {
+        "seed": seed,
+        "encoder": encoder.digest,
+        "search": settings.search.shaping(),
+        "frames": settings.frames.shaping(),
+        "videos": VIDEOS,
+        "align": ALIGN_STEPS,
+        "phases": [[title, asdict(plan)] for title, _, plan in _phases(nothing, seed)],
+    }
+    return {"recipe": json_digest(made_from), "seed": seed}
+
+
+def _begun(work: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What was done by this recipe; what another recipe left is removed."""
+    mark = work / "recipe.json"
+    done = read_config(mark) if mark.is_file() else {}
+    if done.items() >= recipe.items():
+        return done
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    done = {**recipe, "phases": []}
+    write_json(mark, done)
+    return done
+
+
+def _kept_corpus(settings: Settings, encoder: Encoder, work: Path) -> Corpus:
+    mark = work / "cached"
+    if mark.is_file():
+        return Corpus(
+            _samples("guess-proof", "pretrain", VIDEOS), settings.search, encoder, work / "frames", work / "features"
+        )
+    corpus = cached_corpus(settings, encoder, work, "guess-proof", "pretrain", VIDEOS)
+    mark.touch()
+    return corpus
 
 
 def _phases(corpus: Corpus, seed: int) -> list[tuple[str, Any, Plan]]:
@@ -98,7 +176,7 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     from timesearch.video.download import download_videos
     from timesearch.video.frames import cache_frames
 
-    samples = [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
+    samples = _samples(world, split, videos)
     names = sorted({sample.video for sample in samples})
     results = [
         download_videos(samples, root / "videos", settings.download),
@@ -111,6 +189,10 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
             raise ItemError(result.failures[0].message, reason=result.failures[0].reason)
     shutil.rmtree(root / "videos")
     return Corpus(samples, settings.search, encoder, root / "frames", root / "features")
+
+
+def _samples(world: str, split: str, videos: int) -> list[Sample]:
+    return [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
 
 
 def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, report: Report) -> None:
@@ -155,7 +237,3 @@ def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, rep
         schedule.step()
         right = (logits_NTW.argmax(dim=2) == wanted_NT).float().mean()
         report(step, {"loss": float(loss.detach()), "right": float(right)})
-
-
-def _advance(bar: Bar, step: int, values: dict[str, float]) -> None:
-    bar.advance(note=f"loss {values['loss']:.3f}")
