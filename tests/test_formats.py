@@ -527,3 +527,11 @@ def test_questions_of_a_kind_that_is_not_scored_are_refused_in_words(tmp_path: P
     told: list[str] = []
     assert len(read_samples(tmp_path / "rows.jsonl", lambda failure: told.append(failure.message))) == 1
     assert "'sequence' questions are not scored here, only multiple_choice, open_ended, grounding" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [("B", "multiple_choice"), ("a red car", "open_ended"), ([3, 8], "grounding"), ("", "multiple_choice")],
+)
+def test_the_type_that_a_row_does_not_state_is_that_of_its_answer(target: Any, kind: str) -> None:
+    assert to_rows({"video": "a.mp4", "question": "What?", "target": target}, 1)[0]["type"] == kind

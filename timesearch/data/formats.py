@@ -387,7 +387,7 @@ def _reference(row: Row, number: int) -> list[Row]:
             "question": row["question"],
             "options": options,
             "answer": answer or published.get("answer", ""),
-            "type": row.get("type") or "multiple_choice",
+            "type": row.get("type") or _type(options, answer, spans),
             "duration": row.get("duration", published.get("duration")),
             "gt_seconds": row.get("gt_seconds") or [],
             "gt_frame_index": _frames(row.get("gt_frame_index")) or published.get("gt_frame_index", []),
@@ -399,6 +399,13 @@ def _reference(row: Row, number: int) -> list[Row]:
             },
         }
     ]
+
+
+def _type(options: list[str], answer: str, spans: list[Any]) -> str:
+    """The type of a question that states none."""
+    if options or len(answer.strip()) <= 1:
+        return "multiple_choice"
+    return "grounding" if spans else "open_ended"
 
 
 def _unpacked(meta: Any) -> Row:
