@@ -149,7 +149,13 @@ class SearchProtocol:
         Raises:
             RequestError: there is no such protocol, a text is missing, or a file of it cannot be read.
         """
+        known = ", ".join(sorted(path.name for path in _FOLDERS.iterdir() if path.is_dir()))
         folder = _FOLDERS / name if (_FOLDERS / name).is_dir() else Path(name)
+        if not folder.is_dir():
+            raise RequestError(
+                f"there is no protocol {name!r} (search.prompts): use one of {known}, or a folder such as `timesearch "
+                "protocol import` writes"
+            )
         path = folder / "protocol.yaml"
         verbatim = path.is_file()
         rules = Rules()
@@ -160,7 +166,6 @@ class SearchProtocol:
         needed = [part for part in _NAMES if part != "overflow" or rules.asks]
         missing = [part for part in needed if part not in texts]
         if missing:
-            known = ", ".join(sorted(path.name for path in _FOLDERS.iterdir() if path.is_dir()))
             raise RequestError(
                 f"protocol {name!r} lacks {missing[0]}.txt: use one of {known}, or a whole folder (search.prompts)"
             )
