@@ -6,7 +6,7 @@ of results. Only what is known of both sides can be found to differ; what is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,17 +293,17 @@ def _shown(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Iter
         for one, other in pairs
         if all(isinstance(side.get("shown"), list) and len(side["shown"]) == 4 for side in (one, other))
     ]
-    parts: tuple[tuple[int, str, Callable[[Any], bool]], ...] = (
-        (0, "frames of the preview", bool),
-        (1, "pixels of a preview frame", bool),
-        (2, "pixels of a searched frame", bool),
-        (3, "times told beside frames", lambda value: True),
+    parts = (
+        "frames of the preview",
+        "pixels of a preview frame",
+        "pixels of a searched frame",
+        "times told beside frames",
     )
-    for place, words, known in parts:
+    for place, words in enumerate(parts):
         apart = [
             (_plain(one[place]), _plain(other[place]))
             for one, other in shown
-            if known(one[place]) and known(other[place]) and _plain(one[place]) != _plain(other[place])
+            if one[place] and other[place] and _plain(one[place]) != _plain(other[place])
         ]
         if apart:
             where = f", in {len(apart)} of {len(shown)} episodes; the first" if len(shown) > 1 else ""

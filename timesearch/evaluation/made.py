@@ -38,10 +38,8 @@ def question_digest(sample: Sample) -> str:
 
 
 def shown_in(prediction: Prediction) -> tuple[Any, ...]:
-    """What an episode was shown: preview frames, the sizes of preview and searched frames, whether times were told.
-
-    Times are told (True), told for some frames alone (None) or not told (False); True where there are no frames.
-    """
+    """What an episode was shown: preview frames, the sizes of preview and searched frames, whether times were told
+    (``yes``, ``for some`` frames, ``no``; empty where there are no frames)."""
     frames = told = 0
     for message in prediction.prediction:
         content = message.get("content")
@@ -51,7 +49,8 @@ def shown_in(prediction: Prediction) -> tuple[Any, ...]:
         told += sum(each.text is None for each, _ in evidence_in(message))
     seen = prediction.seen
     sizes = (tuple(map(tuple, seen.preview_sizes)), tuple(map(tuple, seen.searched_sizes))) if seen else ((), ())
-    return (len(prediction.preview_seconds), *sizes, told >= frames or (None if told else False))
+    times = "" if not frames else "yes" if told >= frames else "for some" if told else "no"
+    return (len(prediction.preview_seconds), *sizes, times)
 
 
 class Tally:
