@@ -546,7 +546,9 @@ def test_methods_are_compared_on_the_episodes_that_both_have(tmp_path: Path) -> 
     assert "100.0 ± 0.0" in table[3]
 
 
-def test_accuracy_by_hops_stands_in_table_and_metrics_where_questions_tell_their_hops(tmp_path: Path) -> None:
+def test_accuracy_by_hops_stands_in_table_and_metrics_where_questions_tell_their_hops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hops: list[Any] = [1, 1, 2, 3, "3", "|\x1b[31m"]
     rows = [
         searching(i, "a.mp4", [[9.0, 11.0]], "A" if i % 2 else "B") | {"meta": {"hops": each}}
@@ -565,6 +567,10 @@ def test_accuracy_by_hops_stands_in_table_and_metrics_where_questions_tell_their
     assert "hops" not in written["uniform"]
     assert written["grpo_csv"]["hops"]["3"]["episodes"] == 2
     assert tracked_metrics(methods[1])["grpo_csv/hops/1/qa_accuracy"] == 0.5
+    print_table(methods)
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert printed.index("calls") < printed.index("hops")
 
 
 def test_methods_stand_in_the_order_of_the_table() -> None:

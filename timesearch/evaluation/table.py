@@ -124,14 +124,19 @@ def print_table(methods: Sequence[MethodScores]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="in per cent, ± half a 95% interval")
-    table.add_column("method", no_wrap=True)
-    for column in _heads(methods):
-        table.add_column(column.replace("accuracy", "acc.").replace(" ", "\n"), justify="right", no_wrap=True)
-    for label, *cells in table_rows(methods):
-        shown = (cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in cells)
-        table.add_row(Text(label), *shown)
     console = Console()
-    console.print(table)
+    caption = "in per cent, ± half a 95% interval"
+    heads, rows = _heads(methods), table_rows(methods)
+    # A terminal of 80 columns has no room for the columns by hops beside the others.
+    parts = [slice(0, len(TABLE_COLUMNS)), slice(len(TABLE_COLUMNS), None)]
+    for part in parts if hop_columns(methods) else parts[:1]:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption)
+        table.add_column("method", no_wrap=True)
+        for column in heads[part]:
+            table.add_column(column.replace("accuracy", "acc.").replace(" ", "\n"), justify="right", no_wrap=True)
+        for label, *cells in rows:
+            shown = (cell.replace(" ± ", "\n[dim]±") + "[/dim]" * (" ± " in cell) for cell in cells[part])
+            table.add_row(Text(label), *shown)
+        console.print(table)
     for note in side_notes(methods):
         console.print(Text(note, style="dim"))
