@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,18 @@ def test_the_folder_is_what_the_clone_says(imported: Path) -> None:
     assert files["correction.txt"].decode() == clone.INVALID
     assert json.loads(files["tools.json"]) == [{"line": clone.LINE, "tool": "seek_video_frames"}]
     assert SearchProtocol.load(str(imported)).rules.searched_frames == 2048
+
+
+@pytest.mark.parametrize("name", ["protocol.yaml", "tools.json", "user.txt", "user.multiple_choice.txt"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "nowhere"])
+def test_what_is_no_file_does_not_count_as_absent(imported: Path, tmp_path: Path, name: str, kind: str) -> None:
+    for path in imported.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    bad = tmp_path / name
+    bad.unlink()
+    {"folder": bad.mkdir, "pipe": lambda: os.mkfifo(bad), "nowhere": lambda: bad.symlink_to("gone")}[kind]()
+    with pytest.raises(RequestError, match=f"{name} is no file"):
+        SearchProtocol.load(str(tmp_path))
 
 
 def test_a_digest_tells_protocols_apart(imported: Path) -> None:

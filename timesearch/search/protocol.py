@@ -14,6 +14,7 @@ chosen by name or by path (`search.prompts`):
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -157,11 +158,8 @@ class SearchProtocol:
                 "protocol import` writes"
             )
         path = folder / "protocol.yaml"
-        verbatim = path.is_file()
-        rules = Rules()
-        if verbatim:
-            _require_small(path)
-            rules = _checked(Rules, read_yaml(path), path)
+        verbatim = _is_there(path)
+        rules = _checked(Rules, read_yaml(path), path) if verbatim else Rules()
         texts = _texts(folder, verbatim)
         needed = [part for part in _NAMES if part != "overflow" or rules.asks]
         missing = [part for part in needed if part not in texts]
@@ -226,9 +224,8 @@ def _texts(folder: Path, verbatim: bool) -> dict[str, str]:
     texts = {}
     for name in (*_NAMES, "reanswer_system", *variants):
         path = folder / f"{name}.txt"
-        if not path.is_file():
+        if not _is_there(path):
             continue
-        _require_small(path)
         try:
             texts[name] = path.read_bytes().decode() if verbatim else path.read_text(encoding="utf-8").strip()
         except UnicodeDecodeError as error:
@@ -238,9 +235,8 @@ def _texts(folder: Path, verbatim: bool) -> dict[str, str]:
 
 def _tools(path: Path) -> tuple[BoundTool, ...]:
     """The tools that `path` describes."""
-    if not path.is_file():
+    if not _is_there(path):
         return ()
-    _require_small(path)
     try:
         read = parse_json(path.read_bytes())
     except UntrustedError as error:
@@ -258,9 +254,19 @@ def _tools(path: Path) -> tuple[BoundTool, ...]:
     return tools
 
 
-def _require_small(path: Path) -> None:
+def _is_there(path: Path) -> bool:
+    """Whether a protocol has this file.
+
+    Raises:
+        RequestError: what is there is no file, or larger than a text or rule can be.
+    """
+    if not os.path.lexists(path):
+        return False
+    if not path.is_file():
+        raise RequestError(f"{path} is no file: put the text or the rules themselves there")
     if path.stat().st_size > _MAX_BYTES:
         raise RequestError(f"{path} is larger than {_MAX_BYTES} bytes: a text or rule of a protocol is short")
+    return True
 
 
 @lru_cache
