@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,25 @@ def test_the_reanswer_shows_frames_as_calls_found_them_after_a_system_text_of_it
     size = smart(SIZE, 128, 256)
     assert texts_and_frames(user["content"]) == [*frames_of([60, 20, 60], size), "Asked: Where is the star?"]
     assert prediction.reanswer == later  # what the script says to a first turn, unread
+
+
+ODD: tuple[Any, ...] = (
+    *(None, True, "", " ", "star", "x" * 5000, "10.3", "nan", "-inf", "1e999", "9" * 5000, [], {}, [[[]]], "\ud800"),
+    *(-1, -1e308, 0, 0.5, 8, 60.5, 61, 1e308, 10**30),
+)
+
+
+def test_any_arguments_show_frames_or_get_the_text_of_invalid_calls(search: Search) -> None:
+    chosen = random.Random(0)
+    names = ("query", "start_time", "end_time", "num_frames", "mood")
+    for _ in range(150):
+        turn = call(**{name: chosen.choice(ODD) for name in names if chosen.random() < 0.8})
+        prediction, seen = play(search, turn, ANSWER, of=sample("short"))
+        assert prediction.predicted_answer == "A"
+        *shown, text = texts_and_frames(seen[1][-1]["content"])
+        indices = [frame[0] for frame in shown[1::2]]
+        assert text == (told(indices) if indices else clone.INVALID)
+        assert len(indices) <= 8
 
 
 # The engines
