@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from players import Puppet, answer_turn, build_library, script, search_turn
@@ -280,7 +281,7 @@ def command_line(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.chdir(place)
     monkeypatch.setattr("timesearch.tracking.stage_run", lambda *_: nullcontext())
-    monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext())
+    monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext(Mock()))
     monkeypatch.setattr("timesearch.evaluation.evaluate.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.retrieval.features.default_encoder", lambda _: OracleEncoder())
     monkeypatch.setattr(work, write)
@@ -344,7 +345,7 @@ def test_two_infers_leave_every_row_once(
 
     monkeypatch.setattr(TransformersPolicy, "load", classmethod(lambda *_: Puppet(slowly)))
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
-    monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext())
+    monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext(Mock()))
     monkeypatch.setattr("timesearch.evaluation.evaluate.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.inference.infer._report", lambda *_: None)
     folder = settings.paths.results / "predictions"
