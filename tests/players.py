@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import numpy as np
 from scripted import OracleEncoder, _write_caches, make_settings
 
 from timesearch.data.messages import Message, text_of
-from timesearch.data.samples import Sample
+from timesearch.data.samples import Prediction, Sample
+from timesearch.inference.playing import Job, play, search_maker
 from timesearch.pocket.world import make_scene, question
-from timesearch.search.policy import Reply
+from timesearch.search.policy import Policy, Reply
 from timesearch.search.search import Search
 from timesearch.settings import Settings
 
@@ -54,6 +55,13 @@ def build_library(root: Path, videos: int, questions: int = 1) -> Settings:
     paths.test_samples.parent.mkdir(parents=True, exist_ok=True)
     paths.test_samples.write_text("".join(row.model_dump_json() + "\n" for row in rows))
     return settings
+
+
+def play_all(
+    jobs: Sequence[Job], policy: Policy, settings: Settings, record: Callable[[Job, Prediction], object]
+) -> Coroutine[Any, Any, None]:
+    """Play jobs over the caches of `settings` by `OracleEncoder`, `infer.concurrency` at a time."""
+    return play(jobs, policy, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency)
 
 
 def new_search(settings: Settings, encoded: bool = False) -> Search:

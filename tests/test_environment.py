@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from players import Puppet, answer_turn, build_library, script, search_turn
+from players import Puppet, answer_turn, build_library, play_all, script, search_turn
 from scripted import OracleEncoder, make_settings
 
 from timesearch import FrameCache
@@ -22,7 +22,7 @@ from timesearch.data.messages import text_of
 from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction
 from timesearch.inference.methods import episode_of
-from timesearch.inference.playing import Job, play, search_maker
+from timesearch.inference.playing import Job
 from timesearch.pocket.world import make_scene, question
 from timesearch.search.budget import fit_size, preview_plan
 from timesearch.search.environment import SearchEnvironment, environment_factory
@@ -231,7 +231,7 @@ def test_an_episode_whose_caches_do_not_belong_together_is_set_aside(tmp_path: P
         ended.append((job.method, job.sample.video, row.error and row.error.type))
 
     puppet = Puppet(script(search_turn(), answer_turn()))
-    asyncio.run(play(jobs, puppet, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency))  # type: ignore[arg-type]
+    asyncio.run(play_all(jobs, puppet, settings, record))  # type: ignore[arg-type]
     assert sorted(ended, key=str) == [
         ("grpo_csv", f"{WORLD}/0.mp4", "cache_mismatch"),
         ("grpo_csv", f"{WORLD}/1.mp4", None),

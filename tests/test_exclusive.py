@@ -346,7 +346,6 @@ def test_two_infers_leave_every_row_once(
     monkeypatch.setattr(TransformersPolicy, "load", classmethod(lambda *_: Puppet(slowly)))
     monkeypatch.setattr("timesearch.retrieval.encoder.load_encoder", lambda *_, **__: OracleEncoder())
     monkeypatch.setattr("timesearch.inference.infer.stage_run", lambda *_: nullcontext(Mock()))
-    monkeypatch.setattr("timesearch.evaluation.evaluate.stage_run", lambda *_: nullcontext())
     monkeypatch.setattr("timesearch.inference.infer._report", lambda *_: None)
     folder = settings.paths.results / "predictions"
     arguments = ["infer", "--params", str(tmp_path / "params.yaml")]

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from players import Puppet, answer_turn, build_library, new_search, script, search_turn
+from players import Puppet, answer_turn, build_library, new_search, play_all, script, search_turn
 from policy_server import Handler, Server
 from reference_clone import make_clone
 from scripted import OracleEncoder
@@ -37,7 +37,7 @@ from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.infer import run
 from timesearch.inference.methods import chosen_frames
-from timesearch.inference.playing import Job, play, search_maker
+from timesearch.inference.playing import Job
 from timesearch.judge import JudgeClient
 from timesearch.judge.agreement import LABELLED, read_labelled
 from timesearch.judge.server import judge_server
@@ -294,15 +294,7 @@ def test_episodes_in_flight_are_bounded_and_videos_come_together(settings: Setti
     settings.infer.concurrency = 3
     order: list[str] = []
     jobs = [Job(sample) for sample in sorted(samples, key=lambda sample: sample.id[::-1])]
-    asyncio.run(
-        play(
-            jobs,
-            policy,
-            search_maker(settings, OracleEncoder()),
-            lambda job, _: order.append(job.sample.video),
-            settings.infer.concurrency,
-        )
-    )
+    asyncio.run(play_all(jobs, policy, settings, lambda job, _: order.append(job.sample.video)))
     assert policy.most_running == 3
     assert order == sorted(order) or len(set(order[:3])) <= 2
 
@@ -570,9 +562,7 @@ def test_an_engine_that_is_killed_and_comes_back_loses_no_episode(
         policy = OpenAIPolicy([f"http://127.0.0.1:{port}/v1"], "tiny", retry_for=60)
         jobs = [Job(sample) for sample in samples]
         record = lambda job, prediction: ended.append((job.sample.id, prediction.outcome))  # noqa: E731
-        playing = asyncio.create_task(
-            play(jobs, policy, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency)
-        )
+        playing = asyncio.create_task(play_all(jobs, policy, settings, record))
         while len(ended) < 3:
             await asyncio.sleep(0.01)
         engine.send_signal(signal.SIGKILL)
@@ -655,15 +645,7 @@ def test_only_a_vllm_is_sent_what_is_not_of_the_protocol(settings: Settings, own
     ended: list[Prediction] = []
     jobs = [Job(read_samples(settings.paths.test_samples)[0])]
     try:
-        asyncio.run(
-            play(
-                jobs,
-                policy,
-                search_maker(settings, OracleEncoder()),
-                lambda _, prediction: ended.append(prediction),
-                settings.infer.concurrency,
-            )
-        )
+        asyncio.run(play_all(jobs, policy, settings, lambda _, prediction: ended.append(prediction)))
     finally:
         server.shutdown()
     assert [(row.outcome, row.error) for row in ended] == [("answered", None)]
@@ -714,15 +696,7 @@ def test_the_quicker_of_two_servers_gets_more(
     jobs = [Job(sample.model_copy(update={"id": str(n)})) for n, sample in enumerate(samples)]
     settings.infer.concurrency = 8
     ended: list[Prediction] = []
-    asyncio.run(
-        play(
-            jobs,
-            policy,
-            search_maker(settings, OracleEncoder()),
-            lambda _, prediction: ended.append(prediction),
-            settings.infer.concurrency,
-        )
-    )
+    asyncio.run(play_all(jobs, policy, settings, lambda _, prediction: ended.append(prediction)))
     assert [row.outcome for row in ended] == ["answered"] * 32
     assert sum(policy.answers.values()) == 32 * 3
     assert policy.answers[slow] > 0
@@ -746,7 +720,7 @@ def test_conversations_of_a_server_that_dies_go_on_at_the_other(
             engine.kill()
         ended.append((job.sample.id, prediction.outcome))
 
-    asyncio.run(play(jobs, policy, search_maker(settings, OracleEncoder()), record, settings.infer.concurrency))
+    asyncio.run(play_all(jobs, policy, settings, record))
     assert sorted(ended) == sorted((job.sample.id, "answered") for job in jobs)
     assert policy.answers[other] > policy.answers[doomed]
 

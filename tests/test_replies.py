@@ -11,9 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from players import MeanColour, build_library
+from players import MeanColour, build_library, play_all
 from replies import FAILING, REPLIES, ReplyServer, _Handler, completion, http
-from scripted import OracleEncoder
 from synthetic import make_video
 
 import timesearch.cli.inference as commands
@@ -25,7 +24,7 @@ from timesearch.data.rows import read_samples
 from timesearch.data.samples import Prediction
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.inference.ask import Asker
-from timesearch.inference.playing import Job, play, search_maker
+from timesearch.inference.playing import Job
 from timesearch.judge import JudgeClient, JudgeError, JudgeRefusedError
 from timesearch.judge.server import judge_server
 from timesearch.retrieval.encoder import load_encoder
@@ -53,15 +52,7 @@ def test_each_reply_is_of_one_episode(server: ReplyServer, tmp_path: Path) -> No
     settings.infer.concurrency = 8
     policy = OpenAIPolicy([server.at("plain")], "tiny", retry_for=0.2)
     ended: dict[str, Prediction] = {}
-    asyncio.run(
-        play(
-            jobs,
-            policy,
-            search_maker(settings, OracleEncoder()),
-            lambda job, row: ended.update({job.sample.id: row}),
-            settings.infer.concurrency,
-        )
-    )
+    asyncio.run(play_all(jobs, policy, settings, lambda job, row: ended.update({job.sample.id: row})))
     assert {kind: row.error.type if row.error else row.outcome for kind, row in ended.items()} == {
         kind: expected for kind, (expected, _) in REPLIES.items()
     }

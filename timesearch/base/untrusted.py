@@ -8,6 +8,7 @@ of the project goes through it.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -32,6 +33,12 @@ _DIGITS = bytes(b"0"[0] if chr(byte).isdecimal() else b"e"[0] if chr(byte) in "e
 
 class UntrustedError(ValueError):
     """A text that is not JSON, or not within bounds; it says why in a few words, to be put into a sentence."""
+
+
+def marked_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32, where a text's first four bytes hold its byte-order mark; UTF-8's says nothing new."""
+    marks = (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16")
+    return next((name for mark, name in (*marks, (codecs.BOM_UTF16_BE, "utf-16")) if start.startswith(mark)), None)
 
 
 def mend_text(text: str) -> str:

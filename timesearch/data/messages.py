@@ -155,7 +155,7 @@ def exchanges(messages: Sequence[Message]) -> list[Exchange]:
             seen = evidence_in(message)
             of_evidence = {id(block) for _, blocks in seen for block in blocks}
             content = message.get("content") or ""
-            rest = [] if isinstance(content, str) else [block for block in content if id(block) not in of_evidence]
+            rest = [block for block in blocks_of(message) if id(block) not in of_evidence]
             said = content if isinstance(content, str) else _joined(rest)
             found.append(Exchange(turn, next(calls, None), tuple(each for each, _ in seen), said.strip(), message))
     return found
@@ -167,13 +167,10 @@ def evidence_in(message: Message) -> list[tuple[Evidence, tuple[Block, ...]]]:
     A frame is an image after a text block that holds nothing but its time; an image without one is left out. Words
     are a text block with a field `seconds`.
     """
-    content = message.get("content") or []
-    if isinstance(content, str):
-        return []
     found: list[tuple[Evidence, tuple[Block, ...]]] = []
     label: Block | None = None
     seconds: float | None = None
-    for block in content:
+    for block in blocks_of(message):
         kind, video = block.get("type"), block.get("video") or ""
         if kind == "text" and "seconds" in block:
             found.append((Evidence(video, block["seconds"], text=block.get("text", "")), (block,)))

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from timesearch.base.batch import Failure
 from timesearch.base.errors import RequestError
-from timesearch.base.untrusted import MAX_BYTES, UntrustedError, is_plain, parse_json
+from timesearch.base.untrusted import MAX_BYTES, UntrustedError, is_plain, marked_encoding, parse_json
 from timesearch.data.formats import to_rows
 from timesearch.data.samples import RowError, Sample, UnreadableError, item_of, validate
 
@@ -263,8 +263,7 @@ def _in_utf8(path: Path, handle: IO[bytes], start: bytes) -> IO[bytes]:
     """The text of a file in UTF-8; UTF-16 and UTF-32 are told by their byte-order mark."""
     if start[:2] == b"\x1f\x8b":
         raise RequestError(f"{path} is compressed: unpack it first ({_FORMS})")
-    marks = (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16")
-    encoding = next((name for mark, name in (*marks, (codecs.BOM_UTF16_BE, "utf-16")) if start.startswith(mark)), None)
+    encoding = marked_encoding(start)
     if encoding is None:
         return handle
     try:

@@ -70,6 +70,11 @@ class Sample(BaseModel):
     split: str = ""
     meta: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def moments(self) -> list[float]:
+        """One time (s) of each piece of the ground truth: those that are given, else the middles of its spans."""
+        return self.gt_seconds or [(start + end) / 2 for start, end in self.gt_spans]
+
 
 class Usage(BaseModel):
     """Tokens that an engine spent on an episode."""

@@ -7,6 +7,7 @@ of results. Only what is known of both sides can be found to differ; what is not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,35 +131,35 @@ def load_sides(path: Path, settings: Evaluate, make: MakeJudge, seed: int = 0) -
     """
     if path.is_dir():
         folder = path / "evaluation" if (path / "evaluation").is_dir() else path
-        evaluated = {found.stem: found for found in sorted(folder.glob("*.json")) if _is_metrics(found)}
+        read = {found: _metrics(found) for found in sorted(folder.glob("*.json"))}
+        evaluated = {found.stem: _evaluated(found, metrics) for found, metrics in read.items() if metrics is not None}
         if evaluated:
-            return {name: _evaluated(found, name) for name, found in evaluated.items()}
+            return evaluated
         files = sorted({*path.glob("*.jsonl"), *path.glob("predictions/*.jsonl")} - set(path.rglob("failures.jsonl")))
         if not files:
             raise RequestError(f"{path} holds neither metrics nor predictions: name a folder that `evaluate` wrote")
         return _scored(files, settings, make, seed)
     if path.name == "metrics.json" and (path.parent / "evaluation").is_dir():
         return load_sides(path.parent / "evaluation", settings, make, seed)
-    if _is_metrics(path):
-        return {path.stem: _evaluated(path, path.stem)}
+    if (metrics := _metrics(path)) is not None:
+        return {path.stem: _evaluated(path, metrics)}
     return _scored([path], settings, make, seed)
 
 
-def _is_metrics(path: Path) -> bool:
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    try:
-        load_metrics(path)
-    except RequestError:
-        return False
-    return True
+def _metrics(path: Path) -> dict[str, Any] | None:
+    """The metrics that a file holds; None where it holds something else."""
+    if path.suffix == ".json" and path.is_file():
+        with suppress(RequestError):
+            return load_metrics(path)
+    return None
 
 
-def _evaluated(path: Path, name: str) -> Side:
+def _evaluated(path: Path, metrics: Mapping[str, Any]) -> Side:
+    name = path.stem
     rows = path.parent / "episodes" / f"{name}.jsonl"
     if not rows.is_file():
         raise RequestError(f"{rows} is missing, which holds the episodes of {path}: copy it too, or evaluate again")
-    return Side(path, name, load_metrics(path), {str(row.get("id")): row for _, row in read_rows(rows)})
+    return Side(path, name, metrics, {str(row.get("id")): row for _, row in read_rows(rows)})
 
 
 def _scored(files: Sequence[Path], settings: Evaluate, make: MakeJudge, seed: int) -> dict[str, Side]:

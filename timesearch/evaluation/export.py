@@ -111,7 +111,7 @@ def _frames(prediction: Prediction, folder: Videos) -> list[int]:
     """Frame numbers of the ground truth: its own, else those of its times; of a span the middle."""
     if prediction.gt_frame_index:
         return list(prediction.gt_frame_index)
-    times = prediction.gt_seconds or [(start + end) / 2 for start, end in prediction.gt_spans]
+    times = prediction.moments
     if not times:
         return []
     stated = prediction.meta.get("frame_rate") or prediction.meta.get("fps")

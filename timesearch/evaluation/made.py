@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.base.files import json_digest
-from timesearch.data.messages import evidence_in
+from timesearch.data.messages import blocks_of, evidence_in
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.fingerprint import SHORT, read_ingredients
 
@@ -42,10 +42,9 @@ def shown_in(prediction: Prediction) -> tuple[Any, ...]:
     (``yes``, ``for some`` frames, ``no``; empty where there are no frames)."""
     frames = told = 0
     for message in prediction.prediction:
-        content = message.get("content")
-        if message["role"] == "assistant" or not isinstance(content, list):
+        if message["role"] == "assistant":
             continue
-        frames += sum(block.get("type") in ("image", "image_url") for block in content)
+        frames += sum(block.get("type") in ("image", "image_url") for block in blocks_of(message))
         told += sum(each.text is None for each, _ in evidence_in(message))
     seen = prediction.seen
     sizes = (tuple(map(tuple, seen.preview_sizes)), tuple(map(tuple, seen.searched_sizes))) if seen else ((), ())

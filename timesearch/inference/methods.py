@@ -89,8 +89,7 @@ def chosen_frames(search: Search, method: str, sample: Sample, count: int) -> Se
     """
     frames, features = search.video.frames, search.video.features.features
     if method == "oracle":
-        times = sample.gt_seconds or [(start + end) / 2 for start, end in sample.gt_spans]
-        sound = [seconds for seconds in times if math.isfinite(seconds) and seconds >= 0]
+        sound = [seconds for seconds in sample.moments if math.isfinite(seconds) and seconds >= 0]
         if not sound:
             raise ItemError(f"{sample.id} has no ground-truth time, which 'oracle' shows", reason="no_ground_truth")
         return sorted({frames.nearest(seconds) for seconds in sound})

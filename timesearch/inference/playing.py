@@ -25,7 +25,7 @@ Episode = Callable[[Search, Policy, Sample], Awaitable[Prediction]]
 class MakeSearch(Protocol):
     """Makes the search of one episode after another; `encoded` as `Search` takes it."""
 
-    def __call__(self, *, encoded: bool) -> Search:
+    def __call__(self, *, encoded: bool = False) -> Search:
         """A new search."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from timesearch.data.messages import Block, Message
+from timesearch.data.messages import Block, Message, blocks_of
 from timesearch.data.samples import Seen
 from timesearch.search.policy import EngineError, Policy, Reply, Session
 
@@ -84,8 +84,7 @@ class _WatchedSession:
 
 def _note(message: Message, sizes: list[tuple[int, int]]) -> None:
     """Add the sizes of a message's images; the JPEGs of one message are of one size, and one of them is read."""
-    content = message["content"]
-    images = [] if isinstance(content, str) else [block for block in content if block["type"] == "image"]
+    images = [block for block in blocks_of(message) if block["type"] == "image"]
     shown = [block for block in images if "image" in block] or images[:1]
     for size in dict.fromkeys(map(_size, shown)):
         if size not in sizes and len(sizes) < _SIZES:

@@ -56,10 +56,7 @@ def seek_video_frames(
     start, end, count = _window(search, start_time, end_time, num_frames=num_frames)
     if end < 0:
         end = math.inf if pool.covering else end_of_video
-    if start > end:
-        raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
-    if count < 1:
-        raise WrongCallError("num_frames must be 1 or more")
+    _in_order(start, end, num_frames=count)
     window = pool.window(start, end)
     if not window:
         raise WrongCallError(
@@ -88,11 +85,22 @@ def _words(search: Search, query: Any) -> str:
     rules = search.protocol.rules
     if rules.arguments == "mended":
         query = "" if query is None else str(query)[:QUERY_CHARS]
-    if rules.query == "optional" and not query:
-        return ""
+    return "" if rules.query == "optional" and not query else _few_words(query)
+
+
+def _few_words(query: Any) -> str:
     if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
         raise WrongCallError("query must be a few words of text")
     return query
+
+
+def _in_order(start: float, end: float, **counted: float) -> None:
+    """Refuse a window that ends before it starts, and a count of less than one."""
+    ((name, count),) = counted.items()
+    if start > end:
+        raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
+    if count < 1:
+        raise WrongCallError(f"{name} must be 1 or more")
 
 
 def _window(search: Search, start: Any, end: Any, **counted: Any) -> tuple[float, float, float]:
@@ -132,19 +140,14 @@ def search_subtitles(
     Returns:
         The lines, each after its time in seconds.
     """
-    video = search.video
-    if not isinstance(query, str) or not query.strip() or len(query) > QUERY_CHARS:
-        raise WrongCallError("query must be a few words of text")
+    video, words = search.video, _few_words(query)
     start, end, count = _window(search, start_time, end_time, num_lines=num_lines)
     if video.subtitles is None:
         raise WrongCallError("this video has no subtitles")
     if end < 0:
         end = max(video.frames.end, video.subtitles.end)
-    if start > end:
-        raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
-    if count < 1:
-        raise WrongCallError("num_lines must be 1 or more")
-    lines = video.subtitles.search(query, start, end, int(min(count, MAX_LINES)))
+    _in_order(start, end, num_lines=count)
+    lines = video.subtitles.search(words, start, end, int(min(count, MAX_LINES)))
     return [Evidence(video.name, line.start, text=line.text) for line in lines]
 
 

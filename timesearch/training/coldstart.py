@@ -145,7 +145,7 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     if not traces:
         first = f" The first: {rejected[0].message}" if rejected else ""
         raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
-    search = Search(settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
+    search = search_maker(settings, encoder)()
     traces = list(_carried_out(traces, search, rejected))
     if not traces:
         raise RequestError(f"no trace of {file} can be carried out. The first: {rejected[-1].message}")

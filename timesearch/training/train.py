@@ -20,12 +20,12 @@ from timesearch.base.batch import write_failures
 from timesearch.base.errors import RequestError
 from timesearch.base.model_folders import LOADING
 from timesearch.base.progress import console, progress_bar
+from timesearch.inference.playing import search_maker
 from timesearch.rewards import weighed
 from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
 from timesearch.search.protocol import SearchProtocol
-from timesearch.search.search import Search
 from timesearch.settings import Settings, Train
 from timesearch.training.data import dataset_row, load_training_samples, require_trainable
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
@@ -72,9 +72,7 @@ def run(settings: Settings) -> Path:
 
     clock = Clock()
     encoder = default_encoder(settings)
-    paths = settings.paths
-    make_search = partial(Search, settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
-    environment = environment_factory(make_search, settings.search.tools, partial(clock, "decode"))
+    environment = environment_factory(search_maker(settings, encoder), settings.search.tools, partial(clock, "decode"))
     system = SearchProtocol.load(settings.search.prompts).texts["system"]
     with ExitStack() as stack:
         callbacks = []

@@ -7,7 +7,6 @@ is a SQLite file with a full-text table (FTS5): it opens at once, and memory doe
 
 from __future__ import annotations
 
-import codecs
 import functools
 import math
 import os
@@ -25,7 +24,7 @@ from timesearch.base.digests import remembered
 from timesearch.base.errors import ItemError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import atomic_path, inside, json_digest
-from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
+from timesearch.base.untrusted import UntrustedError, marked_encoding, mend_text, parse_json
 from timesearch.data.rows import read_all_samples
 from timesearch.settings import Settings
 from timesearch.video.probe import check_readable, open_video, probe
@@ -143,13 +142,7 @@ def _bad(path: Path, what: str) -> ItemError:
 
 
 def _decoded(data: bytes) -> tuple[str, list[str]]:
-    marks = (
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    )
-    encoding = next((name for mark, name in marks if data.startswith(mark)), "utf-8-sig")
+    encoding = marked_encoding(data) or "utf-8-sig"
     try:
         return data.decode(encoding), []
     except UnicodeDecodeError:
