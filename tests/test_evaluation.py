@@ -22,7 +22,7 @@ from timesearch.base.errors import RequestError
 from timesearch.base.files import write_jsonl
 from timesearch.cli import main
 from timesearch.evaluation import frames
-from timesearch.evaluation.episodes import Values, frame_times
+from timesearch.evaluation.episodes import Columns, Values, frame_times
 from timesearch.evaluation.evaluate import run
 from timesearch.evaluation.qa import parse_choice, published_choice
 from timesearch.evaluation.results import files_by_name, tracked_metrics, write_evaluation
@@ -478,12 +478,12 @@ def test_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_intervals_cover_the_mean_and_narrow_with_more_episodes() -> None:
     values = np.random.default_rng(0).normal(0.5, 0.2, (400, 2))
     values[:, 1] = np.nan
-    draws = bootstrap_means(values, 500, seed=0)
+    draws = bootstrap_means(values.T, 500, seed=0)
     low, high = percentile_interval(draws[:, 0]) or (0, 0)
     assert low < values[:, 0].mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.2)
     assert percentile_interval(draws[:, 1]) is None
-    few = percentile_interval(bootstrap_means(values[:25], 500, seed=0)[:, 0]) or (0, 0)
+    few = percentile_interval(bootstrap_means(values[:25].T, 500, seed=0)[:, 0]) or (0, 0)
     assert few[1] - few[0] > 2 * (high - low)
 
 
@@ -491,7 +491,7 @@ def test_gaps_are_left_out_of_the_draws() -> None:
     rng = np.random.default_rng(0)
     values = rng.random((50, 3))
     values[:20, 1] = values[:, 2] = np.nan
-    draws = bootstrap_means(values, 40, seed=3)
+    draws = bootstrap_means(values.T, 40, seed=3)
     rng = np.random.default_rng(3)
     for draw in draws:
         drawn = values[rng.integers(0, 50, 50)]
@@ -499,13 +499,14 @@ def test_gaps_are_left_out_of_the_draws() -> None:
         assert math.isnan(draw[2])
 
 
-def test_values_are_a_mapping_that_shares_its_names() -> None:
-    columns: dict[str, int] = {}
+def test_values_are_a_mapping_over_columns_that_all_episodes_share() -> None:
+    columns = Columns()
     a, b = Values(columns), Values(columns)
     a.update(x=1, y=2.0)
     b["z"] = 0.0
     assert (dict(a), dict(b), len(a), len(b)) == ({"x": 1.0, "y": 2.0}, {"z": 0.0}, 2, 1)
     assert ("x" in b, b.get("x"), b.get("w", 5), a.get("z")) == (False, None, 5, None)
+    assert columns.numbers("y") == pytest.approx([2, math.nan], nan_ok=True)
     del a["x"]
     assert list(a) == ["y"]
     with pytest.raises(KeyError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from timesearch.base.batch import Failure
 from timesearch.base.errors import ItemError, RequestError
-from timesearch.base.files import atomic_path, inside, json_digest, write_jsonl
+from timesearch.base.files import atomic_path, inside, json_digest, sequence_digest, write_jsonl
 from timesearch.data import rows
 from timesearch.data.messages import Evidence, exchanges, final_answer, format_seconds, parse_turn, searched_seconds
 from timesearch.data.rows import read_samples
@@ -185,6 +186,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         write_half()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("items", [[], [["a", "0"]], [["\udc80", None], ["é", 1.5], {"b": 1, "a": []}]])
+def test_a_sequence_has_the_digest_of_its_list(items: list[Any]) -> None:
+    assert sequence_digest(iter(items)) == (len(items), json_digest(items))
 
 
 def test_json_digest_ignores_key_order() -> None:

@@ -61,8 +61,22 @@ def file_digest(path: Path | str) -> str:
 
 def json_digest(value: Any) -> str:
     """SHA-256, in hex, of a JSON value in canonical form."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def sequence_digest(items: Iterable[Any]) -> tuple[int, str]:
+    """How many items there are, and `json_digest` of the list of them, which need not be held at once."""
+    digest = hashlib.sha256(b"[")
+    count = 0
+    for count, item in enumerate(items, start=1):
+        digest.update(b"," * (count > 1) + _canonical(item))
+    digest.update(b"]")
+    return count, digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="surrogatepass")
 
 
 def project_folder() -> Path:

@@ -65,25 +65,41 @@ _GROUP_CHARS = 200
 Report = Callable[[Failure], None]
 
 
-class Values(MutableMapping[str, float]):
-    """The metrics of one episode by name, in a fifth of a dictionary's memory.
+class Columns:
+    """The metrics of all episodes of a file: one array of numbers a metric, NaN where an episode has none.
 
-    The numbers stand in an array; `columns` tells the place of each name, and is shared by all episodes of a file,
-    which have much the same metrics. A number that is NaN is not there.
+    An episode's numbers take 8 bytes each in it, a tenth of what a dictionary of theirs takes.
     """
 
-    __slots__ = ("_columns", "_numbers")
+    __slots__ = ("by_name", "rows")
 
-    def __init__(self, columns: dict[str, int] | None = None) -> None:
-        self._columns = {} if columns is None else columns
-        self._numbers = array("d")
+    def __init__(self) -> None:
+        self.by_name: dict[str, array[float]] = {}
+        self.rows = 0
+
+    def numbers(self, name: str) -> np.ndarray:
+        """The numbers of a metric that some episode has, shape (rows,)."""
+        column = self.by_name[name]
+        column.extend([math.nan] * (self.rows - len(column)))
+        return np.frombuffer(column)
+
+
+class Values(MutableMapping[str, float]):
+    """The metrics of one episode by name: a new row of `columns`, or of its own."""
+
+    __slots__ = ("_columns", "_row")
+
+    def __init__(self, columns: Columns | None = None) -> None:
+        self._columns = Columns() if columns is None else columns
+        self._row = self._columns.rows
+        self._columns.rows += 1
 
     def get(self, name: str, default: Any = None) -> Any:
         """The number of a name, or `default`."""
-        place = self._columns.get(name)
-        if place is None or place >= len(self._numbers):
+        column = self._columns.by_name.get(name)
+        if column is None or self._row >= len(column):
             return default
-        number = self._numbers[place]
+        number = column[self._row]
         return default if math.isnan(number) else number
 
     def __getitem__(self, name: str) -> float:
@@ -96,16 +112,16 @@ class Values(MutableMapping[str, float]):
         return isinstance(name, str) and self.get(name) is not None
 
     def __setitem__(self, name: str, number: float) -> None:
-        place = self._columns.setdefault(name, len(self._columns))
-        if place >= len(self._numbers):
-            self._numbers.extend([math.nan] * (place + 1 - len(self._numbers)))
-        self._numbers[place] = number
+        column = self._columns.by_name.setdefault(name, array("d"))
+        if self._row >= len(column):
+            column.extend([math.nan] * (self._row + 1 - len(column)))
+        column[self._row] = number
 
     def __delitem__(self, name: str) -> None:
         self[name] = math.nan
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._columns if name in self)
+        return (name for name in self._columns.by_name if name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -140,11 +156,12 @@ class EpisodeScore:
 
 @dataclass
 class MethodScores:
-    """All episodes of one prediction file, scored."""
+    """All episodes of one prediction file, scored; `columns` holds their values, row by row in the same order."""
 
     name: str
     path: Path
     episodes: list[EpisodeScore]
+    columns: Columns
     failures: list[Failure]
     tally: Tally = field(default_factory=Tally)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -305,7 +322,8 @@ class Scorer:
         self._videos = videos
         self._report = report
         self._group_sets: dict[str, dict[str, list[str]]] = {}
-        self._columns: dict[str, int] = {}
+        self.columns = Columns()
+        """The values of the episodes that were scored, in their order."""
         self._same: dict[Any, Any] = {}
         """Names of videos and counts of calls, of which many episodes have equal ones: each is held once."""
         self.without_truth: list[str] = []
@@ -320,7 +338,7 @@ class Scorer:
             prediction.type,
             self._group(prediction),
             prediction.duration,
-            Values(self._columns),
+            Values(self.columns),
         )
         self.tally.add(prediction)
         shown = shown_in(prediction)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.base.files import json_digest
+from timesearch.base.files import sequence_digest
 from timesearch.data.messages import blocks_of, evidence_in
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.fingerprint import SHORT, read_ingredients
@@ -79,16 +79,17 @@ class Tally:
         self._counts.update(requests=seen.requests, retried=seen.retried, failed=seen.failed, empty=seen.empty)
 
     def account(
-        self, predictions: Path, questions: Sequence[tuple[str, str]], settings: Evaluate, judge: dict[str, Any] | None
+        self, predictions: Path, questions: Iterable[tuple[str, str]], settings: Evaluate, judge: dict[str, Any] | None
     ) -> dict[str, Any]:
         """All of `metrics["fingerprint"]`.
 
         Args:
             predictions: the file.
-            questions: id and `question_digest` of each row.
+            questions: id and `question_digest` of each row, in the order of the ids.
             settings: how it was scored.
             judge: who judged open-ended answers; None where there were none.
         """
+        count, questions_digest = sequence_digest(questions)
         digests = [digest for digest in self._digests if digest]
         beside = read_ingredients(predictions) if digests else None
         fits = beside is not None and digests == [beside[0][:SHORT]]
@@ -110,5 +111,5 @@ class Tally:
                 "judge": judge,
                 "timesearch": version("timesearch"),
             },
-            "questions": {"count": len(questions), "digest": json_digest(sorted(questions))[:SHORT]},
+            "questions": {"count": count, "digest": questions_digest[:SHORT]},
         }

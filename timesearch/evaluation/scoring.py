@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def evaluate_files(
         _score_frames(methods, folder)
     for method in methods:
         method.metrics = summarise(method, settings, seed)
-        asked = [(episode.id, episode.asked) for episode in method.episodes]
+        by_id = sorted(method.episodes, key=attrgetter("id"))
+        asked = ((episode.id, episode.asked) for episode in by_id)
         method.metrics["fingerprint"] = method.tally.account(method.path, asked, settings, judge)
     return methods
 
@@ -68,7 +70,7 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
             Failure(identity, "no_ground_truth", f"{identity}: no ground-truth time")
             for identity in scorer.without_truth
         ]
-    return MethodScores(name, path, episodes, failures, scorer.tally)
+    return MethodScores(name, path, episodes, scorer.columns, failures, scorer.tally)
 
 
 def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Rows = slice | np.ndarray
+"""Which episodes of a column are meant."""
 CONFIDENCE = 0.95
 _MOST_AT_ONCE = 32
 """Resamples that are computed by one product of matrices; more are no faster."""
@@ -16,33 +18,37 @@ _WEIGHTS = 2_000_000
 """Weights of episodes in resamples that are held at once: 16 MB."""
 
 
-def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def bootstrap_means(columns: Sequence[np.ndarray], resamples: int, seed: int, rows: Rows = slice(None)) -> np.ndarray:
     """Means of columns over episodes drawn with replacement, as many as there are.
 
     Args:
-        values: shape (n, m), one row an episode, one column a metric; NaN where an episode has no such value.
+        columns: m metrics, each of shape (episodes,); NaN where an episode has no such value.
         resamples: number of draws.
         seed: of the draws; the same draws serve all columns, so that columns stay paired.
+        rows: the n episodes that are drawn from.
 
     Returns:
         Shape (resamples, m); NaN where a draw holds no value of a column.
     """
-    count = len(values)
+    count = len(columns[0][rows])
     rng = np.random.default_rng(seed)
-    means = np.full((resamples, values.shape[1]), np.nan)
-    present = ~np.isnan(values)
-    known = present.any(axis=0)  # of a column without any value there is nothing to draw
-    present = present[:, known]
-    filled = np.nan_to_num(values[:, known])
-    partly = ~present.all(axis=0)
-    gaps = present[:, partly].astype(np.float64)
+    means = np.full((resamples, len(columns)), np.nan)
+    missing = [np.isnan(column[rows]) for column in columns]
+    known = [place for place, gaps in enumerate(missing) if not gaps.all()]  # of no values there is nothing to draw
+    filled = np.empty((count, len(known)))
+    for place, column in enumerate(known):
+        filled[:, place] = np.nan_to_num(columns[column][rows])
+    partly = [place for place, column in enumerate(known) if missing[column].any()]
+    present = np.empty((count, len(partly)))
+    for place, column in enumerate(partly):
+        present[:, place] = ~missing[known[column]]
     at_once = min(_MOST_AT_ONCE, max(1, _WEIGHTS // max(count, 1)))
     for start in range(0, resamples, at_once):
         weights = np.empty((min(at_once, resamples - start), count))
         for row in weights:
             row[:] = np.bincount(rng.integers(0, count, count), minlength=count)
-        counts = np.full((len(weights), filled.shape[1]), float(count))
-        counts[:, partly] = weights @ gaps
+        counts = np.full((len(weights), len(known)), float(count))
+        counts[:, partly] = weights @ present
         with np.errstate(invalid="ignore"):
             means[start : start + len(weights), known] = (weights @ filled) / counts
     return means
@@ -87,7 +93,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) ->
         the smaller share of draws on either side of no difference.
     """
     differences = b - a
-    draws = bootstrap_means(differences[:, None], resamples, seed)[:, 0]
+    draws = bootstrap_means([differences], resamples, seed)[:, 0]
     interval = percentile_interval(draws) or (float("nan"), float("nan"))
     below, above = float(np.mean(draws <= 0)), float(np.mean(draws >= 0))
     return {

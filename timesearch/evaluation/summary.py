@@ -32,7 +32,7 @@ import numpy as np
 
 from timesearch.base.batch import Failure
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores
-from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
+from timesearch.evaluation.statistics import Rows, bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.temporal import harmonic_mean
 from timesearch.settings import Evaluate
 
@@ -70,14 +70,6 @@ _MOST_GROUPS = 500
 _OF_MEANS = ("temporal", "temporal_tstar", "visual", "visual_tstar")
 
 
-def _matrix(episodes: Sequence[EpisodeScore], names: Sequence[str]) -> np.ndarray:
-    """Values of the episodes, shape (episodes, names); NaN where one has no such value."""
-    values = np.empty((len(episodes), len(names)))
-    for row, episode in zip(values, episodes, strict=True):
-        row[:] = [episode.values.get(name, math.nan) for name in names]
-    return values
-
-
 def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, Any]:
     """All numbers of a method: headline, intervals, counts of problems, and the same by group."""
     thresholds = [
@@ -86,9 +78,9 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
         for part in ("precision", "recall", "f1")
     ]
     means = {**_MEANS, **{name: name for name in thresholds}}
-    values = _matrix(method.episodes, [*means.values(), "qa_differ", "error"])
-    unparsed = np.array([episode.unparsed for episode in method.episodes], dtype=bool)
-    metrics = _block(values, unparsed, list(means), settings.bootstrap, seed)
+    columns = {name: method.columns.numbers(name) for name in method.columns.by_name}
+    columns["unparsed"] = np.array([episode.unparsed for episode in method.episodes], dtype=bool)
+    metrics = _block(columns, slice(None), means, settings.bootstrap, seed)
     metrics["threshold"] = settings.thresholds[0]
     by: dict[str, dict[str, Any]] = {}
     for name in ("type", *settings.groups):
@@ -101,7 +93,7 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
             method.failures.append(Failure(name, "bad_group", message))
         elif members:
             by[name] = {
-                value: _block(values[members[value]], unparsed[members[value]], list(means), settings.bootstrap, seed)
+                value: _block(columns, np.array(members[value]), means, settings.bootstrap, seed)
                 for value in sorted(members, key=_natural)
             }
     metrics["failures"] = dict(sorted(Counter(failure.reason for failure in method.failures).items()))
@@ -116,45 +108,45 @@ def _natural(value: str) -> tuple[int, float, str]:
     return (0, number, value) if math.isfinite(number) else (1, 0.0, value)
 
 
-def _block(values: np.ndarray, unparsed: np.ndarray, names: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+def _block(
+    columns: Mapping[str, np.ndarray], rows: Rows, means: Mapping[str, str], resamples: int, seed: int
+) -> dict[str, Any]:
     """Headline numbers of some episodes and their intervals.
 
     Args:
-        values: shape (n, m + 2): the values of `names`, whether two ways read another letter, and whether the episode
-            ended in an error.
-        unparsed: shape (n,): whether its answer could not be read.
-        names: m headline names.
+        columns: values of all episodes by name, each of shape (n,), NaN where an episode has none.
+        rows: the places of the episodes in them.
+        means: headline names, each with the column that it is the mean of.
         resamples: of the bootstrap.
         seed: of the bootstrap.
     """
-    values, differ, errors = values[:, :-2], values[:, -2], values[:, -1]
-    metrics: dict[str, Any] = {name: plain(number) for name, number in zip(names, _column_means(values), strict=True)}
+    metrics: dict[str, Any] = dict.fromkeys(means)
+    having: Counter[str] = Counter()
+    for name, column in means.items():
+        if column in columns:
+            present = columns[column][rows]
+            present = present[~np.isnan(present)]
+            having[name] = len(present)
+            metrics[name] = plain(float(present.mean())) if len(present) else None
     for kind in _OF_MEANS:
         precision, recall = metrics[f"{kind}_precision"], metrics[f"{kind}_recall"]
         metrics[f"{kind}_f1_of_means"] = None if precision is None else plain(harmonic_mean(precision, recall))
-    having = dict(zip(names, np.count_nonzero(~np.isnan(values), axis=0).tolist(), strict=True))
+    unparsed = columns["unparsed"][rows]
     metrics["qa_episodes"] = having["qa_accuracy"]
     metrics["qa_unparsed"] = int(unparsed.sum())
-    metrics["qa_differ"] = int(np.nansum(differ))
+    metrics["qa_differ"] = int(np.nansum(columns["qa_differ"][rows])) if "qa_differ" in columns else 0
     metrics["temporal_episodes"] = having["temporal_f1"]
     metrics["visual_episodes"] = having["visual_f1"]
-    metrics["episodes"] = len(values)
-    metrics["errors"] = int(errors.sum())
-    if resamples and len(values):
-        draws = bootstrap_means(values, resamples, seed)
+    metrics["episodes"] = len(unparsed)
+    metrics["errors"] = int(columns["error"][rows].sum()) if len(unparsed) else 0
+    if resamples and len(unparsed):
+        names = [name for name in means if having[name]]
+        draws = bootstrap_means([columns[means[name]] for name in names], resamples, seed, rows)
         intervals = {name: percentile_interval(draws[:, column]) for column, name in enumerate(names)}
         metrics["intervals"] = {
             name: [round(low_high[0], 6), round(low_high[1], 6)] for name, low_high in intervals.items() if low_high
         }
     return metrics
-
-
-def _column_means(values: np.ndarray) -> list[float]:
-    means = []
-    for column in values.T:
-        present = column[~np.isnan(column)]
-        means.append(float(present.mean()) if len(present) else math.nan)
-    return means
 
 
 def plain(number: float) -> float | None:
