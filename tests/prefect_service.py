@@ -121,6 +121,10 @@ class Prefect:
         """Start a run as scripts and agents do; its id."""
         return str(self.api(f"deployments/{self.deployment(deployment)}/create_flow_run", **body)["id"])
 
+    def pause(self, deployment: str) -> None:
+        """Let the schedules of a deployment (its id) make no further runs."""
+        self._ask("POST", f"deployments/{deployment}/pause_deployment", headers=self.headers)
+
     def state(self, flow_run: str) -> str:
         """The type of a flow run's state; empty while the server does not answer."""
         with suppress(httpx.TransportError):
@@ -143,6 +147,10 @@ class Prefect:
         """The runs that were started last, the last first; those that a schedule has planned do not count."""
         started = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}
         return list(self.api("flow_runs/filter", sort="START_TIME_DESC", limit=count, flow_runs=started))
+
+    def runs_of(self, deployment: str, **which: Any) -> list[dict[str, Any]]:
+        """The runs of a deployment (its id) that the filter `which` lets through."""
+        return list(self.api("flow_runs/filter", deployments={"id": {"any_": [deployment]}}, flow_runs=which))
 
     def last_run(self) -> dict[str, Any]:
         return self.last_runs(1)[0]

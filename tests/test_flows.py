@@ -51,7 +51,30 @@ def test_the_form_of_a_deployment_is_typed_and_described(prefect: Prefect) -> No
     assert deployments["flows/prepare.py:prepare"]["schedules"][0]["schedule"]["cron"]
 
 
-@pytest.mark.takes(40)
+@pytest.mark.takes(15)
+def test_schedules_make_runs_and_a_worker_runs_what_is_due(prefect: Prefect) -> None:
+    """Some versions of Prefect's libraries keep a schedule and never make a run of it."""
+    planned = {"state": {"type": {"any_": ["SCHEDULED"]}}}
+    nightly = prefect.deployment("prepare/nightly")
+    wait_for(lambda: prefect.runs_of(nightly, **planned), 120, "runs at the times of prefect.yaml")
+    times = {flow_run["expected_start_time"][11:16] for flow_run in prefect.runs_of(nightly, **planned)}
+    assert times == {"01:00"}
+
+    file = prefect.project / "prefect.yaml"
+    kept = file.read_text()
+    assert kept.count('- cron: "0 4 * * *"') == 1
+    file.write_text(kept.replace('- cron: "0 4 * * *"', "- interval: 20"))
+    prefect.command("deploy", "--name", "evaluate/nightly")
+    file.write_text(kept)
+    nightly = prefect.deployment("evaluate/nightly")
+    done = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED"]}}}
+    wait_for(lambda: prefect.runs_of(nightly, **done), 300, "a run that is due")
+    prefect.pause(nightly)
+    flow_run = prefect.runs_of(nightly, **done)[0]
+    assert (flow_run["state_type"], flow_run["auto_scheduled"]) == ("COMPLETED", True)
+
+
+@pytest.mark.takes(30)
 def test_overridden_runs_live_side_by_side_and_leave_the_checkout(prefect: Prefect) -> None:
     project = prefect.project
     before = (run(project, "git", "status", "--porcelain").stdout, (project / "params.yaml").read_text())
