@@ -39,7 +39,7 @@ def prepared(prefect: Prefect) -> Prefect:
     return prefect
 
 
-@pytest.mark.takes(90)
+@pytest.mark.takes(150)
 def test_a_worker_killed_at_three_moments_costs_no_finished_stage(prefect: Prefect) -> None:
     """Twice the flow run and all that is Prefect's dies with the worker; the third time the worker alone."""
     project = prefect.project
@@ -85,7 +85,7 @@ def test_a_worker_killed_at_three_moments_costs_no_finished_stage(prefect: Prefe
     params.write_text(plain)
 
 
-@pytest.mark.takes(65)
+@pytest.mark.takes(25)
 def test_a_server_that_restarts_amid_a_run_costs_nothing(prepared: Prefect) -> None:
     prefect, project = prepared, prepared.project
     make_stale(project, 1)

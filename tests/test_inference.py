@@ -830,7 +830,7 @@ def serving_at(judge: Judge) -> psutil.Process:
     return psutil.Process(next(c.pid for c in listening if c.pid and (c.status, c.laddr.port) == ("LISTEN", port)))
 
 
-@pytest.mark.takes(120)
+@pytest.mark.takes(65)
 @pytest.mark.timeout(1800)
 def test_a_real_vllm_judges_and_is_replaced_when_it_is_killed(vllm_judge: Judge) -> None:
     """The tests below go on with the one that replaced it."""

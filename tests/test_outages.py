@@ -37,7 +37,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-@pytest.mark.takes(40)
+@pytest.mark.takes(30)
 def test_a_judge_that_goes_away_in_training_costs_no_step(tmp_path: Path) -> None:
     build_project(tmp_path, videos=6)
     samples = tmp_path / "data" / "train.jsonl"

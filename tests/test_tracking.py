@@ -266,7 +266,7 @@ def kill(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-@pytest.mark.takes(60)
+@pytest.mark.takes(25)
 def test_a_server_that_goes_away_amid_a_run_gets_all_when_it_is_back(
     settings: Settings,
     serve_mlflow: Callable[[int], subprocess.Popen[bytes]],
