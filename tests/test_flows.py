@@ -63,7 +63,7 @@ def test_schedules_make_runs_and_a_worker_runs_what_is_due(prefect: Prefect) -> 
     file = prefect.project / "prefect.yaml"
     kept = file.read_text()
     assert kept.count('- cron: "0 4 * * *"') == 1
-    file.write_text(kept.replace('- cron: "0 4 * * *"', "- interval: 20"))
+    file.write_text(kept.replace('- cron: "0 4 * * *"', "- interval: 10"))
     prefect.command("deploy", "--name", "evaluate/nightly")
     file.write_text(kept)
     nightly = prefect.deployment("evaluate/nightly")
