@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 import pytest
 from evaluated import searching
 from mlflow.utils.validation import _validate_param
@@ -24,6 +25,7 @@ from timesearch.data.rows import read_samples
 from timesearch.evaluation.compare import Comparison, compare_sides, describe, load_sides
 from timesearch.evaluation.results import tracked_fingerprint, write_evaluation
 from timesearch.evaluation.scoring import evaluate_files
+from timesearch.evaluation.statistics import holm
 from timesearch.inference.fingerprint import fingerprint_of, words_for
 from timesearch.inference.journal import Journal
 from timesearch.inference.playing import Job, play, search_maker
@@ -268,6 +270,66 @@ def test_metrics_of_any_form_are_compared_or_refused(tmp_path: Path) -> None:
     target.write_text("{}")
     with pytest.raises(RequestError, match="holds no prediction that can be read"):
         load_sides(tmp_path / "a" / "evaluation", QUICK, RuleJudge)
+
+
+def measured(folder: Path, answers: Sequence[str], **how: Any) -> Path:
+    """Predictions of one search each that answer so, with the fingerprint of the default settings changed by `how`."""
+    fingerprint = fingerprint_of(Settings(), folder, "grpo_csv", None, Settings().search).model_copy(update=how)
+    folder.mkdir()
+    rows = [
+        searching(number, "a.mp4", [[9.0]], answer) | {"fingerprint": fingerprint.digest[:12]}
+        for number, answer in enumerate(answers)
+    ]
+    write_jsonl(folder / "m.jsonl", rows)
+    mark = {"fingerprint": fingerprint.digest, "made_of": fingerprint.model_dump(mode="json")}
+    (folder / "m.json").write_text(json.dumps(mark))
+    return folder / "m.jsonl"
+
+
+RIGHT, WORSE, WORST = ["A"] * 60, ["A"] * 54 + ["B"] * 6, ["A"] * 40 + ["B"] * 20
+"""Of McNemar's test against `RIGHT`: p is 0.031 and below 0.001."""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ({}, {}, "Neither is better: they differ in nothing but the draw of the sampling (temperature 0.7)"),
+        ({}, {"seed": 7}, "Neither is better: they differ in nothing but the draw of the sampling (temperature 0.7)"),
+        ({"temperature": 0.0}, {"temperature": 0.0}, "Neither is better: they differ in nothing but how the engine"),
+        ({}, {"seed": 7, "preview": "video"}, "A is better in QA accuracy"),
+        ({}, {"temperature": 1.0}, "A is better in QA accuracy"),
+    ],
+)
+def test_of_two_draws_of_the_same_neither_is_better(
+    tmp_path: Path, a: dict[str, Any], b: dict[str, Any], said: str
+) -> None:
+    first = measured(tmp_path / "a", RIGHT, **{"temperature": 0.7, **a})
+    found = compared(first, measured(tmp_path / "b", WORST, **{"temperature": 0.7, **b}))
+    assert found.measures["qa_accuracy"]["p_corrected"] < 0.001
+    lines = describe(found, common=False)
+    assert lines[-1].startswith(said)
+    assert ("one in twenty" in lines[-1]) == said.startswith("Neither") == (found.as_json()["better"]["a"] == [])
+    assert len(named(found)) == sum(a.get(name, b[name]) != b[name] or name not in a for name in b)
+
+
+def test_of_many_tests_a_low_p_is_no_sign(tmp_path: Path) -> None:
+    first = measured(tmp_path / "a", RIGHT, temperature=0.7)
+    found = compared(first, measured(tmp_path / "b", WORSE, temperature=1.0))
+    accuracy = found.measures["qa_accuracy"]
+    tests = sum("p_value" in measure for measure in found.measures.values())
+    assert accuracy["p_value"] < 0.05 < accuracy["p_corrected"] <= tests * accuracy["p_value"]
+    assert describe(found, common=False)[-1] == (
+        f"Neither is better: no difference is larger than chance gives (p < 0.05, corrected for {tests} tests by Holm)."
+    )
+
+
+def test_holms_correction() -> None:
+    assert holm([]) == []
+    assert holm([0.03]) == [0.03]
+    assert holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    assert holm([0.9, 1.0, 0.6]) == [1.0, 1.0, 1.0]
+    draws = np.random.default_rng(0).random((4000, 6))
+    assert 0.04 < np.mean([min(holm(row)) < 0.05 for row in draws.tolist()]) < 0.06
 
 
 def test_mlflow_takes_the_names_of_all_ingredients(library: Settings, tmp_path: Path) -> None:

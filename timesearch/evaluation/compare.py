@@ -2,6 +2,10 @@
 
 A side is a file of predictions, which is scored here, a file of metrics that `timesearch evaluate` wrote, or a folder
 of results. Only what is known of both sides can be found to differ; what is not known is said.
+
+Neither of two results that differ in nothing is better, whatever a test says: what differs is the draw of the sampling,
+or the rounding of the engine. Of others one is better in what is unlikely to be chance, by Holm's correction for the
+number of values that are tested.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from timesearch.base.errors import RequestError
 from timesearch.data.rows import read_rows
 from timesearch.evaluation.results import episode_row, files_by_name, load_metrics
 from timesearch.evaluation.scoring import MakeJudge, evaluate_files
-from timesearch.evaluation.statistics import mcnemar, paired_bootstrap
+from timesearch.evaluation.statistics import holm, mcnemar, paired_bootstrap
 from timesearch.evaluation.table import method_label
 from timesearch.inference.fingerprint import words_for
 from timesearch.settings import Evaluate
@@ -33,6 +37,8 @@ _MEASURES = {
     "frames": ("frames seen", 1),
 }
 """Value of an episode: its words, and what it is multiplied by."""
+_CHANCE = 0.05
+"""Corrected p-value below which a difference is no chance."""
 _NAMED = 20
 """Flipped rows and missing videos that the text names; the JSON has all."""
 _SEEN = {
@@ -102,6 +108,21 @@ class Comparison:
     only_a_right: list[str] = field(default_factory=list)
     only_b_right: list[str] = field(default_factory=list)
 
+    @property
+    def only_drawn(self) -> bool:
+        """Whether nothing that is known differs but the seed, so that other numbers are another draw of the same."""
+        known = all(side.made.get("digest") and not side.made.get("rows_without") for side in (self.a, self.b))
+        return known and all(each.what == words_for("seed") for each in self.differences)
+
+    @property
+    def better(self) -> dict[str, list[str]]:
+        """In which values ``a`` and ``b`` are better than the other; frames are a cost, and no merit."""
+        found: dict[str, list[str]] = {"a": [], "b": []}
+        for name, measure in self.measures.items():
+            if name != "frames" and not self.only_drawn and measure.get("p_corrected", 1.0) < _CHANCE:
+                found["b" if measure["difference"] > 0 else "a"].append(name)
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         return {
@@ -112,6 +133,7 @@ class Comparison:
             "questions": self.questions,
             "episodes": self.episodes,
             "measures": self.measures,
+            "better": self.better,
             "only_a_right": self.only_a_right,
             "only_b_right": self.only_b_right,
         }
@@ -217,10 +239,17 @@ def compare_sides(a: Side, b: Side, settings: Evaluate, seed: int = 0) -> Compar
         measure = {"episodes": len(values), "a": float(numbers[:, 0].mean()), "b": float(numbers[:, 1].mean())}
         if settings.bootstrap:
             measure |= paired_bootstrap(numbers[:, 0], numbers[:, 1], settings.bootstrap, seed)
+            # A share of so many draws is known no finer.
+            measure["p_value"] = max(measure["p_value"], min(1.0, 2 / (settings.bootstrap + 1)))
         else:
             measure["difference"] = measure["b"] - measure["a"]
         if name == "qa_accuracy":
             measure |= mcnemar(list(numbers[:, 0] > 0.5), list(numbers[:, 1] > 0.5))
+        found.measures[name] = measure
+    tested = [measure for measure in found.measures.values() if "p_value" in measure]
+    for measure, corrected in zip(tested, holm([each["p_value"] for each in tested]), strict=True):
+        measure["p_corrected"] = corrected
+    for name, measure in found.measures.items():
         found.measures[name] = {key: float(f"{value:.9g}") for key, value in measure.items()}
     for identity, (one, other) in zip(same, pairs, strict=True):
         if (right := _right(one)) is not None and (again := _right(other)) is not None and right != again:
@@ -382,36 +411,64 @@ def describe(found: Comparison, common: bool) -> list[str]:
 
 
 def _table(found: Comparison) -> list[str]:
-    rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95% interval", "p")]
+    rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95% interval", "p", "p of all")]
     for name, measure in found.measures.items():
         words, scale = _MEASURES[name]
         interval = f"{measure['low'] * scale:+.1f} to {measure['high'] * scale:+.1f}" if "low" in measure else ""
-        chance = measure.get("p_value")
-        said = "" if chance is None else "< 0.001" if chance < 0.001 else f"{chance:.3f}"
         numbers = (f"{measure[side] * scale:.1f}" for side in ("a", "b"))
-        rows.append((words, *numbers, f"{measure['difference'] * scale:+.1f}", interval, said))
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        chances = (_chance(measure.get(kind)) for kind in ("p_value", "p_corrected"))
+        rows.append((words, *numbers, f"{measure['difference'] * scale:+.1f}", interval, *chances))
+    columns = range(1, 7 if len(rows) > 2 else 6)  # one test needs no correction
+    widths = [max(len(row[column]) for row in rows) for column in range(7)]
     return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6))]).rstrip()
+        "  " + "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in columns)]).rstrip()
         for row in rows
     ]
 
 
+def _chance(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _verdict(found: Comparison) -> str:
-    better = {
-        side: [
-            _MEASURES[name][0]
-            for name, measure in found.measures.items()
-            if name != "frames" and measure.get("p_value", 1.0) < 0.05 and (measure["difference"] > 0) == (side == "B")
-        ]
-        for side in "AB"
-    }
-    told = [f"{side} is better in {', '.join(names)}" for side, names in better.items() if names]
-    text = "; ".join(told) if told else "Neither is better: no difference is larger than chance gives (p < 0.05)"
+    if found.only_drawn:
+        return f"Neither is better: {_noise(found)}."
+    better = found.better
+    told = [
+        f"{side.upper()} is better in {', '.join(_MEASURES[name][0] for name in names)}"
+        for side, names in better.items()
+        if names
+    ]
+    if not told:
+        return f"Neither is better: no difference is larger than chance gives ({_tested(found)})."
     apart = len(found.differences)
     differ = "things differ" if apart > 1 else "thing differs"
-    why = f" {apart} {differ} in how they were made: any of them may be the reason." if told and apart else ""
-    return f"{text}.{why}"
+    why = f" {apart} {differ} in how they were made: any of them may be the reason." if apart else ""
+    return f"{'; '.join(told)} ({_tested(found)}).{why}"
+
+
+def _tested(found: Comparison) -> str:
+    tested = [measure for measure in found.measures.values() if "p_value" in measure]
+    return f"p < {_CHANCE:g}" + (f", corrected for {len(tested)} tests by Holm" if len(tested) > 1 else "")
+
+
+def _noise(found: Comparison) -> str:
+    """Why results that differ in nothing have other numbers."""
+    if not any(measure["difference"] for measure in found.measures.values()):
+        return "no number differs"
+    temperature = (found.a.made.get("made_of") or found.b.made.get("made_of") or {}).get("temperature")
+    if temperature == 0:
+        source = "how the engine rounds, as decoding is greedy"
+    else:
+        at = f" (temperature {_said(temperature)})" if temperature else ""
+        source = f"the draw of the sampling{at}"
+    nothing = "in nothing that is known" if found.unknown else "in nothing"
+    text = f"they differ {nothing} but {source}, and the numbers above by its noise"
+    low = [name for name, measure in found.measures.items() if measure.get("p_value", 1.0) < _CHANCE]
+    if not low:
+        return text
+    tests = sum("p_value" in measure for measure in found.measures.values())
+    return f"{text}; a p below {_CHANCE:g} is no sign here, for one in twenty such tests has it by chance, of {tests}"
 
 
 def _count(number: int, noun: str) -> str:
