@@ -56,9 +56,11 @@ data: .venv/.synced  ## Put data/ and pretrained/pocket, as they are now, under 
 
 ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left
 	@echo "Prefect http://127.0.0.1:4200   MLflow http://127.0.0.1:5000   Ctrl-C stops both"
+	@echo "Pipelines side by side: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=figures"
 	@trap 'kill 0' EXIT; \
 	PREFECT_HOME="$(CURDIR)/.prefect" PREFECT_SERVER_MEMO_STORE_PATH="$(CURDIR)/.prefect/memo_store.toml" PREFECT_API_URL= $(RUN) prefect server start & \
-	MLFLOW_DISABLE_TELEMETRY=true $(RUN) mlflow server --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 & wait
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	$(RUN) mlflow server --workers 1 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 & wait
 
 worker: .venv/.synced  ## Work pool, limits, deployments, and a worker that serves them
 	$(RUN) prefect work-pool create timesearch --type process --overwrite

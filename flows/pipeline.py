@@ -24,6 +24,7 @@ from tasks import live
 from tasks.artifacts import show_plan, show_results
 from tasks.judge import asks_judge, judge
 from tasks.outage import AWAY, is_back
+from tasks.record import record_data, record_results
 from tasks.reproduce import STAGES, reproduce, stale_stages
 from tasks.stages import TASKS
 from tasks.workspace import workspace
@@ -85,11 +86,14 @@ def run_stages(
         env = {"MLFLOW_TRACKING_URI": tracking_uri(settings)}
         if stale:
             record = held.enter_context(parent_run(settings, flow_run.name, tree))
+            record_data(record, settings, tree, logger.warning)
             env[PARENT_RUN] = record.id or ""
         ran = _bring_all(stages, fresh, tree, settings, env)
         if stale:
             record.set_tags(lock_tags(tree))
             record.log_artifact(tree / "dvc.lock")
+            if "evaluate" in stages:
+                record_results(record, settings, tree, logger.warning)
         return {"ran": ran, "table": show_results(tree, settings.paths.results)}
 
 

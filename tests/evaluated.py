@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 
-from timesearch.base.files import write_jsonl
+from timesearch.base.files import write_json, write_jsonl
+from timesearch.evaluation.results import write_evaluation
+from timesearch.evaluation.scoring import evaluate_files
+from timesearch.inference.fingerprint import beside, checkpoint_digest
 from timesearch.settings import Frames, Settings
 
+ROOT = Path(__file__).parents[1]
 SECONDS, RATE = 20, 5
 OPTIONS = ["a red square", "a blue square", "nothing"]
 HOSTILE = "<script>document.title = 'owned'</script></script><img src=x onerror=\"document.title='owned'\">"
+
+
+def trained_project(folder: Path) -> None:
+    """A project in `folder` with the pocket policy as the one that was trained, and its episodes evaluated."""
+    policy = folder / "runs" / "train"
+    shutil.copytree(ROOT / "pretrained" / "pocket", policy)
+    write_json(policy / "run.json", {"of": "this project"})
+    (policy / "metrics.jsonl").write_text("{}\n")
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for split in ("train", "test"):
+        write_jsonl(folder / "data" / f"{split}.jsonl", [{"id": "1", "video": "a.mp4", "question": "?"}])
+    evaluate(folder, checkpoint_digest(policy))
+
+
+def evaluate(folder: Path, checkpoint: str, right: int = 3) -> None:
+    """Leave predictions of a checkpoint, wrong on one of `right` questions, and their scores, as the stages do."""
+    path = folder / "results" / "predictions" / "grpo_csv.jsonl"
+    digest = "0123456789ab"
+    rows = [searching(n, "a.mp4", [[9.0], [15.0]], "A" if n % right else "B") for n in range(30)]
+    write_jsonl(path, [row | {"fingerprint": digest} for row in rows])
+    write_json(beside(path), {"fingerprint": digest, "made_of": {"checkpoint": checkpoint, "seed": 0}})
+    settings = Settings.model_validate({"evaluate": {"visual": False, "bootstrap": 100}})
+    methods = evaluate_files({"grpo_csv": path}, settings.evaluate, None)
+    write_evaluation(methods, folder / "results", settings.evaluate, 0)
 
 
 def write_video(path: Path, hue: int) -> None:

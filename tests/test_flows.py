@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,7 +114,32 @@ def test_mlflow_nests_stages_in_their_flow_run(prefect: Prefect) -> None:
     commit = run(project, "git", "rev-parse", "HEAD").stdout.strip()
     assert {parent.data.tags["mlflow.source.git.commit"] for parent in parents} == {commit}
     assert len({parent.data.tags["dvc_lock_sha256"] for parent in parents}) == 3
-    assert {item.path for item in client.list_artifacts(parents[0].info.run_id)} == {"params.yaml", "dvc.lock"}
+    kept = {item.path for item in client.list_artifacts(parents[0].info.run_id)}
+    assert kept == {"params.yaml", "dvc.lock", "table.md", "report.html", "policy"}
+
+
+def test_a_flow_run_holds_its_figures_and_a_pointer_to_its_weights(prefect: Prefect, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    project = prefect.project
+    uri = f"sqlite:///{project}/mlflow.db"
+    client = MlflowClient(uri)
+    versions = sorted(client.search_model_versions("name = 'timesearch-policy'"), key=lambda each: int(each.version))
+    assert len(versions) == 3
+    for version in versions:
+        data = client.get_run(str(version.run_id)).data
+        rate = float(data.params["train.learning_rate"])
+        assert data.metrics == {"qa_accuracy": rate, "temporal_f1": 0.5, "uniform/qa_accuracy": 0.25}
+        assert float(version.tags["qa_accuracy"]) == rate
+
+    source = f"models:/timesearch-policy/{versions[0].version}"
+    files = Path(download_artifacts(source, dst_path=str(tmp_path), tracking_uri=uri))
+    shutil.copy(files / "weights.dvc", project / "weights.dvc")
+    run(project, "dvc", "checkout", "weights.dvc")
+    assert (project / "train" / "model.safetensors").read_text().startswith("train")
+    shutil.rmtree(project / "train")
+    (project / "weights.dvc").unlink()
 
 
 def test_no_planted_secret_is_anywhere(prefect: Prefect) -> None:

@@ -8,6 +8,7 @@ end, and then named; where the experiment or the run was deleted, nothing is wai
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -46,6 +47,20 @@ _PATIENCE = 120.0
 """Seconds that the start of a run waits for its id, and its end for the last records, while MLflow does not fail."""
 _WASTED = 10.0
 """Seconds spent on records that are not taken after which no further file is tried: each may take that long."""
+_DATA_DIGEST = 36
+"""Characters of a data set's digest that MLflow takes."""
+_VIEW = {
+    "searchFilter": "",
+    "orderByKey": "attributes.start_time",
+    "orderByAsc": False,
+    "startTime": "ALL",
+    "lifecycleFilter": "Active",
+    "datasetsFilter": [],
+    "modelVersionFilter": "All Runs",
+    **{key: [] for key in ("runsPinned", "runsHidden", "columnOrder")},
+    **{key: {} for key in ("runsExpanded", "runsVisibilityMap", "columnWidths")},
+}
+"""State of MLflow's list of runs as its own *Share* button writes it: all runs, the newest first."""
 _SHARED_SECTIONS = {
     "coldstart": ("search",),
     "train": ("search", "judge"),
@@ -132,6 +147,45 @@ class Run:
         """Record a text file under the artifact path `name`."""
         clean = redact(text)
         self._do(name, lambda client: client.log_text(str(self._id), clean, name), is_file=True)
+
+    def log_data(self, path: Path, rows: int, digest: str, context: str) -> None:
+        """Record a file as a data set that the run takes in.
+
+        Args:
+            path: the file.
+            rows: number of its rows.
+            digest: SHA-256 of its bytes, in hex.
+            context: what it serves for, such as ``training``.
+        """
+        self._do(str(path), lambda client: self._log_data(client, path, digest, rows, context))
+
+    def share_view(self, key: str, columns: Iterable[str]) -> None:
+        """Let the list of runs be seen with columns of its own, at the list's address with ``?viewStateShareKey=key``.
+
+        MLflow shows no metric there by itself, and keeps what a person chose in that browser alone.
+
+        Args:
+            key: of the view, the same for all runs of the experiment.
+            columns: such as ``metrics.qa_accuracy`` and ``params.train.learning_rate``.
+        """
+        named = [f"{kind}.`{name}`" for kind, _, name in (column.partition(".") for column in columns)]
+        view = json.dumps({**_VIEW, "selectedColumns": named})
+        tag = f"mlflow.sharedViewState.{key}"
+        self._do("a view", lambda client: client.set_experiment_tag(self._experiment, tag, view))
+
+    def register(self, name: str, folder: str, card: str, tags: Mapping[str, str]) -> None:
+        """Register what lies under `folder` of the run's artifacts as a version of the model `name`.
+
+        A version that has the same tag ``checkpoint`` is the same policy: it gets the new card and tags.
+
+        Args:
+            name: of the registered model.
+            folder: artifact path.
+            card: Markdown, shown as the version's description.
+            tags: of the version, ``checkpoint`` (digest of the weights) among them.
+        """
+        clean = {key: redact(value) for key, value in tags.items()}
+        self._do(f"the model {name}", lambda client: self._register(client, name, folder, redact(card), clean))
 
     def log_episode(self, prediction: Prediction, frames: Path | str | None = None, name: str = "episode") -> None:
         """Record an episode as a trace with one span a turn, the frames that it saw shown small.
@@ -296,6 +350,37 @@ class Run:
         for start in range(0, len(entries), 1000):
             client.log_batch(str(self._id), metrics=entries[start : start + 1000])
 
+    def _log_data(self, client: MlflowClient, path: Path, digest: str, rows: int, context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(
+            name=path.name,
+            digest=digest[:_DATA_DIGEST],
+            source_type="local",
+            source=json.dumps({"uri": redact(str(path))}),
+            profile=json.dumps({"num_rows": rows, "sha256": digest}),
+        )
+        client.log_inputs(str(self._id), [DatasetInput(data, [InputTag("mlflow.data.context", context)])])
+
+    def _register(self, client: MlflowClient, name: str, folder: str, card: str, tags: Mapping[str, str]) -> None:
+        from mlflow import MlflowException
+
+        try:
+            client.create_registered_model(name, description="Policies that `train` made; the weights are under DVC.")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        same = client.search_model_versions(f"name = '{name}' AND tag.checkpoint = '{tags['checkpoint']}'")
+        if same:
+            version = same[0].version
+            client.update_model_version(name, version, card)
+            for tag in tags.items():
+                client.set_model_version_tag(name, version, *tag)
+            return
+        source = f"{client.get_run(str(self._id)).info.artifact_uri}/{folder}"
+        made = client.create_model_version(name, source, str(self._id), dict(tags), description=card)
+        client.set_tag(str(self._id), "registered_model", f"{name} {made.version}")
+
     def _log_file(self, client: MlflowClient, file: Path, folder: str) -> None:
         """Copy a file as it is, unless it is a text with a secret in it."""
         try:
@@ -365,9 +450,10 @@ def stage_run(settings: Settings, stage: str, keep: Path | str | None = None) ->
 
 @contextmanager
 def parent_run(settings: Settings, name: str, folder: Path | str = ".") -> Iterator[Run]:
-    """Open the run that the stage runs of a flow in `folder` are nested in, with all parameters as an artifact."""
+    """Open the run that the stage runs of a flow in `folder` are nested in, with all parameters."""
     tags = {"profile": settings.profile, **_code_tags(Path(folder))}
     run = Run(settings, name, tags)
+    run.log_params(settings.model_dump(mode="json"))
     run.log_text(_params_text(settings), "params.yaml")
     with _finishing(run):
         yield run

@@ -97,27 +97,54 @@ def compare(
 
 @app.command()
 def export(
-    predictions: Annotated[Path, typer.Argument(help="Prediction file.")],
-    to: Annotated[str, typer.Option("--to", help="timesearch-r, or lmms-eval.")],
-    out: Annotated[Path, typer.Option("--out", help="The JSON lines file.")],
+    source: Annotated[Path, typer.Argument(help="Prediction file; for the hub, folder of a checkpoint.")],
+    target: Annotated[Path | None, typer.Argument(help="The same as --out.")] = None,
+    to: Annotated[str, typer.Option("--to", help="timesearch-r, lmms-eval, or hub.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="The JSON lines file; for the hub, a new folder.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Of the policy, as the hub lists them.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="OWNER/NAME on the hub that the folder goes to, with HF_TOKEN.")
+    ] = None,
     videos: Annotated[Path | None, typer.Option("--videos", help="Folder of the source videos.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some rows were bad.")] = False,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
-    """Write predictions in the form that others' evaluation scripts read."""
+    """Write predictions in the form that others' evaluation scripts read, or a policy as a folder of the hub."""
     from timesearch.base.batch import BatchResult
     from timesearch.base.files import write_jsonl
     from timesearch.evaluation.export import FORMS, exported
 
+    out = target or out
+    if out is None:
+        raise RequestError("--out is missing: name what is to be written")
+    if to == "hub":
+        _export_to_hub(source, out, licence, push, params)
+        return
     if to not in FORMS:
-        raise RequestError(f"--to {visible(to)} is no form that is known: choose from {', '.join(FORMS)}")
+        raise RequestError(f"--to {visible(to)} is no form that is known: choose from {', '.join(FORMS)}, hub")
+    if licence or push:
+        raise RequestError(f"--licence and --push go with --to hub, and not with {to}")
     outcome = BatchResult()
-    rows = exported(predictions, to, videos or _settings(params).paths.videos, outcome.failures.append)
+    rows = exported(source, to, videos or _settings(params).paths.videos, outcome.failures.append)
     write_jsonl(out, _counted(rows, outcome))
     say(f"{out}: {len(outcome.done)} rows in the form of {to}")
     for failure in outcome.failures:
         typer.echo(f"  {failure.reason}: {visible(failure.message)}", err=True)
     raise typer.Exit(outcome.exit_code(keep_going))
+
+
+def _export_to_hub(policy: Path, out: Path, licence: str | None, repository: str | None, params: Path) -> None:
+    from timesearch.report import hub
+    from timesearch.settings import load_settings
+
+    if repository is not None:
+        hub.require_token()
+    files = hub.write_hub_folder(load_settings(params), policy, out, licence)
+    say(f"{out}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB; its card is README.md")
+    if repository is not None:
+        say(f"pushed: {hub.push(out, repository)}")
 
 
 def _counted(rows: Iterable[dict[str, Any]], outcome: BatchResult) -> Iterator[dict[str, Any]]:

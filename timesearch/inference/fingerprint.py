@@ -81,7 +81,7 @@ def fingerprint_of(
         method=method,
         engine=infer.engine,
         model=infer.model or "",
-        checkpoint=_weights(checkpoint),
+        checkpoint=checkpoint_digest(checkpoint),
         temperature=infer.temperature,
         seed=settings.seed,
         preview=infer.preview,
@@ -132,8 +132,12 @@ def _flat(made_of: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _weights(checkpoint: Path) -> str:
-    """Digest over the files of a checkpoint that what it says depends on; empty for a name that is no folder."""
+def checkpoint_digest(checkpoint: Path) -> str:
+    """The ingredient ``checkpoint``: a digest over the files that what a checkpoint says depends on.
+
+    Returns:
+        Hex; empty for a name that is no folder.
+    """
     digests = {
         str(path.relative_to(checkpoint)): remembered(path)
         for path in sorted(checkpoint.rglob("*"))

@@ -150,13 +150,7 @@ class SearchProtocol:
         Raises:
             RequestError: there is no such protocol, a text is missing, or a file of it cannot be read.
         """
-        known = ", ".join(sorted(path.name for path in _FOLDERS.iterdir() if path.is_dir()))
-        folder = _FOLDERS / name if (_FOLDERS / name).is_dir() else Path(name)
-        if not folder.is_dir():
-            raise RequestError(
-                f"there is no protocol {name!r} (search.prompts): use one of {known}, or a folder such as `timesearch "
-                "protocol import` writes"
-            )
+        folder = protocol_folder(name)
         path = folder / "protocol.yaml"
         verbatim = _is_there(path)
         rules = _checked(Rules, read_yaml(path), path) if verbatim else Rules()
@@ -165,7 +159,7 @@ class SearchProtocol:
         missing = [part for part in needed if part not in texts]
         if missing:
             raise RequestError(
-                f"protocol {name!r} lacks {missing[0]}.txt: use one of {known}, or a whole folder (search.prompts)"
+                f"protocol {name!r} lacks {missing[0]}.txt: use one of {_known()}, or a whole folder (search.prompts)"
             )
         return cls(texts, rules, _tools(folder / "tools.json"))
 
@@ -195,6 +189,25 @@ class SearchProtocol:
             ItemError: `too_many_options`.
         """
         return lettered(question, options, inline=self.rules.options == "inline")
+
+
+def protocol_folder(name: str) -> Path:
+    """Where the files of the protocol `name` of this package lie, or those of the folder at that path.
+
+    Raises:
+        RequestError: there is neither.
+    """
+    folder = _FOLDERS / name if (_FOLDERS / name).is_dir() else Path(name)
+    if not folder.is_dir():
+        raise RequestError(
+            f"there is no protocol {name!r} (search.prompts): use one of {_known()}, or a folder such as `timesearch "
+            "protocol import` writes"
+        )
+    return folder
+
+
+def _known() -> str:
+    return ", ".join(sorted(path.name for path in _FOLDERS.iterdir() if path.is_dir()))
 
 
 def lettered(question: str, options: Sequence[str], inline: bool = False) -> str:
