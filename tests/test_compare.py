@@ -5,35 +5,40 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
-import httpx
 import numpy as np
 import pytest
 from evaluated import searching
 from mlflow.utils.validation import _validate_param
 from players import Puppet, answer_turn, build_library, script, search_turn
+from policy_server import Handler, Server
+from scratch_project import free_port
 from scripted import OracleEncoder
 
 from timesearch.base.errors import RequestError
 from timesearch.base.files import write_jsonl
 from timesearch.cli import main
 from timesearch.data.rows import read_samples
-from timesearch.evaluation.compare import Comparison, compare_sides, describe, load_sides
+from timesearch.evaluation.compare import Comparison, Side, compare_sides, describe, load_sides
 from timesearch.evaluation.results import tracked_fingerprint, write_evaluation
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.statistics import holm
 from timesearch.inference.fingerprint import fingerprint_of, words_for
 from timesearch.inference.journal import Journal
 from timesearch.inference.playing import Job, play, search_maker
-from timesearch.judge.client import RuleJudge
+from timesearch.judge.client import JudgeClient, RuleJudge
+from timesearch.judge.server import judge_server
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.search.policy import EngineError, Policy
 from timesearch.search.videos import _opened
-from timesearch.settings import Evaluate, Settings
+from timesearch.settings import Evaluate, Judge, Settings
 
 SEARCHING = script(search_turn(num_frames=1), answer_turn())
 QUICK = Evaluate(bootstrap=50, visual=False)
@@ -70,27 +75,25 @@ def named(found: Comparison) -> list[str]:
     return [each.what for each in found.differences]
 
 
-class Answers:
-    """A server of the policy: a search, then an answer, and every `drops`-th request is lost."""
+@contextmanager
+def served(drops: int, **kind: Any) -> Iterator[OpenAIPolicy]:
+    """A policy behind a real server, which breaks the connection of every `drops`-th request."""
+    numbers = count(1)
 
-    def __init__(self, drops: int) -> None:
-        self._number, self._drops = count(1), drops
+    class Dropping(Handler):
+        def do_POST(self) -> None:
+            if next(numbers) % drops == 0:
+                self.close_connection = True
+            else:
+                super().do_POST()
 
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path.endswith("/models"):
-            return httpx.Response(200, json={"data": [{"id": "tiny", "owned_by": "somebody"}]})
-        if next(self._number) % self._drops == 0:
-            return httpx.Response(503, text="busy")
-        messages = json.loads(request.content)["messages"]
-        said = SEARCHING([{**message, "content": ""} for message in messages])
-        return httpx.Response(200, json={"choices": [{"message": {"content": said}}]})
-
-
-def served(monkeypatch: pytest.MonkeyPatch, drops: int) -> OpenAIPolicy:
-    policy = OpenAIPolicy(["http://policy/v1"], "tiny", retry_for=30)
-    client = httpx.AsyncClient(transport=httpx.MockTransport(Answers(drops)))
-    monkeypatch.setattr(policy, "_http", lambda: client)
-    return policy
+    server = Server(("127.0.0.1", 0), type("Kind", (Dropping,), kind))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield OpenAIPolicy([f"http://127.0.0.1:{server.server_port}/v1"], "tiny", retry_for=30)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_where_nothing_changed_nothing_is_named(library: Settings, tmp_path: Path) -> None:
@@ -133,12 +136,14 @@ def test_times_that_are_stripped_are_named(library: Settings, tmp_path: Path, mo
     assert what.startswith("times told beside frames, in 8 of 8 episodes")
 
 
-def test_an_engine_that_drops_one_request_in_ten_is_named(
-    library: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steady = played(library, tmp_path / "a", served(monkeypatch, 10_000))
-    found = compared(steady, played(library, tmp_path / "b", served(monkeypatch, 10)))
+def test_an_engine_that_drops_one_request_in_ten_is_named(library: Settings, tmp_path: Path) -> None:
+    with served(10_000) as steady, served(10) as dropping:
+        found = compared(played(library, tmp_path / "a", steady), played(library, tmp_path / "b", dropping))
     assert [str(each) for each in found.differences] == ["requests that were sent again: A 0 of 24, B 2 of 24"]
+    assert [line[:36] for line in found.unknown] == [
+        "the chat template of A's server is u",
+        "the chat template of B's server is u",
+    ]
 
     numbers = count(1)
 
@@ -167,6 +172,30 @@ def test_another_judge_is_named_with_its_agreement(library: Settings, tmp_path: 
     differing = {each.what: (each.a, each.b) for each in compared(path, path, Kind).differences}
     assert differing["judge, kind"] == ("rule", "kind")
     assert differing["judge, agreement"][0] > differing["judge, agreement"][1]
+
+
+def test_requests_to_a_judge_that_were_sent_again_are_named(library: Settings, tmp_path: Path) -> None:
+    path = played(library, tmp_path / "a")
+
+    def side(name: str, *flags: str) -> Side:
+        judge = Judge(
+            kind="server",
+            url=f"http://127.0.0.1:{free_port()}/v1",
+            model="stub",
+            command=[sys.executable, str(Path(__file__).with_name("judge_stub.py")), "{port}", "{model}", *flags],
+            cache=tmp_path / f"{name}.sqlite",
+            log=tmp_path / f"{name}.log",
+        )
+        with judge_server(judge):
+            first = load_sides(path, QUICK, lambda: JudgeClient(judge))["grpo_csv"]
+        # A second time verdicts come from the disk, and with them what they took.
+        again = load_sides(path, QUICK, lambda: JudgeClient(judge))["grpo_csv"]
+        assert first.made == again.made
+        return first
+
+    steady, busy = side("steady"), side("busy", "--refuse-first", "2")
+    named = [str(each) for each in compare_sides(steady, busy, QUICK).differences]
+    assert named == ["requests to the judge that were sent again: A 0 of 8, B 2 of 8"]
 
 
 def test_another_parser_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,68 @@ def test_the_references_scripts_find_what_they_need_and_ours_the_same_scores(tmp
     assert {name: mine[name] for name in mine if name not in turns} == {
         name: theirs[name] for name in theirs if name not in turns
     }
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Video-MME": {
+        **{"question_id": "001-1", "videoID": "fFjv93ACGo8", "duration": "short", "domain": "Knowledge"},
+        **{"sub_category": "Geography", "task_type": "OCR Problems", "question": "Which one?"},
+        **{"options": ["A. one.", "B. two."], "answer": "B"},
+    },
+    "MLVU": {
+        **{"question_id": "x1", "video": "ego_1.mp4", "duration": 480.0, "question": "Which one?"},
+        **{"candidates": ["one", "two"], "answer": "two", "question_type": "ego"},
+    },
+    "LongVideoBench": {
+        **{"id": "y_0", "video_id": "y", "video_path": "y.mp4", "question": "Which one?", "duration": 8.0},
+        **{"candidates": ["one", "two"], "correct_choice": 1, "duration_group": 15, "question_category": "S2E"},
+    },
+}
+
+
+@pytest.mark.parametrize("benchmark", PUBLISHED)
+def test_a_benchmarks_row_is_exported_as_it_was_published(tmp_path: Path, benchmark: str) -> None:
+    """Each of the reference's scripts reads fields of the benchmark's own row."""
+    published = PUBLISHED[benchmark]
+    said = [{"role": "assistant", "content": "<answer>B</answer>"}]
+    write_jsonl(tmp_path / "mine.jsonl", [{**published, "prediction": said}])
+    (row,) = exported(tmp_path / "mine.jsonl", "timesearch-r", 0)
+    doc = json.loads(row["meta"])
+    assert {name: doc.get(name) for name in published} == published
+    assert (row["target"], row["prediction"][-1]["content"][-1]["text"]) == ({"answer": "B"}, "<answer>B</answer>")
+    mine, theirs = scores(tmp_path / "mine.jsonl"), scores(tmp_path / "timesearch-r.jsonl")
+    assert mine == theirs
+    assert mine["qa_accuracy"] == 1.0
+
+
+def counted_as_searched(row: dict[str, Any]) -> list[float]:
+    """Times that the reference's temporal script takes for those of searched frames."""
+    times = []
+    for message in row["prediction"]:
+        for block in message["content"] if message["role"] == "tool" else []:
+            with suppress(ValueError):
+                times.append(float(block["text"].split("s")[0]) if block["type"] == "text" else None)
+    return [time for time in times if time is not None]
+
+
+def test_what_is_no_frame_does_not_count_as_searched(tmp_path: Path) -> None:
+    rows = [searching(0, "a.mp4", [[9.0], [4.5]], "A"), searching(1, "a.mp4", [], "A"), sample_row(2, "a.mp4")]
+    for row in rows:
+        row["gt_seconds"], row["gt_spans"], row["gt_frame_index"] = [], [], [45]
+    rows[0]["prediction"][3]["content"].append({"type": "text", "text": "12.0s what is said", "seconds": 12.0})
+    rows[0]["prediction"].pop()  # ends with what was found
+    write_jsonl(tmp_path / "mine.jsonl", rows)
+    theirs = exported(tmp_path / "mine.jsonl", "timesearch-r", 0)
+    assert [counted_as_searched(row) for row in theirs] == [[9.0, 4.5], [], []]
+    assert [row["prediction"][-1]["content"][-1]["type"] for row in theirs] == ["text"] * 3
+    assert scores(tmp_path / "mine.jsonl")["frames_mean"] == scores(tmp_path / "timesearch-r.jsonl")["frames_mean"]
+
+
+def test_intervals_stand_in_the_target(tmp_path: Path) -> None:
+    when = {"options": [], "type": "grounding", "answer": "[[8, 12], [14, 16]]", "gt_seconds": [], "gt_spans": []}
+    write_jsonl(tmp_path / "mine.jsonl", [searching(0, "a.mp4", [[9.0]], "[[8, 10]]") | when])
+    (row,) = exported(tmp_path / "mine.jsonl", "timesearch-r", 0)
+    assert row["target"] == {"answer": "[[8, 12], [14, 16]]", "time": [[8, 12], [14, 16]]}
 
 
 def test_the_log_of_lmms_eval_aggregates_to_our_accuracy(tmp_path: Path) -> None:

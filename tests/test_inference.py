@@ -860,6 +860,7 @@ def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     policy = OpenAIPolicy([vllm], "tiny")
     reply = asyncio.run(ask(policy, encoded, tools))
     assert policy.context == 1024
+    assert policy.template == in_process.template
     assert reply.prompt_tokens == len(ids)
     assert reply.text == expected.text
     in_words = [system_message(SearchProtocol.load(settings.search.prompts), tools, "text"), *encoded[1:]]

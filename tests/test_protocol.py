@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import reference_clone as clone
 from players import Puppet, script
+from policy_server import Handler, Server
 from scripted import OracleEncoder, write_caches
 
 from timesearch.base.errors import RequestError
@@ -28,10 +30,12 @@ from timesearch.dialects.first_tag import cut, parse_turn
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.profiles import load_profile
 from timesearch.search.checkpoint import load_processor, template_options
+from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode
 from timesearch.search.policy import with_video_preview
-from timesearch.search.protocol import Rules, SearchProtocol
+from timesearch.search.protocol import Rules, SearchProtocol, Template
+from timesearch.search.rendering import UNKNOWN, rendered_of
 from timesearch.search.search import Search
 from timesearch.settings import SearchSettings
 from timesearch.training.data import require_trainable
@@ -243,7 +247,8 @@ def test_a_call_that_fails_gets_the_text_of_invalid_calls(search: Search, turn: 
 )
 def test_what_cannot_be_read_ends_the_episode(search: Search, turn: str) -> None:
     prediction, seen = play(search, turn, ANSWER, of=sample("short"))
-    assert (prediction.outcome, prediction.turns, len(seen)) == ("unanswered", 1, 1)
+    assert (prediction.outcome, prediction.turns) == ("unanswered", 1)
+    assert [messages[0]["content"] for messages in seen] == [clone.WHOLE_SYSTEM, clone.TRACE_SYSTEM]
 
 
 def test_of_two_calls_the_first_counts_and_history_ends_with_it(search: Search) -> None:
@@ -288,6 +293,33 @@ def test_the_reanswer_shows_frames_as_calls_found_them_after_a_system_text_of_it
     assert prediction.reanswer == later  # what the script says to a first turn, unread
 
 
+def test_the_reanswer_keeps_what_was_said_to_calls_that_failed(search: Search) -> None:
+    found = call(start_time=10, end_time=10, num_frames=1)
+    _, seen = play(search, call("zoom"), found, call(query="star", start_time=500), ANSWER, of=sample("short"))
+    size = smart(SIZE, 128, 256)
+    assert texts_and_frames(seen[-1][1]["content"]) == [
+        *(clone.INVALID, *frames_of([20], size), clone.INVALID),
+        "Asked: Where is the star?",
+    ]
+
+
+@pytest.mark.parametrize("turns", [(ANSWER,), (call("zoom"), ANSWER), ("I see nothing.",)])
+def test_an_episode_that_found_nothing_is_asked_again_from_one_frame(search: Search, turns: tuple[str, ...]) -> None:
+    """The frame is that which the call finds that the reference makes for such an episode."""
+    prediction, seen = play(search, *turns, of=sample("short"))
+    search.open(sample("short").model_dump())
+    (block, shown, _) = search.call("seek_video_frames", {"query": "any", "end_time": 3600, "num_frames": 1})
+    failed = [clone.INVALID] * (len(turns) - 1)
+    size = smart(SIZE, 128, 256)
+    assert shown["image"].size == size
+    assert texts_and_frames(seen[-1][1]["content"]) == [
+        *(*failed, block["text"], (shown["frame"], shown["seconds"], size)),
+        "Asked: Where is the star?",
+    ]
+    assert prediction.reanswer == turns[0]
+    assert (prediction.searched_seconds, prediction.tool_calls) == ([], len(failed))
+
+
 ODD: tuple[Any, ...] = (
     *(None, True, "", " ", "star", "x" * 5000, "10.3", "nan", "-inf", "1e999", "9" * 5000, [], {}, [[[]]], "\ud800"),
     *(-1, -1e308, 0, 0.5, 8, 60.5, 61, 1e308, 10**30),
@@ -320,21 +352,30 @@ OWN_TEMPLATE = """\
 """A chat template that shows no tools, as Qwen2.5-VL's own."""
 
 
-def test_a_checkpoint_has_one_chat_template_in_process_and_in_its_server(search: Search, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def own_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with that template."""
     tokenizer = make_tokenizer()
     processor = make_processor(tokenizer)
     processor.chat_template = OWN_TEMPLATE
-    save_policy(make_policy(tokenizer), processor, tmp_path / "policy")
-    own = load_processor(tmp_path / "policy", "own")
+    folder = tmp_path_factory.mktemp("own") / "policy"
+    save_policy(make_policy(tokenizer), processor, folder)
+    return folder
+
+
+def test_a_checkpoint_has_one_chat_template_in_process_and_in_its_server(
+    search: Search, own_policy: Path, tmp_path: Path
+) -> None:
+    own = load_processor(own_policy, "own")
     assert own.chat_template == OWN_TEMPLATE
-    assert template_options(tmp_path / "policy", "own", tmp_path) == []
-    option, path = template_options(tmp_path / "policy", "tools", tmp_path)
+    assert template_options(own_policy, "own", tmp_path) == []
+    option, path = template_options(own_policy, "tools", tmp_path)
     assert option == "--chat-template"
-    assert Path(path).read_text() == load_processor(tmp_path / "policy").chat_template != OWN_TEMPLATE
+    assert Path(path).read_text() == load_processor(own_policy).chat_template != OWN_TEMPLATE
 
     _, seen = play(search, call(num_frames=1), ANSWER, of=sample("short"))
     shown = [with_video_preview(message, position) for position, message in enumerate(seen[1])]
-    policy = TransformersPolicy(make_policy(tokenizer), own, "own")
+    policy = TransformersPolicy(make_policy(own.tokenizer), own, "own")
     image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
     assert policy.render(Request(shown, [], 8)) == (
         f"<|im_start|>system\n{clone.WHOLE_SYSTEM}<|im_end|>\n"
@@ -342,6 +383,49 @@ def test_a_checkpoint_has_one_chat_template_in_process_and_in_its_server(search:
         f"<|im_end|>\n<|im_start|>assistant\n{call(num_frames=1)}<|im_end|>\n"
         f"<|im_start|>tool\n0.0s{image}{told([0])}<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("owner", ["vllm", "sglang", "vllm that does not say", "somebody"])
+@pytest.mark.parametrize("template", ["own", "tools"])
+def test_a_server_that_renders_otherwise_is_warned_of(
+    own_policy: Path, template: Template, owner: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = load_processor(own_policy, "own")
+    asked = []
+
+    class Rendering(Handler):
+        """A server that renders by the checkpoint's own template."""
+
+        model = str(own_policy)
+
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            silent = owner.endswith("say")
+            self._send(404, {}) if silent else self._send(
+                200, {"count": 1, "tokens": processor.tokenizer(text)["input_ids"]}
+            )
+
+    Rendering.owner = owner.split()[0]
+    server = Server(("127.0.0.1", 0), Rendering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    policy = OpenAIPolicy([f"http://127.0.0.1:{server.server_port}/v1"], "", template=template)
+
+    async def connect() -> None:
+        await policy.connect()
+        await policy.close()
+
+    try:
+        asyncio.run(connect())
+    finally:
+        server.shutdown()
+        server.server_close()
+    told = owner in ("vllm", "sglang")
+    assert asked == ["/tokenize"] * (owner != "somebody")
+    assert policy.template == (rendered_of(own_policy, "own") if told else UNKNOWN)
+    warned = [record.getMessage() for record in caplog.records if "another chat template" in record.getMessage()]
+    assert len(warned) == (told and template == "tools")
 
 
 # The folder

@@ -98,6 +98,12 @@ class Version(BaseModel):
     version: str
 
 
+class Tokens(BaseModel):
+    """Reply of ``/tokenize``."""
+
+    tokens: list[int] = Field(min_length=1)
+
+
 class _Embedding(BaseModel):
     index: int
     embedding: list[FiniteFloat] = Field(min_length=1)

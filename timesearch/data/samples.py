@@ -88,6 +88,7 @@ class Seen(BaseModel):
     """What an engine was given in an episode, and what became of the requests."""
 
     engine: str = Field("", description="what computed, with its version")
+    template: str = Field("", description="digest of what the engine makes of a short conversation, or 'unknown'")
     encoder: str = Field("", description="digest of the encoder that found the frames")
     preview_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")
     searched_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")

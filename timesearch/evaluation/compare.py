@@ -25,6 +25,7 @@ from timesearch.evaluation.scoring import MakeJudge, evaluate_files
 from timesearch.evaluation.statistics import holm, mcnemar, paired_bootstrap
 from timesearch.evaluation.table import method_label
 from timesearch.inference.fingerprint import words_for
+from timesearch.search.rendering import UNKNOWN
 from timesearch.settings import Evaluate
 
 _MEASURES = {
@@ -43,6 +44,7 @@ _NAMED = 20
 """Flipped rows and missing videos that the text names; the JSON has all."""
 _SEEN = {
     "engines": "engine as it ran",
+    "templates": "chat template, by what the engine made of a short conversation",
     "encoders": "encoder as it ran",
     "retried": "requests that were sent again",
     "failed": "requests without an answer",
@@ -289,20 +291,36 @@ def _ingredients(a: Side, b: Side) -> Iterator[Difference]:
     if isinstance(seen, dict) and isinstance(other, dict):
         for name, words in _SEEN.items():
             one, another = seen.get(name), other.get(name)
-            if one != another and name in ("engines", "encoders"):
+            if name == "templates" and not (_rendered(seen) and _rendered(other)):
+                continue
+            if one != another and name in ("engines", "templates", "encoders"):
                 yield Difference(words, one, another)
             elif one != another:
-                yield Difference(words, f"{one} of {seen.get('requests')}", f"{another} of {other.get('requests')}")
+                yield Difference(words, _of_requests(seen, name), _of_requests(other, name))
     if ours and theirs:
         for name, words in (("errors", "episodes that ended in an error"), ("missing_videos", "missing videos")):
             if ours.get(name) != theirs.get(name):
                 yield Difference(words, ours.get(name), theirs.get(name))
         yield from _different(ours.get("scored"), theirs.get("scored"))
+    judged, again = ours.get("judged"), theirs.get("judged")
+    if isinstance(judged, dict) and isinstance(again, dict) and judged.get("retried") != again.get("retried"):
+        yield Difference("requests to the judge that were sent again", _of_requests(judged), _of_requests(again))
     left_out = [side.metrics["failures"] if isinstance(side.metrics["failures"], dict) else {} for side in (a, b)]
     for reason, words in _LEFT_OUT.items():
         one, other = (counts.get(reason, 0) for counts in left_out)
         if one != other:
             yield Difference(words, one, other)
+
+
+def _of_requests(counts: Mapping[str, Any], name: str = "retried") -> str:
+    return f"{counts.get(name)} of {counts.get('requests')}"
+
+
+def _rendered(seen: Any) -> list[str]:
+    """Digests of what the engines of a side made of a short conversation; none where it is not known of all."""
+    templates = seen.get("templates") if isinstance(seen, dict) else None
+    known = isinstance(templates, list) and not {"", UNKNOWN}.intersection(map(str, templates))
+    return templates if known and isinstance(templates, list) else []
 
 
 def _different(a: Any, b: Any) -> Iterator[Difference]:
@@ -361,6 +379,11 @@ def _unknown(a: Side, b: Side) -> Iterator[str]:
                 f"{name} has the fingerprint {made['digest']}, but what it stands for is not beside the predictions: "
                 "copy their .json file, too"
             )
+        made_of, seen = made.get("made_of"), made.get("seen")
+        if isinstance(made_of, dict) and made_of.get("model"):
+            yield f"the weights that {name}'s server has under the name {made_of['model']} are not known"
+        if isinstance(seen, dict) and not _rendered(seen) and (UNKNOWN in (seen.get("templates") or ())):
+            yield f"the chat template of {name}'s server is unknown: it does not say what it renders (/tokenize)"
         if made.get("digest") and made.get("rows_without"):
             yield f"{made['rows_without']} rows of {name} have no fingerprint"
         if "+" in (made.get("digest") or ""):

@@ -164,6 +164,7 @@ class MethodScores:
     columns: Columns
     failures: list[Failure]
     tally: Tally = field(default_factory=Tally)
+    judged: dict[str, int] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
 

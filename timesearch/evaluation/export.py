@@ -1,8 +1,11 @@
 """Predictions in the forms of others, so that their own scripts score them.
 
-``timesearch-r``: what the evaluation scripts of the reference read as it is. Every message has a list as its content;
-`question` holds its options; `meta` is the published row as JSON text; `video` leads from the working directory to the
-file; `gt_frame_index` holds the frames of the ground truth, counted at the rate that the video states.
+``timesearch-r``: what the evaluation scripts of the reference read as it is. Every message has a list as its content,
+and the last one ends with text; `question` holds its options; `target` holds the answer, and the intervals of one in
+`time`; `meta` is the published row as JSON text (of Video-MME, MLVU, or LongVideoBench, whose form others are given);
+`video` leads from the working directory to the file; `gt_frame_index` holds the frames of the ground truth, counted at
+the rate that the video states. In a tool message a text is a time, or does not begin with a number: they count as
+searched what does.
 
 ``lmms-eval``: the log of samples that lmms-eval writes (`--log_samples`), as of its task longvideobench_val_v: `doc`,
 `target`, `resps`, `filtered_resps` and `lvb_acc`, from which its aggregation computes the accuracy. Multiple-choice
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from timesearch.base.batch import Failure
@@ -64,7 +67,9 @@ def _timesearch_r(prediction: Prediction, folder: Videos, videos: Path) -> Row:
     kept = prediction.model_dump(mode="json", include=_BESIDE, exclude_defaults=True)
     answer = answer_letter(prediction.answer, prediction.options) if prediction.options else None
     intervals = parse_intervals(prediction.answer) if prediction.type == "grounding" else []
-    ends = dict(zip(("start_time", "end_time"), intervals[0], strict=True)) if len(intervals) == 1 else {}
+    ends: Row = dict(zip(("start_time", "end_time"), intervals[0], strict=True)) if len(intervals) == 1 else {}
+    if intervals:
+        ends["time"] = [list(interval) for interval in intervals]
     return {
         "id": prediction.id,
         "video": str(videos / prediction.video),
@@ -97,10 +102,18 @@ def _messages(prediction: Prediction) -> list[Row]:
     for message in messages:
         content = message.get("content") or ""
         blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        message["content"] = [
-            {"image": "<image>", **block} if block.get("type") == "image" else block for block in blocks
-        ]
+        message["content"] = [_block(block) for block in blocks]
+    if not messages or messages[-1]["content"][-1].get("type") != "text":
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": ""}]})
     return messages
+
+
+def _block(block: Row) -> Row:
+    if block.get("type") == "image":
+        return {"image": "<image>", **block}
+    if "seconds" in block:  # words that were found, after their time
+        return {**block, "text": f"[{block.get('text', '')}]"}
+    return block
 
 
 def _shown(time: float) -> tuple[tuple[str, Row], tuple[str, Row]]:
@@ -120,11 +133,29 @@ def _frames(prediction: Prediction, folder: Videos) -> list[int]:
 
 
 def _published(prediction: Prediction) -> Row:
+    """The question as its benchmark publishes it."""
+    meta = {name: value for name, value in prediction.meta.items() if name not in ("benchmark", "task")}
+    options = prediction.options
+    letter = answer_letter(prediction.answer, options)
+    if prediction.meta.get("benchmark") == "Video-MME":
+        choices = [f"{LETTERS[place]}. {option}" for place, option in enumerate(options)]
+        asked = {"question_id": prediction.id, "question": prediction.question, "options": choices}
+        return {**meta, **asked, "answer": letter or ""}
+    if prediction.meta.get("benchmark") == "MLVU":
+        asked = {"video": prediction.video, "question": prediction.question, "candidates": options}
+        known = {"answer": options[LETTERS.index(letter)] if letter else "", "duration": prediction.duration}
+        task = {"question_id": prediction.id, "question_type": prediction.meta.get("task")}
+        return {**meta, **asked, **known, **task}
+    return _longvideobench(prediction)
+
+
+def _longvideobench(prediction: Prediction) -> Row:
     """The question as LongVideoBench publishes it: its options in fields of their own, the right one by its place."""
     letter = answer_letter(prediction.answer, prediction.options)
     options = prediction.options
     fields = {f"option{i}": options[i] if i < len(options) else "N/A" for i in range(max(_LISTED, len(options)))}
-    groups = {"duration_group": 0, "question_category": prediction.type}
+    video = PurePath(prediction.video).stem
+    groups = {"duration_group": 0, "question_category": prediction.type, "video_id": video}
     return {
         **groups,
         **{name: value for name, value in prediction.meta.items() if name != "benchmark"},
@@ -149,7 +180,7 @@ def _lmms_eval(prediction: Prediction, number: int) -> Row:
         )
     said = final_answer(prediction.prediction) if prediction.prediction else prediction.predicted_answer
     turns = [text_of(message) for message in prediction.prediction if message["role"] == "assistant"]
-    doc = _published(prediction) | {"timesearch": prediction.model_dump(mode="json", exclude_defaults=True)}
+    doc = _longvideobench(prediction) | {"timesearch": prediction.model_dump(mode="json", exclude_defaults=True)}
     asked = lettered(prediction.question, prediction.options)
     found = {
         "id": prediction.id,

@@ -4,9 +4,10 @@
 
 - ``digest`` and ``made_of``: the fingerprint of the rows, and its ingredients by name where they stand beside the
   predictions (`timesearch.inference.fingerprint`); None of rows that carry none, as older files and those of others;
-- ``seen``: what happened: engines with their versions, requests that were sent again, failed or came back empty,
-  frames without a time before them, errors of episodes by type, videos that were missing;
+- ``seen``: what happened: engines with their versions and what they render, requests that were sent again, failed or
+  came back empty, frames without a time before them, errors of episodes by type, videos that were missing;
 - ``scored``: parser, thresholds, judge and its agreement with people, and the version of this program;
+- ``judged``: answers that a judge's server was asked about, and requests that were sent again; None without such;
 - ``questions``: how many, and a digest over them.
 """
 
@@ -58,6 +59,7 @@ class Tally:
     def __init__(self) -> None:
         self._digests: Counter[str] = Counter()
         self._engines: dict[str, None] = {}
+        self._templates: dict[str, None] = {}
         self._encoders: dict[str, None] = {}
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -75,11 +77,17 @@ class Tally:
             return
         self._counted += 1
         self._engines[seen.engine[:200]] = None
+        self._templates[seen.template[:200]] = None
         self._encoders[seen.encoder[:200]] = None
         self._counts.update(requests=seen.requests, retried=seen.retried, failed=seen.failed, empty=seen.empty)
 
     def account(
-        self, predictions: Path, questions: Iterable[tuple[str, str]], settings: Evaluate, judge: dict[str, Any] | None
+        self,
+        predictions: Path,
+        questions: Iterable[tuple[str, str]],
+        settings: Evaluate,
+        judge: dict[str, Any] | None,
+        judged: dict[str, int] | None = None,
     ) -> dict[str, Any]:
         """All of `metrics["fingerprint"]`.
 
@@ -88,6 +96,7 @@ class Tally:
             questions: id and `question_digest` of each row, in the order of the ids.
             settings: how it was scored.
             judge: who judged open-ended answers; None where there were none.
+            judged: requests to the judge, and those that were sent again.
         """
         count, questions_digest = sequence_digest(questions)
         digests = [digest for digest in self._digests if digest]
@@ -97,7 +106,8 @@ class Tally:
         if self._counted:
             names = ("requests", "retried", "failed", "empty")
             counts = {name: self._counts[name] for name in names}
-            seen = {"engines": sorted(self._engines), "encoders": sorted(self._encoders), **counts}
+            sets = {"engines": self._engines, "templates": self._templates, "encoders": self._encoders}
+            seen = {**{name: sorted(found) for name, found in sets.items()}, **counts}
         return {
             "digest": "+".join(sorted(digests)[:8]) or None,
             "rows_without": self._digests[""],
@@ -111,5 +121,6 @@ class Tally:
                 "judge": judge,
                 "timesearch": version("timesearch"),
             },
+            "judged": judged,
             "questions": {"count": count, "digest": questions_digest[:SHORT]},
         }

@@ -49,7 +49,7 @@ def evaluate_files(
         method.metrics = summarise(method, settings, seed)
         by_id = sorted(method.episodes, key=attrgetter("id"))
         asked = ((episode.id, episode.asked) for episode in by_id)
-        method.metrics["fingerprint"] = method.tally.account(method.path, asked, settings, judge)
+        method.metrics["fingerprint"] = method.tally.account(method.path, asked, settings, judge, method.judged)
     return methods
 
 
@@ -86,6 +86,10 @@ def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> dict[str, Any] |
     if waiting:
         judge = make()
         verdicts = asyncio.run(judge.score_many([triple for *_, triple in waiting]))
+        for method in methods:
+            triples = [triple for asking, *_, triple in waiting if asking is method]
+            if triples and isinstance(judge, JudgeClient):
+                method.judged = judge.effort(triples)
         for (method, episode, metric, (*_, answer)), verdict in zip(waiting, verdicts, strict=True):
             episode.judged = ()
             if verdict is not None:

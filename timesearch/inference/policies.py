@@ -97,6 +97,7 @@ def open_policy(
             retry_for=server.retry_for,
             seed=settings.seed,
             video_preview=video_preview,
+            template=rules.template,
         )
 
     if at is not None:

@@ -27,7 +27,8 @@ class Witness:
     """
 
     def __init__(self, policy: Policy, encoder: str = "") -> None:
-        self.seen = Seen(engine=getattr(policy, "engine", policy.name), encoder=encoder)
+        engine, template = getattr(policy, "engine", policy.name), getattr(policy, "template", "")
+        self.seen = Seen(engine=engine, template=template, encoder=encoder)
         self.name, self.encoded = policy.name, policy.encoded
         self._policy = policy
 

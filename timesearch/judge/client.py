@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -106,6 +106,14 @@ class JudgeClient:
         verdicts = self._verdicts.get({self._key(triple): triple for triple in asked})
         return [verdicts.get(triple) if triple in asked else 0.0 for triple in triples]
 
+    def effort(self, triples: Sequence[Triple]) -> dict[str, int]:
+        """Of verdicts on `triples`: requests that they took, and how often one was sent again.
+
+        Counts are kept with the verdicts, so that a run repeated says what the first one said.
+        """
+        keys = {self._key(triple) for triple in triples if self._is_asked(triple)}
+        return {"requests": len(keys), "retried": self._verdicts.retried(keys)}
+
     def score(self, question: str, reference: str, candidate: str) -> float | None:
         """Score one candidate as `score_many` does; not to be called inside a running event loop."""
         return asyncio.run(self.score_many([(question, reference, candidate)]))[0]
@@ -134,9 +142,9 @@ class JudgeClient:
 
                 async def one(triple: Triple) -> None:
                     async with slots:
-                        verdict = await self._ask(client, triple)
+                        verdict, retries = await self._ask(client, triple)
                     verdicts[triple] = verdict
-                    self._verdicts.put(self._key(triple), verdict)
+                    self._verdicts.put(self._key(triple), verdict, retries)
 
                 ended = await asyncio.gather(*map(one, missing), return_exceptions=True)
             refused = [error for error in ended if isinstance(error, JudgeRefusedError)]
@@ -157,14 +165,15 @@ class JudgeClient:
     def _key(self, triple: Triple) -> str:
         return json_digest([*triple, self._settings.model, self._prompt])
 
-    async def _ask(self, client: httpx.AsyncClient, triple: Triple) -> float:
+    async def _ask(self, client: httpx.AsyncClient, triple: Triple) -> tuple[float, int]:
+        """The verdict on an answer, and the tries after the first that it took."""
         from tenacity import RetryError
 
         values = dict(zip(("question", "reference", "candidate"), triple, strict=True))
         prompt = _MARK.sub(lambda mark: values[mark[1]], self._prompt)
         where = f"the judge at {redact(self._settings.url)}"
         try:
-            completion = await self._complete(client, prompt)
+            completion, retries = await self._complete(client, prompt)
         except RetryError as error:
             cause = error.last_attempt.exception()
             raise JudgeError(
@@ -180,9 +189,9 @@ class JudgeClient:
         verdict = _verdict(completion)
         if verdict is None:
             raise JudgeRefusedError(f"{where} answered {_no_verdict(completion)}")
-        return verdict
+        return verdict, retries
 
-    async def _complete(self, client: httpx.AsyncClient, prompt: str) -> Completion:
+    async def _complete(self, client: httpx.AsyncClient, prompt: str) -> tuple[Completion, int]:
         from tenacity import AsyncRetrying
 
         body = {
@@ -205,7 +214,7 @@ class JudgeClient:
                 raise
             self._structured = False
             return await self._complete(client, prompt)
-        return completion
+        return completion, attempt.retry_state.attempt_number - 1
 
 
 def _verdict(completion: Completion) -> float | None:
@@ -226,7 +235,7 @@ def _no_verdict(completion: Completion) -> str:
 
 
 class Verdicts:
-    """Verdicts on disk: one SQLite table, safe for many processes at once."""
+    """Verdicts on disk, and how often each was asked for: an SQLite file, safe for many processes at once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -237,6 +246,7 @@ class Verdicts:
         try:
             with closing(sqlite3.connect(self._path, timeout=30)) as connection, connection:
                 connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL NOT NULL)")
+                connection.execute("CREATE TABLE IF NOT EXISTS retried (key TEXT PRIMARY KEY, times INTEGER NOT NULL)")
                 yield connection
         except sqlite3.Error as error:
             raise RequestError(
@@ -254,10 +264,19 @@ class Verdicts:
             ]
         return {triple: row[0] for triple, row in rows if row}
 
-    def put(self, key: str, score: float) -> None:
-        """Keep a score."""
+    def put(self, key: str, score: float, retries: int = 0) -> None:
+        """Keep a score, and the tries after the first that it took."""
         with self._open() as connection:
             connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, score))
+            if retries:
+                connection.execute("INSERT OR REPLACE INTO retried VALUES (?, ?)", (key, retries))
+
+    def retried(self, keys: Collection[str]) -> int:
+        """How often requests for these verdicts were sent again."""
+        if not keys:
+            return 0
+        with self._open() as connection:
+            return sum(times for key, times in connection.execute("SELECT key, times FROM retried") if key in keys)
 
 
 def make_judge(settings: Judge) -> JudgeClient | RuleJudge:

@@ -10,16 +10,19 @@ describes them in words of its own (vLLM drops what a tool returns), which are n
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import RequestError, TemporaryError
 from timesearch.base.http import BadReplyError, M, RefusedError, check_address, printable, request, tries
 from timesearch.base.redaction import redact
-from timesearch.base.replies import Completion, ModelList, Version
+from timesearch.base.replies import Completion, ModelList, Tokens, Version
 from timesearch.base.servers import authorisation
 from timesearch.data.messages import Block, Message, blocks_of
 from timesearch.dialects.qwen import describe_tools
@@ -30,6 +33,8 @@ from timesearch.search.policy import (
     video_metadata,
     with_video_preview,
 )
+from timesearch.search.protocol import Template
+from timesearch.search.rendering import CONVERSATION, UNKNOWN, digest_of, rendered_of
 
 if TYPE_CHECKING:
     import httpx
@@ -42,8 +47,12 @@ SAMPLING = {"top_p": 1.0, "frequency_penalty": 0.0}
 `transformers serve` makes its repetition penalty of the frequency penalty."""
 VLLM_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """The rest of it. Servers other than vLLM may refuse these fields, for they are not of the protocol."""
+_RENDERING = ("vllm", "sglang")
+"""Servers that have ``/tokenize``, by the owner of models that they list; others are not asked what they render."""
 _AFFINITY = 4
 """A server that knows a video is preferred while it has at most this many more conversations than the idlest one."""
+
+logger = logging.getLogger(__name__)
 
 
 class OpenAIPolicy:
@@ -59,6 +68,7 @@ class OpenAIPolicy:
         seed: of sampling.
         video_preview: send the preview as one video block, in the form of vLLM, which must run with `VIDEO_OPTIONS`;
             vLLM 0.32 gives Qwen2.5-VL and Qwen3-VL the times of the frames, older ones give Qwen2.5-VL none.
+        template: the chat template by which a server should render, of a model whose name is a folder here.
 
     Raises:
         RequestError: one of `urls` is not a URL.
@@ -76,9 +86,12 @@ class OpenAIPolicy:
         context: int | None = None,
         seed: int = 0,
         video_preview: bool = False,
+        template: Template = "tools",
     ) -> None:
         self.name = model
         self.engine = "a server"
+        self.template = UNKNOWN
+        self._should_render = template
         self._video_preview = video_preview
         self._urls = [url.rstrip("/") for url in urls]
         for url in self._urls:
@@ -103,6 +116,7 @@ class OpenAIPolicy:
             RequestError: a server does not serve the model, or is not a model server.
         """
         by_vllm = True
+        owners = {}
         for url in self._urls:
             try:
                 listing, _ = await self._send("GET", url, "/models", ModelList)
@@ -125,8 +139,10 @@ class OpenAIPolicy:
             served = entries.get(self.name)
             self._context = self._context or (served.max_model_len if served else None)
             by_vllm = by_vllm and served is not None and served.owned_by == "vllm"
-            self.engine = await self._engine_at(url, served.owned_by if served else None)
+            owners[url] = served.owned_by if served else None
+            self.engine = await self._engine_at(url, owners[url])
         self._sampling = SAMPLING | (VLLM_SAMPLING if by_vllm else {})
+        self.template = await self._rendering(owners)
 
     async def _engine_at(self, url: str, owner: str | None) -> str:
         """Who serves, and of a vLLM its version, which it says at ``/version`` beside ``/v1``."""
@@ -139,6 +155,35 @@ class OpenAIPolicy:
         except (RefusedError, BadReplyError, httpx.TransportError):
             return owner
         return f"{owner} {printable(said.version)}"
+
+    async def _rendering(self, owners: Mapping[str, str | None]) -> str:
+        """What the servers render. Where it is known what they should, a difference is warned of."""
+        told = {url: await self._rendered_at(url) for url, owner in owners.items() if owner in _RENDERING}
+        known = {url: digest for url, digest in told.items() if digest != UNKNOWN}
+        if known and Path(self.name).is_dir():
+            ours = await asyncio.to_thread(rendered_of, Path(self.name), self._should_render)
+            for url, digest in known.items():
+                if UNKNOWN != ours != digest:
+                    logger.warning(
+                        "the server at %s renders conversations by another chat template than %s plays by, so that the "
+                        "policy reads another form than it was trained in: start it with this one (--chat-template)",
+                        redact(url),
+                        self.name,
+                    )
+        return "+".join(sorted(set(known.values()))) if known.keys() == owners.keys() else UNKNOWN
+
+    async def _rendered_at(self, url: str) -> str:
+        """What a server makes of a short conversation, as it says at ``/tokenize`` beside ``/v1``."""
+        import httpx
+
+        head = json.dumps({"model": self.name, "add_generation_prompt": True}).encode()[:-1]
+        body = head + b', "messages": [' + b", ".join(map(serialise, CONVERSATION)) + b"]}"
+        where = f"{url.removesuffix('/v1')}/tokenize"
+        try:
+            made = await request(self._http(), "POST", where, Tokens, content=body, timeout=5.0)
+        except (RefusedError, BadReplyError, httpx.TransportError):
+            return UNKNOWN
+        return digest_of(made.tokens)
 
     @asynccontextmanager
     async def session(
@@ -261,6 +306,9 @@ class _OpenAISession:
 def serialise(message: Message, suffix: str = "") -> bytes:
     """A message as the protocol has it, its text followed by `suffix`; images become data URLs of their JPEG bytes."""
     content = message["content"]
+    if message["role"] == "tool" and not isinstance(content, str) and all(each["type"] == "text" for each in content):
+        # vLLM puts a newline between the texts of a tool that found no image; a chat template puts nothing.
+        content = [{"type": "text", "text": "".join(each["text"] for each in content)}]
     said = content + suffix if isinstance(content, str) else [_block(block) for block in content]
     value = {"role": message["role"], "content": said}
     if message["role"] == "tool":

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from timesearch.search.policy import (
     with_video_preview,
 )
 from timesearch.search.protocol import Template
+from timesearch.search.rendering import rendered_by
 
 _PAUSE = 0.03
 """Seconds without a new request after which a batch starts although it is not full."""
@@ -107,6 +109,11 @@ class TransformersPolicy:
         kind = str(self._model.dtype).removeprefix("torch.")
         where = f"{self._model.device.type}, {kind}"
         return f"transformers {transformers.__version__}, torch {torch.__version__}, {where}"
+
+    @cached_property
+    def template(self) -> str:
+        """What it renders, as `timesearch.search.rendering` tells."""
+        return rendered_by(self._processor)
 
     @property
     def context(self) -> int | None:

@@ -93,7 +93,8 @@ async def run_episode(
     error: EpisodeError | None = None
     try:
         await episode.search()
-        if reanswer and any(exchange.evidence for exchange in exchanges(episode.messages)):
+        always = search.protocol.rules.unsearched == "one_frame"
+        if reanswer and (always or any(exchange.evidence for exchange in exchanges(episode.messages))):
             await episode.answer_again()
     except (ItemError, CacheMismatchError) as raised:
         error = _as_data(raised)

@@ -58,7 +58,8 @@ class Session(Protocol):
 
 
 class Policy(Protocol):
-    """An engine with a model in it. One that has an attribute `engine` says there what computes, with its version."""
+    """An engine with a model in it. One that has an attribute `engine` says there what computes, with its version; and
+    in `template` what it renders (`timesearch.search.rendering`)."""
 
     name: str
     encoded: bool

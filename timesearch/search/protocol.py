@@ -98,7 +98,14 @@ class Rules(Section):
         "makes_room", description="where frames do not fit into the context: fewer are shown, or the episode fails"
     )
     reanswer_frames: Literal["by_time", "by_call"] = Field(
-        "by_time", description="frames of the re-answer: each once in order of time, or as calls found them"
+        "by_time",
+        description="frames of the re-answer: each once in order of time; or as calls found them, with what was said "
+        "to calls that failed",
+    )
+    unsearched: Literal["incomplete", "one_frame"] = Field(
+        "incomplete",
+        description="an episode whose calls found nothing: has no re-answer, or one from a frame that an arbitrary "
+        "query finds",
     )
     reanswer_reply: Literal["answer", "raw"] = Field(
         "answer", description="what is scored of the re-answer: what its tags hold, or all that was written"

@@ -54,6 +54,7 @@ RULES = Rules(
     last_call="next",
     context="fails",
     reanswer_frames="by_call",
+    unsearched="one_frame",
     reanswer_reply="raw",
 )
 """How the released agent plays, found by running its own code."""

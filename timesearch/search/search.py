@@ -19,13 +19,25 @@ from timesearch.dialects.qwen import schema_line
 from timesearch.search.budget import preview_plan, searched_size
 from timesearch.search.pool import Pool
 from timesearch.search.protocol import SearchProtocol
-from timesearch.search.tools import Tool, WrongCallError, bind, offered, schema_of, signature_of
+from timesearch.search.tools import (
+    Tool,
+    WrongCallError,
+    bind,
+    offered,
+    schema_of,
+    seek_video_frames,
+    signature_of,
+)
 from timesearch.search.videos import Video, open_video
 from timesearch.settings import SearchSettings
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
     from timesearch.video.frames import Look
+
+
+_ANYTHING: dict[str, Any] = {"query": "any", "start_time": 0.0, "end_time": 3600.0, "num_frames": 1}
+"""The call that the released agent's training makes for an episode that found nothing."""
 
 
 class Search:
@@ -79,6 +91,7 @@ class Search:
         self.kind = ""
         self._duration: float | None = None
         self.evidence: list[Evidence] = []
+        self._corrections: list[tuple[int, Block]] = []
         self.calls = 0
         self.room: int | None = None
 
@@ -211,7 +224,9 @@ class Search:
 
     def correct(self, problem: str) -> list[Block]:
         """The answer to a call that cannot be carried out."""
-        return self.say("correction", problem=problem)
+        said = self.say("correction", problem=problem)
+        self._corrections += [(len(self.evidence), block) for block in said]
+        return said
 
     def say(self, part: str, **values: object) -> list[Block]:
         """A text of the protocol, filled in."""
@@ -241,19 +256,42 @@ class Search:
 
     def reanswer(self) -> list[Block] | None:
         """`ask_from` all evidence in order of time, each piece once: a picture at the earliest time at which it was
-        looked at; or, by the protocol, as the calls found it. None where nothing was found.
+        looked at; or, by the protocol, as the calls found it, with the corrections between. Where nothing was found,
+        from a frame of an arbitrary query, if the protocol says so; else None.
         """
+        found = self.evidence or self._anything()
+        if not found:
+            return None
         if self.protocol.rules.reanswer_frames == "by_call":
-            return self.ask_from(self.evidence) if self.evidence else None
+            return [*self._in_order(found), *self.say("reanswer", question=self.question)]
         order = {name: position for position, name in enumerate(self.videos)}
         pieces = sorted(
-            self.evidence,
+            found,
             key=lambda each: (order.get(each.video, 0), each.seconds if each.seconds is not None else float("inf")),
         )
         once: dict[object, Evidence] = {}
         for each in pieces:
             once.setdefault(replace(each, call=0) if each.frame is None else (each.video, each.frame), each)
-        return self.ask_from(list(once.values())) if once else None
+        return self.ask_from(list(once.values()))
+
+    def _anything(self) -> list[Evidence]:
+        """The frame that stands for those of an episode that found none, by the rule `unsearched`."""
+        if self.protocol.rules.unsearched == "incomplete":
+            return []
+        self.room = None  # of the context of the search, which a re-answer does not share
+        try:
+            return seek_video_frames(self, **_ANYTHING)
+        except WrongCallError:
+            return []
+
+    def _in_order(self, found: Sequence[Evidence]) -> list[Block]:
+        """Frames as calls found them, and what was said to calls that failed, in order of the calls."""
+        blocks: list[Block] = []
+        shown = 0
+        for place, said in self._corrections:
+            blocks += [*self.show(found[shown:place]), said]
+            shown = place
+        return blocks + self.show(found[shown:])
 
     def asking(self, content: list[Block]) -> list[Message]:
         """The conversation of a re-answer: the system text of its own, where the protocol has one, and `content`."""
