@@ -8,10 +8,10 @@ RUN := $(UV) run --no-sync
 POINTERS := $(wildcard data.dvc pretrained/*.dvc)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo test check format data ui worker
+.PHONY: help setup demo test check check-versions format data ui worker
 
 help:  ## What can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(/:.*/, "", $$1); printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(/:.*/, "", $$1); printf "  make %-15s %s\n", $$1, $$2}'
 
 # Debian's Python lacks venv or pip at times: either of them is enough.
 .uv/bin/uv:
@@ -44,6 +44,9 @@ check: .venv/.synced  ## Lint, format, types
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+check-versions: $(filter .uv/%,$(UV))  ## Install the oldest and the newest libraries allowed, and test each
+	.ci/check-versions
 
 format: .venv/.synced  ## Put the code in shape
 	$(RUN) ruff check --fix .

@@ -22,7 +22,7 @@ PLANTED = "hf_planted_secret"
 class Prefect:
     """A Prefect server and worker of a scratch project."""
 
-    def __init__(self, project: Path) -> None:
+    def __init__(self, project: Path, **env: str) -> None:
         self.project = project
         self.port = free_port()
         self.env = {
@@ -31,6 +31,7 @@ class Prefect:
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_RUNNER_POLL_FREQUENCY": "1",
             "HF_TOKEN": PLANTED,
+            **env,
         }
         self.log = project.parent / "prefect.log"
         self.start_server()
@@ -161,9 +162,9 @@ class Prefect:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Prefect]:
-    """From nothing to a worker that serves the deployments, by the commands of the README."""
-    service = Prefect(make_project(folder))
+def serving(folder: Path, **env: str) -> Iterator[Prefect]:
+    """From nothing to a worker that serves the deployments, by the commands of the README; `env` goes to all of it."""
+    service = Prefect(make_project(folder), **env)
     try:
         service.command("work-pool", "create", "timesearch", "--type", "process")
         service.command("concurrency-limit", "create", "training", "1")
