@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import statistics
 import threading
@@ -275,7 +276,7 @@ def test_files_of_any_name_are_offered_and_found(tmp_path: Path) -> None:
 
 
 def raw(site: str, request: bytes, wait: bool = True) -> tuple[int, bytes]:
-    """Send bytes as they are; status and body of what comes back until the server closes (or at once)."""
+    """Send bytes as they are; status and body of what comes back until the server closes (or all is there)."""
     host, _, port = site.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         with contextlib.suppress(ConnectionError):  # it may have heard enough
@@ -284,7 +285,9 @@ def raw(site: str, request: bytes, wait: bool = True) -> tuple[int, bytes]:
         with contextlib.suppress(ConnectionError):
             while piece := connection.recv(2**16):
                 received += piece
-                if not wait and b"\r\n\r\n" in received:
+                head, _, body = received.partition(b"\r\n\r\n")
+                announced = re.search(rb"content-length: (\d+)", head.lower())
+                if not wait and announced and len(body) >= int(announced[1]):
                     break
     head, _, body = received.partition(b"\r\n\r\n")
     return int(head.split(b" ", 2)[1]), body
