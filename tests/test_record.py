@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -32,11 +33,14 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def recorded(settings: Settings, name: str) -> Recorded:
-    """The run of a pipeline whose stages have run; nothing is left out of it."""
+    """The run of a pipeline whose stages have run, in a folder other than this one; nothing is left out of it."""
     said: list[str] = []
-    with parent_run(settings, name) as record:
-        record_data(record, settings, Path(), said.append)
-        record_results(record, settings, Path(), said.append)
+    tree = Path.cwd()
+    elsewhere = tree / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    with contextlib.chdir(elsewhere), parent_run(settings, name, tree) as record:
+        record_data(record, settings, tree, said.append)
+        record_results(record, settings, tree, said.append)
     assert said == []
     return MlflowClient(settings.tracking.uri).get_run(str(record.id))
 

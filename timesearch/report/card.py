@@ -20,7 +20,7 @@ from timesearch.data.rows import read_samples
 from timesearch.evaluation.results import load_metrics
 from timesearch.evaluation.table import TABLE_COLUMNS
 from timesearch.inference.fingerprint import checkpoint_digest, words_for
-from timesearch.inference.methods import checkpoint_of, trained_method
+from timesearch.inference.methods import trained_method
 from timesearch.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ def figures_of(settings: Settings, policy: Path, root: Path = Path()) -> dict[st
     Raises:
         RequestError: the figures are of another checkpoint, or are no figures.
     """
-    for method in (trained_method(settings), "coldstart", "base"):
-        path = root / settings.paths.results / "evaluation" / f"{method}.json"
-        if path.is_file() and (root / checkpoint_of(method, settings)).resolve() == policy.resolve():
+    paths = settings.paths
+    played = {trained_method(settings): paths.train, "coldstart": paths.coldstart, "base": paths.models / "policy"}
+    for method, checkpoint in played.items():
+        path = root / paths.results / "evaluation" / f"{method}.json"
+        if path.is_file() and (root / checkpoint).resolve() == policy.resolve():
             metrics = load_metrics(path)
             made = (metrics.get("fingerprint") or {}).get("made_of") or {}
             if made.get("checkpoint") not in (None, checkpoint_digest(policy)):
