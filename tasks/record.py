@@ -51,8 +51,9 @@ def record_results(record: Run, settings: Settings, tree: Path, warn: Callable[[
         return
     for method, numbers in summary.items():
         whose = "" if method == trained else f"{trackable(method)}/"
-        known = {name: numbers.get(name) for _, name, _ in FIGURES}
-        record.log_metrics({f"{whose}{name}": round(value, 4) for name, value in known.items() if value is not None})
+        known = {name: numbers[name] for _, name, _ in FIGURES if numbers.get(name) is not None}
+        # In four digits, for which MLflow's columns have room.
+        record.log_metrics({f"{whose}{name}": float(f"{value:.4g}") for name, value in known.items()})
     made = (figures or {}).get("fingerprint") or {}
     if made.get("digest"):
         ingredients = {trackable(name): value for name, value in (made.get("made_of") or {}).items()}
