@@ -30,7 +30,7 @@ app = typer.Typer(
 ParamsOption = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 """`params: ParamsOption = Path("params.yaml")` in every stage command."""
 
-_GROUPS = ("data", "learning", "inference", "evaluation", "judge", "machine", "protocol")
+_GROUPS = ("data", "learning", "inference", "library", "evaluation", "judge", "machine", "protocol")
 _errors = Console(stderr=True, soft_wrap=True)
 
 

@@ -86,7 +86,7 @@ def frames(
     if videos:
         named = _named(videos, SUFFIXES)
         for folder in filter(os.path.isdir, videos):
-            _say_left_out(folder, SUFFIXES)
+            say_left_out(folder, SUFFIXES)
         result = cache_frames(named, settings.paths.frames, settings.frames)
     else:
         result = _recorded(settings, "frames", settings.paths.frames, lambda: run(settings))
@@ -188,7 +188,7 @@ def _below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     return sorted({*named, *(Path(error.filename) for error in closed)})
 
 
-def _say_left_out(folder: Path, suffixes: Collection[str]) -> None:
+def say_left_out(folder: Path, suffixes: Collection[str]) -> None:
     """Name what a folder holds besides, so that nothing is passed over in silence; hidden files are meant to be."""
     others: Counter[str] = Counter()
     for place, folders, files in os.walk(folder):

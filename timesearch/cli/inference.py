@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,15 +12,28 @@ from rich.console import Console
 from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say, visible
+from timesearch.cli.opening import (
+    LibraryOption,
+    WithinOption,
+    check_encoder,
+    encoder_of,
+    library_with_encoder,
+    print_json,
+    settings_for_asking,
+)
 from timesearch.data.messages import describe_call, exchanges, times_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from timesearch.data.samples import Prediction
-    from timesearch.inference.ask import Asker
-    from timesearch.search.episode import Step
+    from timesearch.inference.ask import Answer, Asker
+    from timesearch.inference.statement import Statement
+    from timesearch.library.catalogue import Entry
+    from timesearch.library.library import Library
+    from timesearch.retrieval.encoder import Encoder
+    from timesearch.search.episode import Step, Watch
     from timesearch.search.policy import Policy
+    from timesearch.video.frames import FrameCache
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Checkpoint folder of the policy, or its name at --url.")
@@ -83,7 +95,7 @@ def infer(
 
 @app.command()
 def ask(
-    video: Annotated[Path, typer.Argument(help="Video file.")],
+    video: Annotated[Path | None, typer.Argument(help="Video file; with --library it is the first question.")] = None,
     questions: Annotated[
         list[str] | None, typer.Argument(metavar="QUESTION...", help="Questions; none: they are asked for.")
     ] = None,
@@ -96,58 +108,58 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a question, and nothing else.")
     ] = False,
+    library: LibraryOption = None,
+    within: WithinOption = None,
     cache: CacheOption = None,
     protocol: ProtocolOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
-    """Answer questions about a video, and show the search as it happens."""
-    from timesearch.base.errors import ItemError, TemporaryError
-    from timesearch.base.untrusted import mend_text
-    from timesearch.inference.ask import as_request, check_question, contact_sheet
-    from timesearch.search.policy import EngineError
-    from timesearch.video.frames import FrameCache, cache_path
+    """Answer questions about a video, or a library of them, and show the search as it happens."""
+    from timesearch.base.errors import ItemError, RequestError
+    from timesearch.inference.ask import as_request, check_question
     from timesearch.video.probe import probe
 
+    if library is not None and video is not None:
+        questions = [str(video), *(questions or [])]
+    elif video is None and library is None:
+        raise RequestError("there is nothing to ask about: name a video file, or a library by --library")
+    elif within is not None and library is None:
+        raise RequestError("--in names a part of a library: name the library, too, by --library")
     for question in questions or ():
         check_question(question, options or [])
-    with as_request():
-        probe(video)
+    if library is None and video is not None:
+        with as_request():
+            probe(video)
     console = Console(stderr=as_json, highlight=False)
     held = ExitStack()
+    live: _OneVideo | _ManyVideos
     with console.status("loading the policy") as status:
-        asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol))
-        with as_request():
-            name = asker.prepare(video, lambda text: status.update(Text(text)))
-    watch = _Live(console, asker.frames, name)
+        if library is not None:
+            live = _ManyVideos(console, *held.enter_context(open_library(params, library, model, url, protocol)))
+            live.limit(within)
+        elif video is not None:
+            asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol))
+            with as_request():
+                name = asker.prepare(video, lambda text: status.update(Text(text)))
+            live = _OneVideo(console, asker, policy, video, name)
 
     async def answer() -> None:
-        await policy.connect()
+        await live.policy.connect()
         asked, failed = 0, []
         try:
             for question in questions or _typed(console, options or []):
                 asked += 1
-                watch.line("question", question, "bold")
-                prediction = await asker.ask(name, question, options or [], watch)
-                if as_json:
-                    row = {**prediction.model_dump(mode="json"), "video": str(video)}
-                    typer.echo(mend_text(json.dumps(row, ensure_ascii=False)))
-                if prediction.error is not None:
-                    if prediction.error.type == EngineError.reason:
-                        raise TemporaryError(prediction.error.message)
-                    failed.append(prediction.error)
-                    watch.line("failed", prediction.error.message, "red")
-                    continue
-                watch.conclude(prediction)
-                if save is not None and prediction.searched_seconds:
-                    contact_sheet(FrameCache.open(cache_path(asker.frames, name)), prediction.searched_seconds, save)
-                    watch.line("saved", str(save))
-                elif save is not None:
-                    watch.line("saved", "nothing, for no frame was found")
+                live.line("question", question, "bold")
+                try:
+                    await live.ask(question, options or [], as_json, save)
+                except ItemError as error:
+                    failed.append(error)
+                    live.line("failed", str(error), "red")
         finally:
-            await policy.close()
+            await live.policy.close()
         if failed:
             counted = f"{len(failed)} of {asked} questions got no answer, the last because "
-            raise ItemError(f"{counted if asked > 1 else ''}{failed[-1].message}", failed[-1].type)
+            raise ItemError(f"{counted if asked > 1 else ''}{failed[-1]}", failed[-1].reason)
 
     with held:
         asyncio.run(answer())
@@ -158,23 +170,26 @@ def _open_asker(
     params: Path, model: str | None, url: str | None, cache: Path | None, protocol: str | None
 ) -> Iterator[tuple[Asker, Policy]]:
     """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
-    from timesearch.base.errors import RequestError
     from timesearch.inference.ask import Asker, answering_policy, default_cache
-    from timesearch.models import POCKET_ENCODERS
-    from timesearch.retrieval.encoder import load_encoder
-    from timesearch.retrieval.features import default_encoder
-    from timesearch.settings import Settings, load_settings
 
-    settings = (load_settings(params) if params.is_file() else Settings()).for_inference()
-    settings.search.prompts = protocol or settings.search.prompts
-    trained = settings.paths.models / "encoder"
-    made = settings.features.url or trained.is_dir()
-    if not made and settings.models.encoder in POCKET_ENCODERS:
-        raise RequestError(f"{trained} is missing, the encoder of these parameters: run `timesearch models` first")
+    settings = settings_for_asking(params, protocol)
+    check_encoder(settings)
     with answering_policy(settings, model, url) as policy:
-        models = settings.models
-        encoder = default_encoder(settings) if made else load_encoder(models.encoder, models.pretrained)
+        encoder, _ = encoder_of(settings)
         yield Asker(settings, policy, encoder, cache or default_cache()), policy
+
+
+@contextmanager
+def open_library(
+    params: Path, folder: Path, model: str | None, url: str | None, protocol: str | None
+) -> Iterator[tuple[Library, Asker, Encoder, Policy]]:
+    """Yield a library with its own encoder, and who answers questions about it."""
+    from timesearch.inference.ask import Asker, answering_policy
+
+    settings = settings_for_asking(params, protocol)
+    library, encoder = library_with_encoder(folder, settings)
+    with answering_policy(settings, model, url) as policy:
+        yield library, Asker(settings, policy, encoder, library.folder), encoder, policy
 
 
 def _typed(console: Console, options: list[str]) -> Iterator[str]:
@@ -206,8 +221,8 @@ def _typed(console: Console, options: list[str]) -> Iterator[str]:
 class _Live:
     """Prints an episode's steps as they happen. What a model or a user wrote is shown as plain words."""
 
-    def __init__(self, console: Console, frames: Path, name: str) -> None:
-        self._console, self._frames, self._name = console, frames, name
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     def __call__(self, step: Step) -> None:
         times = times_of(step.blocks)
@@ -223,21 +238,118 @@ class _Live:
             told = [*([_times(times)] if times else []), *words] or [exchange.said]
             self.line("found", "; ".join(told), "green")
 
-    def conclude(self, prediction: Prediction) -> None:
-        """The answer, and the times that support it."""
+    def conclude(self, answer: Answer) -> None:
+        """The answer, and what it rests on."""
+        from timesearch.inference.statement import share
+
+        prediction, evidence = answer.prediction, answer.statement
         why = {"turns": "none: the turns were used up", "context": "none: the context was full", None: "none"}
         self.line("answer", prediction.predicted_answer or why[prediction.limit], "bold")
-        if not prediction.searched_seconds:
+        if not evidence.support:
             self.line("seen at", "no frame was found: this is a guess from the preview", "dim")
-            return
-        again = prediction.reanswer
-        verdict = "the same answer" if again and again == prediction.predicted_answer else f"{again or 'no answer'}"
-        self.line("seen at", f"{_times(prediction.searched_seconds)}; from these frames alone: {verdict}", "bold")
+        else:
+            verdict = "the same answer" if evidence.agrees else f"{evidence.alone or 'no answer'}"
+            where = _times(evidence.times) if evidence.times else "no frame, only words"
+            self.line("seen at", f"{where}; from these frames alone: {verdict}", "bold")
+        unseen = (
+            "" if evidence.unseen is None else f"; nothing from {evidence.unseen[0]:.1f}s to {evidence.unseen[1]:.1f}s"
+        )
+        self.line("looked at", f"{share(evidence.looked_at)} of the video{unseen}", "dim")
+        self._others(evidence)
+
+    def _others(self, evidence: Statement) -> None:
+        if evidence.in_vain:
+            self.line("in vain", "; ".join(evidence.in_vain), "dim")
+        if evidence.others:
+            self.line("also asked", "; ".join(evidence.others), "dim")
 
     def line(self, label: str, text: str, style: str = "") -> None:
         """One line, cut at the terminal's width; control characters become spaces."""
         plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
         self._console.print(Text(f"{label:<10}") + Text(plain, style), no_wrap=True, overflow="ellipsis")
+
+    def show(self, answer: Answer, video: str, as_json: bool) -> None:
+        """The end of a question.
+
+        Raises:
+            TemporaryError: the engine is away.
+            ItemError: the episode failed for another reason.
+        """
+        from timesearch.base.errors import ItemError, TemporaryError
+        from timesearch.search.policy import EngineError
+
+        prediction = answer.prediction
+        if as_json:
+            print_json(
+                {**prediction.model_dump(mode="json"), "video": video, "evidence": answer.statement.model_dump()}
+            )
+        if prediction.error is not None:
+            kind = TemporaryError if prediction.error.type == EngineError.reason else ItemError
+            raise kind(prediction.error.message)
+        self.conclude(answer)
+
+    def save(self, frames: FrameCache, seconds: Sequence[float], save: Path | None) -> None:
+        """Save the frames that were found, if a file is named for them."""
+        from timesearch.inference.ask import contact_sheet
+
+        if save is not None and seconds:
+            contact_sheet(frames, seconds, save)
+            self.line("saved", str(save))
+        elif save is not None:
+            self.line("saved", "nothing, for no frame was found")
+
+
+class _OneVideo(_Live):
+    """Questions about one file, whose caches are called `name`."""
+
+    def __init__(self, console: Console, asker: Asker, policy: Policy, video: Path, name: str) -> None:
+        super().__init__(console)
+        self.policy = policy
+        self._asker, self._video, self._name = asker, video, name
+
+    async def ask(self, question: str, options: list[str], as_json: bool, save: Path | None) -> None:
+        """Ask, and show what comes of it."""
+        from timesearch.video.frames import FrameCache, cache_path
+
+        answer = await self._asker.ask(self._name, question, options, self, shown_as=str(self._video))
+        self.show(answer, str(self._video), as_json)
+        self.save(FrameCache.open(cache_path(self._asker.frames, self._name)), answer.prediction.searched_seconds, save)
+
+
+class _ManyVideos(_Live):
+    """Questions about a library."""
+
+    def __init__(self, console: Console, library: Library, asker: Asker, encoder: Encoder, policy: Policy) -> None:
+        super().__init__(console)
+        self.policy = policy
+        self._library, self._asker, self._encoder = library, asker, encoder
+        self._videos: list[Entry] | None = None
+
+    def limit(self, within: str | None) -> None:
+        """Ask a part of the library alone."""
+        self._videos = None if within is None else self._library.videos(within)
+
+    async def ask(self, question: str, options: list[str], as_json: bool, save: Path | None) -> None:
+        """Ask, and show what comes of it."""
+        from timesearch.library.answer import ask_library
+
+        given = await ask_library(
+            self._library, self._asker, self._encoder, question, options, self._videos, self._begin
+        )
+        if given.video is None or given.answer is None:
+            if as_json:
+                nothing = {"question": question, "video": None, "predicted_answer": None}
+                print_json({**nothing, "evidence": given.statement.model_dump()})
+            self.line("answer", f"none: nothing in {given.found.videos} videos answers this", "bold")
+            self._others(given.statement)
+            return
+        self.show(given.answer, given.video.name, as_json)
+        self.line("video", given.video.name, "bold")
+        self.save(self._library.frame_cache(given.video), given.answer.prediction.searched_seconds, save)
+
+    def _begin(self, video: Entry) -> Watch:
+        self.line("video", video.name, "magenta")
+        return self
 
 
 def _times(seconds: list[float]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from timesearch.base.untrusted import mend_text
 from timesearch.data.messages import format_seconds
 from timesearch.data.samples import LETTERS, Prediction, Sample, validate
 from timesearch.inference.policies import Served, open_policy
+from timesearch.inference.statement import Statement, state
 from timesearch.search.episode import Watch, run_episode
 from timesearch.search.policy import Policy
 from timesearch.search.search import Search
@@ -25,6 +28,8 @@ from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, tr
 from timesearch.video.probe import Fingerprint
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from timesearch.retrieval.encoder import Encoder
 
 Say = Callable[[str], None]
@@ -32,6 +37,8 @@ _RETRY_FOR = 15.0
 """Seconds that a person waits for an absent server."""
 QUESTION_CHARS = 4000
 OPTION_CHARS = 1000
+_SHEET_CHARS = 32
+"""Of the words above a picture: what fits its width."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f]")
 """Control characters, apart from those that break lines and indent."""
 
@@ -96,6 +103,14 @@ def check_question(question: str, options: Sequence[str] = ()) -> None:
             raise RequestError(f"{what} holds a character that is cut in two or in another encoding: write it in UTF-8")
         if _CONTROL.search(text):
             raise RequestError(f"{what} holds control characters: leave them out")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The episode that answers a question, and what its answer rests on."""
+
+    prediction: Prediction
+    statement: Statement
 
 
 class Asker:
@@ -211,9 +226,16 @@ class Asker:
         return Fingerprint.of(frames), Fingerprint.of(features)
 
     async def ask(
-        self, name: str, question: str, options: Sequence[str] = (), watch: Watch | None = None
-    ) -> Prediction:
+        self, name: str, question: str, options: Sequence[str] = (), watch: Watch | None = None, shown_as: str = ""
+    ) -> Answer:
         """Search a prepared video for the answer.
+
+        Args:
+            name: of its caches.
+            question: what to find out.
+            options: choices, where the answer is one of several.
+            watch: is told of each step as it happens.
+            shown_as: what the video is called in the statement; its name in the caches where that is left out.
 
         Raises:
             RequestError: as `check_question`.
@@ -230,7 +252,8 @@ class Asker:
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}
         sample = validate(Sample, row, "the question")
-        return await run_episode(search, self._policy, sample, watch)
+        prediction = await run_episode(search, self._policy, sample, watch)
+        return Answer(prediction, await asyncio.to_thread(state, prediction, search, shown_as or name))
 
 
 @contextmanager
@@ -243,28 +266,37 @@ def as_request() -> Iterator[None]:
 
 
 def contact_sheet(frames: FrameCache, seconds: Sequence[float], target: Path, width: int = 240) -> None:
-    """Write a PNG with the frames at `seconds`, each under its time, four a row and `width` pixels wide.
+    """Write a PNG with the frames at `seconds`, as `picture_sheet`.
 
     Raises:
         RequestError: there are no frames, or the file cannot be written.
     """
-    if not seconds:
-        raise RequestError("no frame was searched, so there is no contact sheet to save")
+    picture_sheet([(format_seconds(time), frames[frames.nearest(time)]) for time in seconds], target, width)
+
+
+def picture_sheet(pictures: Sequence[tuple[str, Image]], target: Path, width: int = 240) -> None:
+    """Write a PNG with some pictures, each under its words, four a row and `width` pixels wide.
+
+    Raises:
+        RequestError: there are no pictures, or the file cannot be written.
+    """
+    if not pictures:
+        raise RequestError("no frame was found, so there is no contact sheet to save")
     from PIL import Image, ImageDraw
 
-    pictures = [frames[frames.nearest(time)] for time in seconds]
-    height = round(width * pictures[0].height / pictures[0].width)
+    height = max(round(width * picture.height / picture.width) for _, picture in pictures)
     band, columns = 20, min(4, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * (height + band)), "white")
     draw = ImageDraw.Draw(sheet)
-    for position, (time, picture) in enumerate(zip(seconds, pictures, strict=True)):
+    for position, (words, picture) in enumerate(pictures):
         left, top = position % columns * width, position // columns * (height + band)
-        sheet.paste(picture.resize((width, height)), (left, top + band))
-        draw.text((left + 6, top + 3), format_seconds(time), fill="black", font_size=14)
+        shown = picture.resize((width, round(width * picture.height / picture.width)))
+        sheet.paste(shown, (left, top + band))
+        draw.text((left + 6, top + 3), mend_text(words)[-_SHEET_CHARS:], fill="black", font_size=14)
     try:
         with atomic_path(target) as partial:
             sheet.save(partial, "PNG")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise RequestError(f"{target} cannot be written ({why}): name another file by --save") from error
+        raise RequestError(f"{target} cannot be written ({why}): name another file") from error

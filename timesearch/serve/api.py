@@ -36,8 +36,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from timesearch.base.errors import ItemError, RequestError, TimeSearchError
 from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.data.messages import describe_call, exchanges
-from timesearch.data.samples import Prediction
-from timesearch.inference.ask import Asker, check_question
+from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
 from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of
@@ -264,13 +263,17 @@ async def _answer(asker: Asker, preparations: Preparations, video: Path, asked: 
             name = await preparations.prepared(video, lambda text: tell("status", {"text": text}))
             cache = await run_in_threadpool(_open, asker, name)
             tell("video", {"cache": name, "times": cache.timestamps.tolist(), "size": cache.size})
-            prediction = await asker.ask(
-                name, asked.question, asked.options, lambda step: tell(step.kind, step_data(step))
+            answer = await asker.ask(
+                name,
+                asked.question,
+                asked.options,
+                lambda step: tell(step.kind, step_data(step)),
+                shown_as=mend_text(video.name),
             )
-            if prediction.error is None:
-                tell("answer", answer_data(prediction))
+            if answer.prediction.error is None:
+                tell("answer", answer_data(answer))
             else:
-                tell("error", {"text": prediction.error.message})
+                tell("error", {"text": answer.prediction.error.message})
         except TimeSearchError as error:
             tell("error", {"text": str(error)})
         except Exception as error:  # one question that goes wrong must not be any other's trouble
@@ -307,8 +310,8 @@ def step_data(step: Step) -> dict[str, Any]:
     return data
 
 
-def answer_data(prediction: Prediction) -> dict[str, Any]:
-    """The end of an episode as the page gets it."""
-    return prediction.model_dump(
-        mode="json", include={"predicted_answer", "reanswer", "searched_seconds", "outcome", "limit", "turns", "usage"}
-    )
+def answer_data(answer: Answer) -> dict[str, Any]:
+    """The end of an episode as the page gets it; `evidence` is what the answer rests on."""
+    told = {"predicted_answer", "reanswer", "searched_seconds", "outcome", "limit", "turns", "usage"}
+    evidence = {**answer.statement.model_dump(mode="json"), "sentences": answer.statement.sentences()}
+    return {**answer.prediction.model_dump(mode="json", include=told), "evidence": evidence}

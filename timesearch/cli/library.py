@@ -1,0 +1,163 @@
+"""Commands: index, search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from timesearch.cli.app import ParamsOption, app, say, visible
+from timesearch.cli.opening import LibraryOption, WithinOption, default_library, print_json, settings_for_asking
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from timesearch.library.library import Found, Library, Moment
+
+
+@app.command()
+def index(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="DIR...", help="Folders of videos; none: those of the library.")
+    ] = None,
+    library: LibraryOption = None,
+    params: ParamsOption = Path("params.yaml"),
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some videos failed.")] = False,
+) -> None:
+    """Bring folders of videos into a library, or up to date there; a run that was stopped goes on."""
+    from timesearch.base.progress import console
+    from timesearch.cli.data import say_left_out
+    from timesearch.cli.opening import encoder_for
+    from timesearch.library.index import index_folders
+    from timesearch.video.probe import SUFFIXES
+
+    def note(text: str) -> None:
+        typer.echo(f"  {visible(text)}", err=True)
+
+    place = library or default_library()
+    settings = settings_for_asking(params)
+    with console.status("loading the encoder"):
+        encoder, record = encoder_for(place, settings)
+    done = index_folders(place, folders or [], settings, encoder, record, note)
+    for folder in folders or ():
+        say_left_out(folder, SUFFIXES)
+    for name in done.vanished[:20]:
+        note(f"gone: {name}")
+    batch = done.batch
+    for failure in batch.failures[:20]:
+        note(f"{failure.reason}: {failure.message}")
+    if batch.failures:
+        note(f"all failures: {place / 'failures.jsonl'}")
+    again = ", ".join(f"{count} {stale}" for stale, count in sorted(batch.again.items()))
+    say(
+        f"index: {len(batch.done)} made{again and f' (in place of {again})'}, {len(batch.skipped)} up to date, "
+        f"{len(done.vanished)} gone, {len(batch.failures)} failed; {done.videos} videos with {done.rows} frames can be "
+        f"searched in {place}"
+    )
+    raise typer.Exit(batch.exit_code(keep_going))
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for, in a few words.")],
+    within: WithinOption = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only videos changed on this day or later: 2026-11-30.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=1000, help="Moments at most.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")] = False,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="PNG for the best frame of each moment.")] = None,
+    library: LibraryOption = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Find the moments of a library's videos that show something."""
+    from timesearch.cli.opening import library_with_encoder
+    from timesearch.library.library import check_query
+
+    check_query(query)
+    day = _day(since)
+    opened, encoder = library_with_encoder(library or default_library(), settings_for_asking(params))
+    videos = opened.videos(within, day)
+    found = opened.search(encoder.encode_text([query])[0], count, videos)
+    if as_json:
+        print_json({"query": query, **_as_json(opened, found)})
+    else:
+        for line in _lines(opened, found, query):
+            say(visible(line))
+    if sheet is not None and found.moments:
+        _save(opened, found.moments, sheet)
+        if not as_json:
+            say(f"saved {sheet}")
+
+
+def _day(text: str | None) -> datetime | None:
+    from datetime import datetime
+
+    from timesearch.base.errors import RequestError
+
+    if text is None:
+        return None
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError, OSError) as error:
+        raise RequestError(f"--since {text[:50]!r} is no date: write it as 2026-11-30") from error
+
+
+def _lines(library: Library, found: Found, query: str) -> list[str]:
+    """A line a moment; or that there is none, and why."""
+    if not found.videos:
+        return ["there is no such video in the library"]
+    if not found.moments:
+        return [
+            f"nothing in {found.videos} videos answers {query!r}: its best frame scores {found.best:.3f}, and things "
+            f"that are not there up to {found.level:.3f}"
+        ]
+    lines = []
+    for moment in found.moments:
+        span = f"{_clock(moment.start)}-{_clock(moment.end)}" if moment.end > moment.start else _clock(moment.start)
+        state = library.state_of(moment.video)
+        lines.append(
+            f"{moment.score:.3f}  {span:<15}  {moment.video.name}{'' if state == 'as indexed' else f'  ({state})'}"
+        )
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    """A time as players show it, such as 1:02:03.5."""
+    minutes, rest = divmod(round(10 * seconds), 600)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest / 10:04.1f}" if hours else f"{minutes}:{rest / 10:04.1f}"
+
+
+def _as_json(library: Library, found: Found) -> dict[str, Any]:
+    return {
+        "moments": [
+            {
+                "video": moment.video.name,
+                "key": moment.video.key,
+                "start": moment.start,
+                "end": moment.end,
+                "seconds": moment.seconds,
+                "score": round(moment.score, 4),
+                "state": library.state_of(moment.video),
+            }
+            for moment in found.moments
+        ],
+        "best": round(found.best, 4),
+        "level": round(found.level, 4) if found.videos else None,
+        "videos": found.videos,
+        "frames": found.frames,
+    }
+
+
+def _save(library: Library, moments: list[Moment], sheet: Path) -> None:
+    from timesearch.data.messages import format_seconds
+    from timesearch.inference.ask import as_request, picture_sheet
+
+    with as_request():
+        pictures = [
+            (f"{format_seconds(moment.seconds)} {moment.video.name}", library.frame_cache(moment.video)[moment.frame])
+            for moment in moments
+        ]
+    picture_sheet(pictures, sheet)

@@ -1,0 +1,1 @@
+"""Many videos: indexed, searched, and asked about."""

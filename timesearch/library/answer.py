@@ -1,0 +1,90 @@
+"""A question about a library: first which video, then when.
+
+The question is searched for as it is. The policy then searches the videos that answer best, one after another, until an
+answer follows from what it found alone (`Statement.holds`): completeness self-verification decides when to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from timesearch.base.errors import ItemError
+from timesearch.inference.ask import Answer, Asker, check_question
+from timesearch.inference.statement import Statement
+from timesearch.library.catalogue import Entry
+from timesearch.library.library import Found, Library
+from timesearch.retrieval.encoder import Encoder
+from timesearch.rewards import rule_judge
+from timesearch.search.episode import Watch
+
+VIDEOS = 3
+"""Videos that are searched for one question at most."""
+_UNKNOWN = ("unknown", "I don't know", "I do not know", "not shown", "none", "no answer")
+"""Answers that say that there is none."""
+
+
+@dataclass(frozen=True)
+class LibraryAnswer:
+    """What a library answers: `video` and `answer` are None where none of its videos does; the statement says why."""
+
+    video: Entry | None
+    answer: Answer | None
+    statement: Statement
+    found: Found
+
+
+async def ask_library(
+    library: Library,
+    asker: Asker,
+    encoder: Encoder,
+    question: str,
+    options: Sequence[str] = (),
+    videos: Sequence[Entry] | None = None,
+    begin: Callable[[Entry], Watch | None] = lambda _: None,
+) -> LibraryAnswer:
+    """Ask a library.
+
+    Args:
+        library: the videos.
+        asker: of the library's caches.
+        encoder: that of the library.
+        question: what to find out.
+        options: choices, where the answer is one of several.
+        videos: to ask; all if None.
+        begin: is told of each video before it is searched, and may watch.
+
+    Raises:
+        RequestError: the question cannot be asked.
+        ItemError: no video could be searched, and why the last could not.
+    """
+    check_question(question, options)
+    query = await asyncio.to_thread(lambda: encoder.encode_text([question])[0])
+    found = await asyncio.to_thread(library.search, query, 10, videos)
+    likely = list({moment.video.key: moment.video for moment in found.moments}.values())
+    answers: list[tuple[Entry, Answer]] = []
+    for video in (likely or found.nearest)[:VIDEOS]:
+        answer = await asker.ask(video.key, question, options, begin(video), shown_as=video.name)
+        answers.append((video, answer))
+        if _holds(answer):
+            return _with_others(video, answer, answers[:-1], found)
+    failed = [answer.prediction.error for _, answer in answers if answer.prediction.error is not None]
+    if failed and len(failed) == len(answers):
+        raise ItemError(failed[-1].message, failed[-1].type)
+    for video, answer in answers if likely else ():
+        if answer.prediction.error is None and answer.prediction.predicted_answer is not None:
+            return _with_others(video, answer, [pair for pair in answers if pair[0] is not video], found)
+    asked = [video.name for video, _ in answers]
+    return LibraryAnswer(None, None, Statement(video="", in_vain=[question], others=asked), found)
+
+
+def _holds(answer: Answer) -> bool:
+    """Whether to stop at an answer: it says something that what was found says again, and some search found it."""
+    said = answer.prediction.predicted_answer or ""
+    return answer.statement.holds and not any(rule_judge(unknown, said) for unknown in _UNKNOWN)
+
+
+def _with_others(video: Entry, answer: Answer, others: Sequence[tuple[Entry, Answer]], found: Found) -> LibraryAnswer:
+    statement = answer.statement.model_copy(update={"others": [other.name for other, _ in others]})
+    return LibraryAnswer(video, Answer(answer.prediction, statement), statement, found)
