@@ -270,7 +270,7 @@ def file_of(entry: Entry, root: Root) -> Path:
     raise ItemError(f"{entry.name} is gone from {folder}: run `timesearch index` again", reason="missing_file")
 
 
-def below(path: Path, root: Path) -> str:
+def below(path: Path, root: Root) -> str:
     """The percent-encoded path of a video below its folder."""
     return quote(os.fsencode(path.relative_to(root.folder)))
 

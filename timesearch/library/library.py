@@ -371,7 +371,8 @@ def _ranked(moments: Iterable[Moment], count: int) -> list[Moment]:
     """The best moments, the higher ones first; those of a video beyond `PER_VIDEO` come after all others'."""
     ordered = sorted(moments, key=lambda moment: (-moment.score, moment.video.name, moment.start))
     seen: dict[str, int] = {}
-    first, rest = [], []
+    first: list[Moment] = []
+    rest: list[Moment] = []
     for moment in ordered:
         seen[moment.video.key] = seen.get(moment.video.key, 0) + 1
         (first if seen[moment.video.key] <= PER_VIDEO else rest).append(moment)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -86,13 +86,14 @@ def _damaged(path: Path, why: str) -> ItemError:
     return ItemError(f"the index {path} is damaged ({why}): `timesearch index` remakes it", reason="damaged_index")
 
 
-def _mapped(path: Path, start: int, described: dict[str, object], kind: type[np.generic]) -> np.ndarray:
+def _mapped(path: Path, start: int, described: dict[str, Any], kind: type[np.generic]) -> np.ndarray:
     """A tensor of a safetensors file, mapped; private, so that PyTorch may take it for one that can be written to."""
-    first, last = described["data_offsets"]  # type: ignore[misc]
-    shape = tuple(int(length) for length in described["shape"])  # type: ignore[attr-defined]
+    first, last = (int(offset) for offset in described["data_offsets"])
+    shape = tuple(int(length) for length in described["shape"])
     if described["dtype"] != _NAMES[kind] or last - first != int(np.prod(shape)) * np.dtype(kind).itemsize:
         raise ValueError(f"a tensor of {described['dtype']} {shape}")
-    return np.memmap(path, kind, mode="c", offset=start + first, shape=shape)
+    mapped: np.ndarray = np.memmap(path, dtype=kind, mode="c", offset=start + first, shape=shape)
+    return mapped
 
 
 _TENSORS: dict[str, type[np.generic]] = {
