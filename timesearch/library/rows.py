@@ -23,6 +23,7 @@ import numpy as np
 from timesearch.base.digests import remember, remembered
 from timesearch.base.errors import ItemError
 from timesearch.base.files import atomic_path, file_digest, inside, json_digest
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import UntrustedError, parse_json
 from timesearch.library.catalogue import Entry, SegmentRecord
 from timesearch.retrieval.features import FeatureCache
@@ -202,16 +203,20 @@ def _parcels(videos: Sequence[Entry]) -> Iterator[list[Entry]]:
         yield parcel
 
 
-def scan(rows: np.ndarray, query: np.ndarray, spans: Sequence[Span] | None = None) -> np.ndarray:
+def scan(rows: np.ndarray, query: np.ndarray, spans: Sequence[Span] | None = None, stop: Stop = NEVER) -> np.ndarray:
     """Scores of rows with a query, within `slack` of their cosines; every row of the spans is read once.
 
     Args:
         rows: (N, D) float16 unit rows, mapped or in memory.
         query: (D,) float32 unit vector.
         spans: which rows; all if None.
+        stop: ends the scan between two blocks.
 
     Returns:
         (n,) float32 scores, span after span.
+
+    Raises:
+        StoppedError: it was asked to stop.
     """
     import torch
 
@@ -222,6 +227,7 @@ def scan(rows: np.ndarray, query: np.ndarray, spans: Sequence[Span] | None = Non
     with torch.inference_mode():
         for first, last in spans:
             for start in range(first, last, BLOCK):
+                stop.check()
                 block = torch.from_numpy(rows[start : min(start + BLOCK, last)])
                 scores[done : done + len(block)] = torch.mv(block, half).numpy()
                 done += len(block)

@@ -300,6 +300,14 @@ class Subtitles:
             )
         return sorted((Line(*row) for row in found), key=lambda line: (line.start, line.end))
 
+    def within(self, start: float, end: float, count: int, skip: int = 0) -> list[Line]:
+        """The lines that are said within a window (s), in order of time: `count` at most, after the first `skip`."""
+        rows = self._rows(
+            "SELECT start, end, text FROM lines WHERE end >= ? AND start <= ? ORDER BY start, id LIMIT ? OFFSET ?",
+            (start, end, count, skip),
+        )
+        return [Line(*row) for row in rows]
+
     def _rows(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         address = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
         try:
