@@ -4,9 +4,10 @@
     uv run python benchmarks/library.py pocket --work FOLDER --encoder FOLDER [--videos 200] [--policy FOLDER]
 
 `rows` writes synthetic rows of 1,152 half floats (clusters as of shots, with noise) once, and scans them with one
-thread, each method in a process of its own: this scan; NumPy over the mapped file in blocks; and, where it fits the
-memory, NumPy over all rows as float32. Latency is the median of seven queries after two to warm up; memory is the peak
-of what is not mapped (`RssAnon`); recall is of the ten best rows, against double precision.
+thread, each method in a process of its own: this scan; NumPy over the mapped file in blocks; and, where they fit the
+memory, NumPy over all rows as float32, and framesieve 0.2 where it can be imported (PYTHONPATH). Latency is the median
+of seven queries after two to warm up; memory is the peak of what is not mapped (`RssAnon`); recall is of the ten best
+rows, against double precision.
 
 `pocket` renders held-out videos, indexes them, and counts for one needle of each video whether `search` for its shape
 names a video that shows it first, with a moment inside the event: among all videos, and among those of which no other
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -78,10 +80,26 @@ def numpy_whole(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     return np.argsort(-(rows.astype(np.float32) @ query), kind="stable")[:BEST]
 
 
+def framesieve(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """framesieve 0.2's own search over its index, which holds float32 in memory; times stand for rows."""
+    from framesieve.index import FrameIndex
+    from framesieve.search import select_candidates
+
+    if "index" not in _framesieve:
+        count = len(rows)
+        _framesieve["index"] = FrameIndex(np.arange(count, dtype=np.float32), rows, np.zeros(count, np.int32), None)
+    chosen = select_candidates(_framesieve["index"], query, BEST, strategy="topk")
+    return np.asarray(chosen.ts, np.int64)
+
+
+_framesieve: dict[str, Any] = {}
+
+
 METHODS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "this scan": this_scan,
     "NumPy, in blocks": numpy_blocks,
     "NumPy, all at once": numpy_whole,
+    "framesieve, in memory": framesieve,
 }
 
 
@@ -134,8 +152,10 @@ def rows_table(count: int, work: Path) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for method in METHODS:
-        if method == "NumPy, all at once" and 4 * count * WIDTH > 8e9:
+        if method in ("NumPy, all at once", "framesieve, in memory") and 4 * count * WIDTH > 8e9:
             lines.append(f"| {method} | | | | needs {4 * count * WIDTH / 1e6:,.0f} |")
+            continue
+        if method.startswith("framesieve") and importlib.util.find_spec("framesieve") is None:
             continue
         command = [sys.executable, __file__, "one", "--path", str(path), "--method", method]
         told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
