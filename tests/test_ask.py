@@ -208,7 +208,7 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
 def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:
     from timesearch.base.errors import RequestError
 
-    with pytest.raises(RequestError, match="no frame was searched"):
+    with pytest.raises(RequestError, match="no frame was found"):
         contact_sheet(None, [], tmp_path / "sheet.png")  # type: ignore[arg-type]
 
 
