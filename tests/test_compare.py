@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -301,18 +301,76 @@ def test_metrics_of_any_form_are_compared_or_refused(tmp_path: Path) -> None:
         load_sides(tmp_path / "a" / "evaluation", QUICK, RuleJudge)
 
 
-def measured(folder: Path, answers: Sequence[str], **how: Any) -> Path:
+def measured(folder: Path, answers: Sequence[str], row: Mapping[str, Any] | None = None, **how: Any) -> Path:
     """Predictions of one search each that answer so, with the fingerprint of the default settings changed by `how`."""
     fingerprint = fingerprint_of(Settings(), folder, "grpo_csv", None, Settings().search).model_copy(update=how)
     folder.mkdir()
     rows = [
-        searching(number, "a.mp4", [[9.0]], answer) | {"fingerprint": fingerprint.digest[:12]}
+        searching(number, "a.mp4", [[9.0]], answer) | {"fingerprint": fingerprint.digest[:12], **(row or {})}
         for number, answer in enumerate(answers)
     ]
     write_jsonl(folder / "m.jsonl", rows)
     mark = {"fingerprint": fingerprint.digest, "made_of": fingerprint.model_dump(mode="json")}
     (folder / "m.json").write_text(json.dumps(mark))
     return folder / "m.jsonl"
+
+
+SEEN = {
+    **{"engine": "vllm 0.32", "template": "aa", "encoder": "cc", "requests": 10},
+    **{"preview_sizes": [[448, 252]], "searched_sizes": [[448, 252]]},
+}
+"""What an engine was given in an episode, and what became of the requests."""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"temperature": 0.7}, ["temperature (of sampling; 0 is greedy): A 0, B 0.7"]),
+        ({"seed": 1}, ["seed (of sampling): A 0, B 1"]),
+        ({"engine": "transformers"}, ["engine: A openai, B transformers"]),
+        ({"checkpoint": "ff"}, ["checkpoint (weights and configuration of the checkpoint): A none, B ff"]),
+        ({"preview": "video"}, ["preview (form in which the preview is shown): A images, B video"]),
+        ({"subtitles": True}, ["subtitles (whether they can be searched): A no, B yes"]),
+        ({"prompts": {"user": "ff"}}, ["prompts.system", "prompts.user", "prompts.next", "prompts.correction"]),
+        ({"tools": {"seek_video_frames": "ff"}}, ["tools.seek_video_frames: A"]),
+        ({"seen": {"engine": "vllm 0.31"}}, ["engine as it ran: A vllm 0.32, B vllm 0.31"]),
+        ({"seen": {"template": "bb"}}, ["chat template, by what the engine made of a short conversation: A aa, B bb"]),
+        ({"seen": {"encoder": "dd"}}, ["encoder as it ran: A cc, B dd"]),
+        ({"seen": {"retried": 1}}, ["requests that were sent again: A 0 of 60, B 6 of 60"]),
+        ({"seen": {"failed": 1}}, ["requests without an answer: A 0 of 60, B 6 of 60"]),
+        ({"seen": {"empty": 1}}, ["replies without a word: A 0 of 60, B 6 of 60"]),
+        (
+            {"seen": {"preview_sizes": [[224, 140]]}},
+            ["pixels of a preview frame, in 6 of 6 episodes; the first: A 448"],
+        ),
+        (
+            {"seen": {"searched_sizes": [[224, 140]]}},
+            ["pixels of a searched frame, in 6 of 6 episodes; the first: A 448"],
+        ),
+        ({"row": {"preview_seconds": [1.0]}}, ["frames of the preview, in 6 of 6 episodes; the first: A 4, B 1"]),
+        (
+            {"row": {"error": {"type": "missing_cache", "message": "gone"}}},
+            ["episodes that ended in an error: A none, B missing_cache 6", "missing videos: A none, B a.mp4"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_planted_change_is_named_in_words_and_nothing_else_is(
+    tmp_path: Path, change: dict[str, Any], said: list[str]
+) -> None:
+    """Those that need a search, a server or a judge have tests of their own: stripped times, drops, other readings."""
+    how = {name: value for name, value in change.items() if name not in ("seen", "row")}
+    row = {"seen": SEEN | change.get("seen", {}), **change.get("row", {})}
+    first = measured(tmp_path / "a", RIGHT[:6], {"seen": SEEN})
+    found = compared(first, measured(tmp_path / "b", RIGHT[:6], row, **how))
+    named = [str(each) for each in found.differences]
+    assert len(named) >= len(said)
+    assert all(any(each.startswith(words) for each in named) for words in said)
+    assert len(named) == len(said) or said[0].startswith("prompts.")
+    text = "\n".join(describe(found, common=False))
+    assert all(each in text for each in named)
+    assert ("Nothing differs in how they were made." in text) == (not said)
 
 
 RIGHT, WORSE, WORST = ["A"] * 60, ["A"] * 54 + ["B"] * 6, ["A"] * 40 + ["B"] * 20

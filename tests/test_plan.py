@@ -52,6 +52,34 @@ def test_the_paper_profile_fits_on_its_sixteen_gpus() -> None:
         assert words in text
 
 
+def test_the_profiles_hold_the_released_values() -> None:
+    """Of its training script, and of its inference."""
+    paper, released = load_profile("paper-7b"), load_profile("timesearch-r")
+    frames = {"max_frames": 768, "min_tokens": 12, "max_tokens": 256, "max_frames_per_turn": 8, "patch": 28}
+    training = {"max_turns": 8, "max_new_tokens": 256, "total_video_tokens": 10_240, "method": "dpp", **frames}
+    playing = {"max_turns": 10, "max_new_tokens": 512, "total_video_tokens": 24_000, **frames}
+    assert paper.search.model_dump(include=training) == training
+    for settings in (paper, released):
+        assert settings.for_inference().search.model_dump(include=playing) == playing
+        assert settings.infer.temperature == 0.0
+    learning = {
+        **{
+            "learning_rate": 1e-6,
+            "schedule": "linear",
+            "beta": 0.005,
+            "temperature": 1.0,
+            "max_completion_length": 16_000,
+        },
+        **{"num_generations": 8, "prompts_per_step": 4, "micro_batch": 1, "scale_rewards": "none", "bf16": True},
+        **{"zero_advantage": "replay", "mask_truncated": False, "gradient_checkpointing": True, "lora_rank": 0},
+        "rewards": {"format": 1.0, "accuracy": 0.5, "completeness": 0.5},
+    }
+    assert paper.train.model_dump(include=learning) == learning
+    assert (paper.frames.fps, paper.models.encoder) == (2.0, "ViT-SO400M-14-SigLIP-384")
+    assert (paper.judge.model, paper.judge.max_candidate_chars) == ("Qwen/Qwen2.5-72B-Instruct", 100)
+    assert (paper.models.policy, released.models.policy) == ("Qwen/Qwen2.5-VL-7B-Instruct", "Time-Search/TimeSearch-R")
+
+
 def test_what_cannot_fit_is_refused_with_advice() -> None:
     settings = load_profile("paper-7b")
     settings.train.nodes, settings.train.gpus_per_node, settings.train.launcher = 1, 1, "single"

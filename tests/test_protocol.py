@@ -27,13 +27,14 @@ from timesearch.cli import main
 from timesearch.data.messages import Message, blocks_of
 from timesearch.data.samples import Prediction, Sample
 from timesearch.dialects.first_tag import cut, parse_turn
+from timesearch.inference.policies import Served, open_policy
 from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
 from timesearch.profiles import load_profile
 from timesearch.search.checkpoint import load_processor, template_options
 from timesearch.search.engine_openai import OpenAIPolicy
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode
-from timesearch.search.policy import with_video_preview
+from timesearch.search.policy import ContextOverflowError, Reply, with_video_preview
 from timesearch.search.protocol import Rules, SearchProtocol, Template
 from timesearch.search.rendering import UNKNOWN, rendered_of
 from timesearch.search.search import Search
@@ -337,6 +338,71 @@ def test_any_arguments_show_frames_or_get_the_text_of_invalid_calls(search: Sear
         indices = [frame[0] for frame in shown[1::2]]
         assert text == (told(indices) if indices else clone.INVALID)
         assert len(indices) <= 8
+
+
+def test_released_budgets_reach_the_engine(search: Search, imported: Path) -> None:
+    """Of a turn 512 tokens at most, decoded greedily, whatever the checkpoint's own configuration says."""
+    bodies = []
+
+    class Recording(Handler):
+        owner = "vllm"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path.endswith("/completions"):
+                bodies.append(body)
+            self._send(200, {"choices": [{"message": {"content": ANSWER}}]})
+
+    server = Server(("127.0.0.1", 0), Recording)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = load_profile("timesearch-r").for_inference()
+    settings.search.prompts, settings.infer.engine = str(imported), "openai"
+    at = Served([f"http://127.0.0.1:{server.server_port}/v1"], "tiny", 10.0)
+    encoded = Search(settings.search, search.encoder, search._frames, search._features, encoded=True)
+
+    async def episode() -> Prediction:
+        with open_policy(settings, at=at) as policy:
+            await policy.connect()
+            prediction = await run_episode(encoded, policy, sample("short"))
+            await policy.close()
+        return prediction
+
+    try:
+        assert asyncio.run(episode()).outcome == "answered"
+    finally:
+        server.shutdown()
+        server.server_close()
+    sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert len(bodies) == 2
+    for body in bodies:
+        assert {name: body[name] for name in ("max_tokens", *sampling)} == {"max_tokens": 512, **sampling}
+
+
+class Short(Puppet):
+    """A policy whose context holds `fits` messages."""
+
+    def __init__(self, fits: int, *turns: str) -> None:
+        super().__init__(script(*turns), context=64)
+        self.fits = fits
+
+    async def reply(self, messages: Sequence[Message]) -> Reply:
+        if len(messages) > self.fits:
+            raise ContextOverflowError("too long")
+        return await super().reply(messages)
+
+
+def test_where_the_context_is_full_the_episode_fails_and_keeps_what_it_has(search: Search) -> None:
+    """By the released agent's rule; by this project's own the newest frames give way, and it is asked to answer."""
+    turns = [call(num_frames=8, start_time=10), call(num_frames=8), ANSWER]
+    failed = asyncio.run(run_episode(search, Short(5, *turns), sample("short")))
+    assert failed.error is not None
+    assert (failed.error.type, failed.outcome, failed.limit) == ("context", "failed", None)
+    assert [len(message["content"]) for message in failed.prediction if message["role"] == "tool"] == [17, 17]
+    own = Search(SearchSettings(max_turns=10), search.encoder, search._frames, search._features)
+    turns = [call(query="star", start_time=10), ANSWER]
+    kept = asyncio.run(run_episode(own, Short(4, *turns), sample("short")))
+    assert (kept.error, kept.outcome, kept.limit) == (None, "answered", "context")
+    assert kept.searched_seconds == []
 
 
 # The engines
