@@ -229,10 +229,12 @@ def test_small_frames_are_enlarged(search: Search) -> None:
         call("zoom", query="star"),
         call(query="star", start_time=20, end_time=10),
         call(query="star", start_time=500, end_time=600),
+        call(query="star", end_time="inf"),
+        call(query="star", start_time="nan"),
         '<tool_call>{"name": "seek_video_frames", "arguments": [1]}</tool_call>',
         '<tool_call>{"arguments": {}}</tool_call>',
     ],
-    ids=["unknown tool", "reversed window", "empty window", "arguments that are none", "no name"],
+    ids=["unknown tool", "reversed window", "empty window", "no end", "no start", "arguments that are none", "no name"],
 )
 def test_a_call_that_fails_gets_the_text_of_invalid_calls(search: Search, turn: str) -> None:
     prediction, seen = play(search, turn, ANSWER, of=sample("short"))

@@ -434,7 +434,7 @@ def describe(found: Comparison, common: bool) -> list[str]:
 
 
 def _table(found: Comparison) -> list[str]:
-    rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95% interval", "p", "p of all")]
+    rows: list[tuple[str, ...]] = [("", "A", "B", "B - A", "95% interval", "p", "p, corrected")]
     for name, measure in found.measures.items():
         words, scale = _MEASURES[name]
         interval = f"{measure['low'] * scale:+.1f} to {measure['high'] * scale:+.1f}" if "low" in measure else ""
@@ -455,7 +455,7 @@ def _chance(value: float | None) -> str:
 
 def _verdict(found: Comparison) -> str:
     if found.only_drawn:
-        return f"Neither is better: {_noise(found)}."
+        return f"Neither is better: {_noise(found)}"
     better = found.better
     told = [
         f"{side.upper()} is better in {', '.join(_MEASURES[name][0] for name in names)}"
@@ -478,7 +478,7 @@ def _tested(found: Comparison) -> str:
 def _noise(found: Comparison) -> str:
     """Why results that differ in nothing have other numbers."""
     if not any(measure["difference"] for measure in found.measures.values()):
-        return "no number differs"
+        return "no number differs."
     temperature = (found.a.made.get("made_of") or found.b.made.get("made_of") or {}).get("temperature")
     if temperature == 0:
         source = "how the engine rounds, as decoding is greedy"
@@ -486,12 +486,12 @@ def _noise(found: Comparison) -> str:
         at = f" (temperature {_said(temperature)})" if temperature else ""
         source = f"the draw of the sampling{at}"
     nothing = "in nothing that is known" if found.unknown else "in nothing"
-    text = f"they differ {nothing} but {source}, and the numbers above by its noise"
+    text = f"they differ {nothing} but {source}. The differences above are its noise."
     low = [name for name, measure in found.measures.items() if measure.get("p_value", 1.0) < _CHANCE]
     if not low:
         return text
     tests = sum("p_value" in measure for measure in found.measures.values())
-    return f"{text}; a p below {_CHANCE:g} is no sign here, for one in twenty such tests has it by chance, of {tests}"
+    return f"{text} A p below {_CHANCE:g} is no sign here: one in twenty such tests has it by chance, of {tests}."
 
 
 def _count(number: int, noun: str) -> str:

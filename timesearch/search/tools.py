@@ -111,11 +111,10 @@ def _window(search: Search, start: Any, end: Any, **counted: Any) -> tuple[float
     ((name, count),) = counted.items()
     if search.protocol.rules.arguments == "corrected":
         return number("start_time", start), number("end_time", end), number(name, count)
-    begin = _mended(start, float, 0.0)
-    if not math.isfinite(begin):
-        raise WrongCallError("start_time must be a finite number")
-    until = _mended(end, float, math.inf)
-    return begin, math.inf if math.isnan(until) else until, max(1, _mended(count, int, 8))
+    begin, until = _mended(start, float, 0.0), _mended(end, float, -1.0)
+    if not math.isfinite(begin) or not math.isfinite(until):
+        raise WrongCallError("start_time and end_time must be finite numbers")
+    return begin, until, max(1, _mended(count, int, 8))
 
 
 def _mended(value: Any, kind: Callable[[Any], float], otherwise: float) -> float:
