@@ -213,11 +213,10 @@ def pocket_table(work: Path, encoder_folder: Path, count: int, policy: Path | No
     for number, video in enumerate(library.videos()):
         event = scenes[video.key].needles[number % 3]
         asked.append((video, event))
-        row = encoder.encode_text([f"a {event.shape}"])[0]
         alone = [video, *(other for other in library.videos() if event.shape not in _shapes(scenes[other.key]))]
         for name, videos in (("all", None), ("one has it", alone)):
             begun = time.perf_counter()
-            moments = library.search(row, 10, videos).moments
+            moments = library.find(encoder, f"a {event.shape}", 10, videos).moments
             took.append(time.perf_counter() - begun)
             if moments:
                 shown = [each for each in scenes[moments[0].video.key].events if each.shape == event.shape]

@@ -31,6 +31,7 @@ from timesearch.library.index import Indexed, index_folders
 from timesearch.library.library import PER_VIDEO, Library
 from timesearch.library.rows import exact, plan, scan, slack
 from timesearch.retrieval.encoder import Encoder
+from timesearch.retrieval.noise import match_level, noise_level
 from timesearch.settings import Settings
 
 COLOURS = ("red", "green", "blue")
@@ -126,6 +127,28 @@ def test_a_query_that_nothing_answers_gets_nothing(made: Path, videos: Path) -> 
     assert found.moments == []
     assert found.videos == 2
     assert found.best <= found.level
+
+
+class WithOdds(Greys):
+    """Knows colours, whatever stands around them; any other text lies anywhere."""
+
+    even_odds = 0.5
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        known = super().encode_text(texts)
+        anywhere = [np.random.default_rng(list(text.encode())).standard_normal(4) for text in texts]
+        rows = [row if row[3] < 1 else other for row, other in zip(known, anywhere, strict=True)]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+
+def test_an_encoders_own_level_counts_for_what_it_understands() -> None:
+    assert match_level(WithOdds(), "a red wall") == match_level(WithOdds(), "blue") == 0.5
+    assert match_level(WithOdds(), "a giraffe") is None
+    assert match_level(Greys(), "a red wall") is None
+    measured = np.array([[0.6, 0.7, 0.8], [0.1, 0.1, 0.1]])
+    assert noise_level(measured, mean=0.0) > 0.9
+    assert noise_level(measured, mean=0.0, match=0.5) == 0.5
+    assert noise_level(measured, mean=-0.9, match=0.5) < 0.5
 
 
 def test_a_part_of_a_library_is_a_folder_a_video_or_a_name(made: Path, videos: Path) -> None:

@@ -85,7 +85,7 @@ def search(
     day = _day(since)
     opened, encoder = library_with_encoder(library or default_library(), settings_for_asking(params))
     videos = opened.videos(within, day)
-    found = opened.search(encoder.encode_text([query])[0], count, videos)
+    found = opened.find(encoder, query, count, videos)
     if as_json:
         print_json({"query": query, **_as_json(opened, found)})
     else:

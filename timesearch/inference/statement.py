@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from timesearch.data.messages import exchanges
 from timesearch.data.samples import Prediction
-from timesearch.retrieval.noise import encode_prompts, measure, noise_level
+from timesearch.retrieval.noise import encode_prompts, match_level, measure, noise_level
 from timesearch.retrieval.selection import relevance_of
 from timesearch.rewards import accuracy
 from timesearch.search.search import Search
@@ -170,6 +170,7 @@ def _in_vain(prediction: Prediction, search: Search) -> list[str]:
             if noise is None:
                 noise = measure(features, encode_prompts(search.encoder))
             scores = np.nan_to_num(relevance_of(features, search.encoder.encode_text([query])[0]), nan=-1.0)
-            if not float(scores[indices].max()) > noise_level(noise, float(scores.mean())):
+            level = noise_level(noise, float(scores.mean()), match_level(search.encoder, query))
+            if not float(scores[indices].max()) > level:
                 vain[query] = None
     return list(vain)

@@ -60,8 +60,7 @@ async def ask_library(
         ItemError: no video could be searched, and why the last could not.
     """
     check_question(question, options)
-    query = await asyncio.to_thread(lambda: encoder.encode_text([question])[0])
-    found = await asyncio.to_thread(library.search, query, 10, videos)
+    found = await asyncio.to_thread(library.find, encoder, question, 10, videos)
     likely = list({moment.video.key: moment.video for moment in found.moments}.values())
     answers: list[tuple[Entry, Answer]] = []
     for video in (likely or found.nearest)[:VIDEOS]:

@@ -36,7 +36,7 @@ from timesearch.retrieval.features import why_stale as why_features_stale
 from timesearch.retrieval.noise import encode_prompts
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 from timesearch.video.probe import check_readable
-from timesearch.video.subtitles import index_path, make_index
+from timesearch.video.subtitles import find_subtitles, index_path, make_index
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -260,7 +260,9 @@ class _Run:
         if outdated is not None:
             make_feature_cache(frames, features, self._encoder, self._batch_size)
             stale, made = stale or outdated, True
-        self._index_words(key, video)
+        known = self._known.get(key)
+        same = not made and known is not None and known.modified_ns == fingerprint.modified_ns
+        self._index_words(key, video, same)
         root = self.catalogue.root_of(video)
         assert root is not None
         entry = Entry(
@@ -276,10 +278,16 @@ class _Run:
         self._note(entry)
         return Made(len(cache), stale or "") if made else None
 
-    def _index_words(self, key: str, video: Path) -> None:
-        """Make the words of a video searchable; it stays in the library where its subtitles are bad."""
+    def _index_words(self, key: str, video: Path, same: bool) -> None:
+        """Make the words of a video searchable; it stays in the library where its subtitles are bad.
+
+        `same` says that it was looked into before: where that gave no words, it is not opened again.
+        """
+        target = index_path(subtitles_folder(self._library), key)
+        if same and not target.exists() and find_subtitles(video) is None:
+            return
         try:
-            make_index(video, index_path(subtitles_folder(self._library), key), say=self._say)
+            make_index(video, target, say=self._say)
         except ItemError as error:
             self._say(str(error))
 

@@ -24,7 +24,7 @@ from timesearch.base.untrusted import mend_text
 from timesearch.library.catalogue import FILE, Catalogue, Entry, Root, by_key, file_of
 from timesearch.library.index import features_folder, frames_folder, segments_folder, subtitles_folder
 from timesearch.library.rows import Segment, Span, exact, scan, slack
-from timesearch.retrieval.noise import joined, noise_level
+from timesearch.retrieval.noise import joined, match_level, noise_level
 from timesearch.video.frames import FrameCache, cache_path
 from timesearch.video.probe import Fingerprint
 from timesearch.video.subtitles import Subtitles, index_path
@@ -223,8 +223,27 @@ class Library:
         path = index_path(self.subtitles, video.key)
         return Subtitles(path) if path.is_file() else None
 
+    def find(
+        self, encoder: Encoder, query: str, count: int = 10, videos: Sequence[Entry] | None = None, stop: Stop = NEVER
+    ) -> Found:
+        """`search` for a text.
+
+        Args:
+            encoder: that of the library.
+            query: what to look for.
+            count: as `search`.
+            videos: as `search`.
+            stop: as `search`.
+        """
+        return self.search(encoder.encode_text([query])[0], count, videos, stop, match_level(encoder, query))
+
     def search(
-        self, query: np.ndarray, count: int = 10, videos: Sequence[Entry] | None = None, stop: Stop = NEVER
+        self,
+        query: np.ndarray,
+        count: int = 10,
+        videos: Sequence[Entry] | None = None,
+        stop: Stop = NEVER,
+        match: float | None = None,
     ) -> Found:
         """The best moments for a query, of which one video has at most `PER_VIDEO` while others have some left.
 
@@ -233,6 +252,7 @@ class Library:
             count: moments at most.
             videos: to search in; all if None.
             stop: ends it.
+            match: the score from which the encoder itself calls a frame an answer to this query, where it does.
 
         Raises:
             StoppedError: it was asked to stop.
@@ -255,7 +275,7 @@ class Library:
         if scored:
             counts = np.array([video.rows for video in chosen])
             mean = sum(float(scores.sum(dtype=np.float64)) for *_, scores in scored) / counts.sum()
-            level = noise_level(joined(np.concatenate(noise), counts), mean)
+            level = noise_level(joined(np.concatenate(noise), counts), mean, match)
         bests.sort(key=lambda pair: -pair[0])
         best = bests[0][0] if bests else -1.0
         if best > level - slack(query):

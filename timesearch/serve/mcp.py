@@ -190,8 +190,7 @@ class _Tools:
         def searched() -> Moments:
             check_query(query)
             videos = self._library.videos(where)
-            row = self._encoder.encode_text([query])[0]
-            found = self._library.search(row, skip + PAGE + 1, videos, stop)
+            found = self._library.find(self._encoder, query, skip + PAGE + 1, videos, stop)
             page = found.moments[skip : skip + PAGE]
             said = f"{len(page)} moments" if page else "no further moments" if skip else found.why_nothing()
             return Moments(moments=[_moment(each) for each in page], said=said, next=_next(skip, len(found.moments)))
