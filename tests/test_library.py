@@ -148,7 +148,7 @@ def test_an_encoders_own_level_counts_for_what_it_understands() -> None:
     measured = np.array([[0.6, 0.7, 0.8], [0.1, 0.1, 0.1]])
     assert noise_level(measured, mean=0.0) > 0.9
     assert noise_level(measured, mean=0.0, match=0.5) == 0.5
-    assert noise_level(measured, mean=-0.9, match=0.5) < 0.5
+    assert noise_level(measured, mean=0.0, match=2.0) == pytest.approx(0.7 + 3 * 1.4826 * 0.1)
 
 
 def test_a_part_of_a_library_is_a_folder_a_video_or_a_name(made: Path, videos: Path) -> None:

@@ -194,7 +194,7 @@ class OpenClipEncoder:
         """The cosine at which a model with SigLIP's bias takes a pair for a match with even odds; None without one."""
         model = self._load().model
         bias = getattr(model, "logit_bias", None)
-        return None if bias is None else float(-bias / model.logit_scale.exp())
+        return None if bias is None else float(-bias.detach() / model.logit_scale.detach().exp())
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
         """Embed queries as (n, D) float32 unit rows; each is computed once."""

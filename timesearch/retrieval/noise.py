@@ -9,10 +9,9 @@ prompt scores. The other goes by how far that stands out of the mean of all fram
 with everything. Each is the median over the prompts and three of their robust standard deviations (1.4826 times the
 median absolute deviation), which prompts that happen to be shown hardly move.
 
-An encoder trained by SigLIP's loss has a level of its own: the score that it takes for even odds of a match. It counts,
-where it is lower, for a query that the encoder understands: one that it embeds alike however it is put (`WORDINGS`).
-What it never learned to read lies anywhere, and scores high with something by chance; that is told by how far its
-wordings lie apart.
+An encoder trained by SigLIP's loss has a level of its own: the score that it takes for even odds of a match. For a
+query that the encoder understands, that takes the place of the second level; understood is what it embeds alike however
+it is put (`WORDINGS`). What an encoder never learned to read lies anywhere, and scores high with something by chance.
 """
 
 from __future__ import annotations
@@ -128,8 +127,7 @@ def noise_level(measured: np.ndarray, mean: float, match: float | None = None) -
         match: as `match_level` gives it of the query.
     """
     best, means = np.asarray(measured, np.float64)
-    level = min(_high(best), mean + _high(best - means))
-    return level if match is None else min(level, match)
+    return min(_high(best), mean + _high(best - means) if match is None else match)
 
 
 @runtime_checkable
