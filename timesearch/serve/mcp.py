@@ -12,6 +12,7 @@ import base64
 import io
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -202,7 +203,7 @@ class _Tools:
         self,
         video: Name,
         seconds: Annotated[list[float], Field(min_length=1, max_length=FRAMES, description="times, eight at most")],
-        context: Context,  # type: ignore[type-arg]
+        context: Context,
         width: Annotated[
             int | None, Field(ge=16, le=8192, description="pixels; null, or more than the source has, for all of them")
         ] = 512,
@@ -213,7 +214,7 @@ class _Tools:
         shown: list[FrameInfo] = []
         for number, time in enumerate(seconds, start=1):
             async with self._decodings:  # one at a time, so that a client that goes leaves the others to be decoded
-                data, size = await _in_thread(lambda time=time: self._frame(entry, time, width))
+                data, size = await _in_thread(partial(self._frame, entry, time, width))
             shown.append(FrameInfo(seconds=time, width=size[0], height=size[1]))
             blocks.append(TextContent(type="text", text=f"{entry.name} at {time:.1f}s"))
             blocks.append(ImageContent(type="image", data=base64.b64encode(data).decode(), mime_type="image/jpeg"))
@@ -258,7 +259,7 @@ class _Tools:
     async def ask(
         self,
         question: Annotated[str, Field(description="what to find out")],
-        context: Context,  # type: ignore[type-arg]
+        context: Context,
         where: Where = None,
         options: Annotated[list[str] | None, Field(description="choices, where the answer is one of several")] = None,
     ) -> Answered:
