@@ -35,7 +35,7 @@ from timesearch.tracking import PARENT_RUN, lock_tags, parent_run, tracking_uri
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-Stage = Literal["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
+Stage = Literal["download", "models", "frames", "features", "subtitles", "coldstart", "train", "infer", "evaluate"]
 Value = bool | int | float | str | list[Any] | None
 Overrides = dict[str, Value]
 

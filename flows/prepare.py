@@ -23,12 +23,12 @@ def prepare(retry_failed: bool = True) -> dict[str, Any]:
         logger = get_run_logger()
         paths = load_settings(CHECKOUT / "params.yaml").paths
         with turn(CHECKOUT, logger.info):
-            for folder in (paths.videos, paths.frames, paths.features):
+            for folder in (paths.videos, paths.frames, paths.features, paths.subtitles):
                 listed = CHECKOUT / folder / "failures.jsonl"
                 if listed.is_file():
                     logger.info("trying again what is listed in %s", listed)
                     listed.unlink()
-    return run_stages(("download", "models", "frames", "features"))
+    return run_stages(("download", "models", "frames", "features", "subtitles"))
 
 
 if __name__ == "__main__":

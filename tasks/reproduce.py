@@ -18,7 +18,7 @@ from timesearch.base.errors import TimeSearchError
 from timesearch.base.processes import start_guarded, stop
 from timesearch.base.redaction import redact
 
-STAGES = ("download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate")
+STAGES = ("download", "models", "frames", "features", "subtitles", "coldstart", "train", "infer", "evaluate")
 
 _UNCHANGED = "didn't change, skipping"
 _HINTS = ("To track the changes", "git add", "To enable auto staging", "dvc config core.autostage", "Use `dvc push`")

@@ -90,6 +90,12 @@ def features(tree: Path, fresh: bool, env: Mapping[str, str]) -> State[bool]:
     return _stage("features", tree, fresh, env)
 
 
+@task(retries=1, timeout_seconds=12 * HOUR, tags=["decoding"], **_again)
+def subtitles(tree: Path, fresh: bool, env: Mapping[str, str]) -> State[bool]:
+    """Index what is said in videos that have subtitles."""
+    return _stage("subtitles", tree, fresh, env)
+
+
 @task(retries=2, timeout_seconds=3 * DAY, tags=["training"], **_again)
 def coldstart(tree: Path, fresh: bool, env: Mapping[str, str]) -> State[bool]:
     """Fine-tune on search episodes."""
@@ -115,6 +121,6 @@ def evaluate(tree: Path, fresh: bool, env: Mapping[str, str]) -> State[bool]:
 
 
 TASKS: dict[str, Task[..., Any]] = {
-    task.name: task for task in (download, models, frames, features, coldstart, train, infer, evaluate)
+    task.name: task for task in (download, models, frames, features, subtitles, coldstart, train, infer, evaluate)
 }
 """The tasks by their stage's name, in order."""

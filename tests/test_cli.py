@@ -13,7 +13,7 @@ from scratch_project import ROOT
 from timesearch.base.machine import PAPER_GPUS, Gpu, Machine, project_folder
 from timesearch.profiles import load_profile
 
-STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
+STAGES = ["download", "models", "frames", "features", "subtitles", "coldstart", "train", "infer", "evaluate"]
 
 
 def timesearch(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

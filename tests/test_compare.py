@@ -57,7 +57,7 @@ def played(settings: Settings, folder: Path, policy: Policy | None = None) -> Pa
     samples = read_samples(settings.paths.test_samples)
     made_of = fingerprint_of(settings, settings.paths.train, "grpo_csv", None, settings.search)
     folder.mkdir()
-    with Journal(folder, "grpo_csv", samples, made_of) as journal:
+    with Journal(folder, "grpo_csv", samples, made_of, settings.paths.subtitles) as journal:
         make_search = search_maker(settings, OracleEncoder())
         jobs = [Job(sample) for sample in samples]
         asyncio.run(play(jobs, policy or Puppet(SEARCHING), make_search, lambda _, row: journal.add(row), 2))

@@ -296,7 +296,8 @@ def test_a_run_may_change_values_and_what_the_checkout_allows_and_no_command_pat
         "models.encoder", "models.pretrained", "models.policy", "frames.ray_address", "features.url",
         "features.ray_address", "search.prompts", "search.tools", "coldstart.traces", "coldstart.teacher_url",
         "coldstart.teacher_model", "train.vllm_url", "judge.url", "judge.model", "judge.command", "judge.cache",
-        "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "tracking.uri", "tracking.experiment",
+        "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "infer.tools", "tracking.uri",
+        "tracking.experiment",
     }  # fmt: skip
     for name in ("", ".", "judge", "judge.", "judge..command", "train.steps.x", "Judge.command"):
         assert not is_protected(name)  # and no parameter

@@ -12,7 +12,7 @@ import yaml
 from prefect_service import PLANTED, Prefect, serving
 from scratch_project import ran, run, wait_for
 
-STAGES = ["download", "models", "frames", "features", "coldstart", "train", "infer", "evaluate"]
+STAGES = ["download", "models", "frames", "features", "subtitles", "coldstart", "train", "infer", "evaluate"]
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -29,11 +29,11 @@ def test_a_deployment_run_completes_and_a_second_finds_all_up_to_date(prefect: P
     first = prefect.last_run()
     assert first["state_type"] == "COMPLETED"
     assert ran(prefect.project) == STAGES
-    assert [prefect.states(first["id"])[stage] for stage in STAGES] == ["Completed"] * 8
+    assert [prefect.states(first["id"])[stage] for stage in STAGES] == ["Completed"] * len(STAGES)
 
     second = prefect.start_run("pipeline/pocket")
     wait_for(lambda: prefect.state(second) == "COMPLETED", 300, "the second run")
-    assert [prefect.states(second)[stage] for stage in STAGES] == ["UpToDate"] * 8
+    assert [prefect.states(second)[stage] for stage in STAGES] == ["UpToDate"] * len(STAGES)
     assert ran(prefect.project) == STAGES
     assert "up to date" in run(prefect.project, "dvc", "status").stdout
 

@@ -13,12 +13,18 @@ import imageio_ffmpeg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from players import Puppet, answer_turn, build_library, script
+from players import MeanColour, Puppet, answer_turn, build_library, play_all, script
 from scripted import OracleEncoder
 
-from timesearch.base.errors import ItemError
+from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.files import json_digest
 from timesearch.data.messages import exchanges, text_of
 from timesearch.data.rows import read_samples
+from timesearch.inference.ask import Asker
+from timesearch.inference.fingerprint import fingerprint_of
+from timesearch.inference.journal import Journal
+from timesearch.inference.playing import Job
+from timesearch.profiles import load_profile
 from timesearch.search.episode import run_episode
 from timesearch.search.search import Search
 from timesearch.video.subtitles import (
@@ -296,6 +302,76 @@ def test_a_policy_finds_words_and_answers_from_them(tmp_path: Path) -> None:
     puppet = Puppet(script(call(query="cars"), answer_turn("red")))
     (silent,) = exchanges(asyncio.run(run_episode(search, puppet, second)).prediction)
     assert "this video has no subtitles" in silent.said
+
+
+def test_predictions_are_played_again_where_words_changed_and_nowhere_else(tmp_path: Path) -> None:
+    """A row of before, without a word of subtitles in it, stands as long as they are not searched."""
+    library = build_library(tmp_path, videos=2)
+    samples = read_samples(library.paths.test_samples)
+    folder, made = tmp_path / "predictions", library.paths.subtitles
+    library.paths.subtitles = made = tmp_path / "subtitles"
+    made.mkdir()
+    folder.mkdir()
+
+    def replayed(*tools: str) -> list[str]:
+        library.search.tools = ["seek_video_frames", *tools]
+        mark = fingerprint_of(library, tmp_path / "none", "grpo_csv", None, library.search)
+        with Journal(folder, "grpo_csv", samples, mark, made) as journal:
+            jobs = [Job(sample) for sample in samples if sample.id not in journal.done]
+            puppet = Puppet(script(answer_turn("red")))
+            asyncio.run(play_all(jobs, puppet, library, lambda _, row: journal.add(row)))
+            journal.finish()
+        return [job.sample.id for job in jobs]
+
+    def say(text: str) -> None:
+        write_index(Transcript((Line(1, 2, text),)), index_path(made, samples[0].video), text)
+
+    assert replayed() == ["0-0", "1-0"]
+    mark = folder / "grpo_csv.json"
+    before = json.loads(mark.read_text())
+    del before["made_of"]["subtitles"]
+    assert json_digest(before["made_of"]) == before["fingerprint"]
+    mark.write_text(json.dumps(before))
+    say("hello")
+    assert replayed() == []
+    assert replayed("search_subtitles") == ["0-0", "1-0"]
+    assert replayed("search_subtitles") == []
+    say("good bye")
+    assert replayed("search_subtitles") == ["0-0"]
+    index_path(made, samples[0].video).unlink()
+    assert replayed("search_subtitles") == ["0-0"]
+    shutil.rmtree(made)
+    with pytest.raises(RequestError, match="run the stage 'subtitles' first"):
+        replayed("search_subtitles")
+
+
+def test_a_subtitle_file_that_comes_later_is_noticed(tmp_path: Path, footage: Path) -> None:
+    settings = load_profile("pocket")
+    asker = Asker(settings, Puppet(script(answer_turn())), MeanColour(), tmp_path / "cache")
+    clip = Path(shutil.copy(footage / "car-detection.mp4", tmp_path / "talk.mp4"))
+    name = asker.prepare(clip)
+    index = index_path(tmp_path / "cache" / "subtitles", name)
+
+    def ready() -> tuple[bool, bool]:
+        return asker.is_known_ready(clip, name), asker.is_ready(clip)
+
+    assert ready() == (True, True)
+    written(tmp_path / "talk.info.json", "{}")
+    assert ready() == (True, True)
+    written(tmp_path / "talk.srt", SRT)
+    assert ready() == (False, False)
+    asker.prepare(clip)
+    assert index.is_file()
+    assert ready() == (True, True)
+    written(tmp_path / "talk.srt", SRT.replace("red", "blue"))
+    assert ready() == (False, False)
+    asker.prepare(clip)
+    assert Subtitles(index).search("blue", 0, 9, 1)
+    (tmp_path / "talk.srt").unlink()
+    assert ready() == (False, False)
+    asker.prepare(clip)
+    assert not index.exists()
+    assert ready() == (True, True)
 
 
 def test_the_command_indexes_files(tmp_path: Path, footage: Path) -> None:

@@ -272,6 +272,9 @@ class Infer(Section):
         description="budgets of the search that differ from those of training, by their names in `search`: max_turns, "
         "max_new_tokens, total_video_tokens, ...",
     )
+    tools: list[str] | None = Field(
+        None, description="tools that are offered here; null: those of training, in `search`"
+    )
 
 
 class Evaluate(Section):
@@ -323,9 +326,11 @@ class Settings(Section):
     tracking: Tracking = Field(default_factory=Tracking)
 
     def for_inference(self) -> Settings:
-        """These settings with the budgets of inference in `search`."""
-        budgets = {str(name): value for name, value in self.infer.budgets.items()}
-        return self.model_copy(update={"search": self.search.model_copy(update=budgets)})
+        """These settings with the budgets and tools of inference in `search`."""
+        changed: dict[str, Any] = {str(name): value for name, value in self.infer.budgets.items()}
+        if self.infer.tools is not None:
+            changed["tools"] = self.infer.tools
+        return self.model_copy(update={"search": self.search.model_copy(update=changed)})
 
 
 class _Loader(yaml.SafeLoader):

@@ -90,6 +90,7 @@ class Seen(BaseModel):
     engine: str = Field("", description="what computed, with its version")
     template: str = Field("", description="digest of what the engine makes of a short conversation, or 'unknown'")
     encoder: str = Field("", description="digest of the encoder that found the frames")
+    subtitles: str = Field("", description="digest of the subtitles that could be searched; empty where none could")
     preview_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")
     searched_sizes: list[tuple[int, int]] = Field(default_factory=list, description="width and height in pixels")
     requests: int = 0

@@ -26,6 +26,7 @@ from timesearch.search.search import Search
 from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 from timesearch.video.probe import Fingerprint
+from timesearch.video.subtitles import find_subtitles, index_path, is_stale, make_index
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +129,7 @@ class Asker:
         self.frames = cache / "frames"
         self._features = cache / "features" / encoder.digest[:16]
         self._subtitles = cache / "subtitles"
-        self._ready: dict[str, tuple[Fingerprint, Fingerprint]] = {}
+        self._ready: dict[str, tuple[Fingerprint | None, ...]] = {}
 
     def name_of(self, video: Path) -> str:
         """The name under which the caches know a video as it is now.
@@ -143,10 +144,12 @@ class Asker:
         made_of = [str(video.absolute()), stat.st_size, stat.st_mtime_ns, transform_of(self._settings.frames)]
         return f"{json_digest(made_of)[:24]}"
 
-    def is_known_ready(self, name: str) -> bool:
-        """Whether this process has found a video's caches to be whole, and they are as they were then: at once."""
+    def is_known_ready(self, video: Path, name: str) -> bool:
+        """Whether this process has found a video's caches to be whole, and they, and the subtitle file beside it, are
+        as they were then: at once.
+        """
         with suppress(OSError):
-            return self._ready.get(name) == self._state(name)
+            return self._ready.get(name) == self._state(video, name)
         return False
 
     def is_ready(self, video: Path) -> bool:
@@ -160,15 +163,17 @@ class Asker:
         name = self.name_of(video)
         frames, features = self._paths(name)
         try:
-            state = self._state(name)
-            stale = why_stale(frames, video, self._settings.frames)
-            if stale is None:
-                stale = why_features_stale(features, FrameCache.open(frames), self._encoder)
+            state = self._state(video, name)
+            ready = (
+                why_stale(frames, video, self._settings.frames) is None
+                and why_features_stale(features, FrameCache.open(frames), self._encoder) is None
+                and not is_stale(video, index_path(self._subtitles, name))
+            )
         except (OSError, ItemError):
             return False
-        if stale is None:
+        if ready:
             self._ready[name] = state
-        return stale is None
+        return ready
 
     def prepare(self, video: Path, say: Say = lambda _: None, stop: Stop = NEVER) -> str:
         """Cache a video's frames and features where that has not been done.
@@ -200,7 +205,7 @@ class Asker:
                 say(f"looking at {len(FrameCache.open(frames))} frames")
                 make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size, stop)
             self._index_words(video, name, say)
-            self._ready[name] = self._state(name)
+            self._ready[name] = self._state(video, name)
         except OSError as error:
             where = error.filename or self.frames.parent
             raise RequestError(
@@ -211,8 +216,6 @@ class Asker:
 
     def _index_words(self, video: Path, name: str, say: Say) -> None:
         """Make the words of a video searchable; it can be asked about its pictures where its subtitles are bad."""
-        from timesearch.video.subtitles import index_path, make_index
-
         try:
             make_index(video, index_path(self._subtitles, name), say=say)
         except ItemError as error:
@@ -221,9 +224,10 @@ class Asker:
     def _paths(self, name: str) -> tuple[Path, Path]:
         return cache_path(self.frames, name), self._features / f"{name}.safetensors"
 
-    def _state(self, name: str) -> tuple[Fingerprint, Fingerprint]:
-        frames, features = self._paths(name)
-        return Fingerprint.of(frames), Fingerprint.of(features)
+    def _state(self, video: Path, name: str) -> tuple[Fingerprint | None, ...]:
+        beside, index = find_subtitles(video), index_path(self._subtitles, name)
+        said = (path if path is not None and path.is_file() else None for path in (beside, index))
+        return tuple(Fingerprint.of(path) if path is not None else None for path in (*self._paths(name), *said))
 
     async def ask(
         self, name: str, question: str, options: Sequence[str] = (), watch: Watch | None = None, shown_as: str = ""

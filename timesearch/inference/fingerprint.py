@@ -51,8 +51,8 @@ class Fingerprint(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the ingredients, in hex."""
-        return json_digest(self.model_dump(mode="json"))
+        """SHA-256 over the ingredients, in hex; subtitles that cannot be searched are none of them."""
+        return json_digest(self.model_dump(mode="json", exclude=None if self.subtitles else {"subtitles"}))
 
     def ingredients(self) -> dict[str, Any]:
         """Each ingredient by its name, such as ``search.max_tokens``."""
@@ -86,7 +86,7 @@ def fingerprint_of(
         seed=settings.seed,
         preview=infer.preview,
         given_frames=frames,
-        subtitles="search_subtitles" in search.tools,
+        subtitles=frames is None and "search_subtitles" in search.tools,
         prompts={part: _short(text) for part, text in protocol.texts.items()},
         rules=protocol.rules.model_dump(mode="json"),
         tools=own | described,

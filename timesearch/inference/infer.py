@@ -59,7 +59,9 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
     folder = settings.paths.results / "predictions"
     with exclusive(folder), stage_run(settings, "infer") as tracked, ExitStack() as files:
         journals = {
-            method: files.enter_context(Journal(folder, method, samples, _fingerprint(settings, checkpoint, method)))
+            method: files.enter_context(
+                Journal(folder, method, samples, _fingerprint(settings, checkpoint, method), settings.paths.subtitles)
+            )
             for method, checkpoint in checkpoints.items()
         }
         todo = [

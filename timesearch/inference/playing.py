@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from timesearch.base.errors import RequestError
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.witness import Witness
 from timesearch.search.episode import run_episode
@@ -31,9 +32,17 @@ class MakeSearch(Protocol):
 
 
 def search_maker(settings: Settings, encoder: Encoder, search: SearchSettings | None = None) -> MakeSearch:
-    """Makes searches over the caches of the settings, by `search` in place of `settings.search`."""
-    paths = settings.paths
-    return partial(Search, search or settings.search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
+    """Makes searches over the caches of the settings, by `search` in place of `settings.search`.
+
+    Raises:
+        RequestError: subtitles are to be searched, and their indexes were never made.
+    """
+    paths, search = settings.paths, search or settings.search
+    if "search_subtitles" in search.tools and not paths.subtitles.is_dir():
+        raise RequestError(
+            f"{paths.subtitles} is missing, which search_subtitles needs: run the stage 'subtitles' first"
+        )
+    return partial(Search, search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ async def play(
         for job in waiting:
             witness = Witness(policy, getattr(search.encoder, "digest", ""))
             prediction = await job.episode(search, witness, job.sample)
+            witness.seen.subtitles = search.words
             record(job, prediction.model_copy(update={"seen": witness.seen}))
 
     try:

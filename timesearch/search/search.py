@@ -119,6 +119,12 @@ class Search:
         return next(iter(self.videos.values()))
 
     @property
+    def words(self) -> str:
+        """Digest of what is said in the opened video as far as it can be searched; empty where nothing can."""
+        subtitles = self.video.subtitles if self.videos and "search_subtitles" in self.tools else None
+        return subtitles.made_of if subtitles is not None else ""
+
+    @property
     def schemas(self) -> list[dict[str, Any]]:
         """JSON schemas of the tools: as TRL renders them in training, or as the protocol describes them."""
         described = {bound.tool: bound.schema for bound in self._bound.values()}

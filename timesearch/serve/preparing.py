@@ -60,7 +60,7 @@ class Preparations:
             TimeSearchError: the video cannot be used, or the caches cannot be written.
         """
         name = await run_in_threadpool(self._asker.name_of, video)
-        if await run_in_threadpool(self._asker.is_known_ready, name):
+        if await run_in_threadpool(self._asker.is_known_ready, video, name):
             return name
         work = self._running.get(name)
         if work is None:

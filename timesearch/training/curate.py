@@ -142,7 +142,7 @@ def _play(
     if not samples:
         return []
     mark = fingerprint_of(settings, policy, filter.name, filter.frames, filter.search)
-    with Journal(folder, filter.name, samples, mark) as journal:
+    with Journal(folder, filter.name, samples, mark, settings.paths.subtitles) as journal:
         jobs = [Job(sample, filter.episode) for sample in samples if sample.id not in journal.done]
         if jobs:
             require_fit(settings, policy)

@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timesearch.base.batch import BatchResult, Failure, Made, run_batch
 from timesearch.base.digests import remembered
@@ -28,6 +28,9 @@ from timesearch.base.untrusted import UntrustedError, marked_encoding, mend_text
 from timesearch.data.rows import read_all_samples
 from timesearch.settings import Settings
 from timesearch.video.probe import check_readable, open_video, probe
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 SUFFIXES = (".srt", ".vtt", ".ass", ".ssa", ".json")
 """What the name of a subtitle file beside a video ends with, the preferred form first."""
@@ -68,12 +71,24 @@ class Transcript:
 
 def find_subtitles(video: Path) -> Path | None:
     """The subtitle file beside a video: ``talk.srt`` or, in a language, ``talk.en.srt`` for ``talk.mp4``."""
-    candidates = [video.with_suffix(suffix) for suffix in SUFFIXES]
     stem = f"{video.stem}."
-    if video.parent.is_dir():
-        named = sorted(path for path in video.parent.iterdir() if path.name.startswith(stem))
-        candidates += [path for suffix in SUFFIXES for path in named if path.suffix.lower() == suffix]
-    return next((path for path in candidates if path.is_file()), None)
+    try:
+        listed = _listed(video.parent, video.parent.stat().st_mtime_ns)
+    except OSError:
+        return None
+    named = [name for name in listed if name.startswith(stem)]
+    named.sort(key=lambda name: (name.count(".") > stem.count("."), SUFFIXES.index(Path(name).suffix.lower()), name))
+    return next((video.parent / name for name in named if (video.parent / name).is_file()), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _listed(folder: Path, changed_ns: int) -> list[str]:
+    """Names in a folder that may be those of subtitles; read once for all videos in it, until it changes.
+
+    What downloaders tell about a video (``talk.info.json``) is none.
+    """
+    named = (path for path in folder.iterdir() if not path.name.lower().endswith(".info.json"))
+    return [path.name for path in named if path.suffix.lower() in SUFFIXES]
 
 
 def read_subtitles(path: Path, duration: float | None = None, offset: float = 0.0) -> Transcript:
@@ -119,7 +134,7 @@ def read_embedded(video: Path, duration: float | None = None, offset: float = 0.
     import av
 
     with open_video(video) as container:
-        texts = [stream for stream in container.streams.subtitles if stream.codec_context.name not in _PICTURES]
+        texts = _text_streams(container)
         if not texts:
             return None
         raw: list[tuple[Any, Any, str]] = []
@@ -135,6 +150,20 @@ def read_embedded(video: Path, duration: float | None = None, offset: float = 0.
         except av.FFmpegError:
             pass  # the stream ends here: what came before is kept
     return _ordered(video, raw, [], duration, offset)
+
+
+def has_embedded(video: Path) -> bool:
+    """Whether a video has a subtitle stream of text inside.
+
+    Raises:
+        ItemError: the video cannot be opened.
+    """
+    with open_video(video) as container:
+        return bool(_text_streams(container))
+
+
+def _text_streams(container: InputContainer) -> list[Any]:
+    return [stream for stream in container.streams.subtitles if stream.codec_context.name not in _PICTURES]
 
 
 def _bad(path: Path, what: str) -> ItemError:
@@ -323,6 +352,13 @@ class Subtitles:
         )
 
 
+def made_of(index: Path) -> str:
+    """The digest of what an index was made of; empty where there is none that can be read."""
+    with suppress(ItemError):
+        return Subtitles(index).made_of if index.is_file() else ""
+    return ""
+
+
 def index_path(folder: Path, name: str) -> Path:
     """Where the index of the video `name` is in a folder of indexes.
 
@@ -375,6 +411,23 @@ def _index_one(
     return make_index(videos[name], index_path(out, name), sources.get(name, Source()), say)
 
 
+def is_stale(video: Path, target: Path) -> bool:
+    """Whether `make_index` has something to do: words came, changed or went since.
+
+    Raises:
+        ItemError: the video cannot be read.
+    """
+    file = find_subtitles(video)
+    if target.is_file():
+        return made_of(target) != _digest(video, file, 0.0)
+    return file is not None or has_embedded(video)
+
+
+def _digest(video: Path, file: Path | None, offset: float) -> str:
+    words = file or video
+    return json_digest([remembered(words) if words.is_file() else "", bool(file), offset])
+
+
 def make_index(
     video: Path, target: Path, source: Source | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Made | None:
@@ -386,10 +439,9 @@ def make_index(
     source = source or Source()
     check_readable(video)
     file = source.file or find_subtitles(video)
-    made_of = json_digest([remembered(file or video) if (file or video).is_file() else "", bool(file), source.offset])
-    with suppress(ItemError):
-        if target.is_file() and Subtitles(target).made_of == made_of:
-            return None
+    digest = _digest(video, file, source.offset)
+    if made_of(target) == digest:
+        return None
     info = probe(video)
     if file:
         transcript: Transcript | None = read_subtitles(file, info.duration, source.offset)
@@ -401,7 +453,7 @@ def make_index(
     for problem in transcript.problems:
         say(f"{file or video}: {problem}")
     stale = "of other subtitles" if target.is_file() else ""
-    return Made(write_index(transcript, target, made_of), stale)
+    return Made(write_index(transcript, target, digest), stale)
 
 
 def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> BatchResult:
