@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from timesearch.base.files import file_digest, project_folder, write_text
 from timesearch.base.http import status_may_pass
 from timesearch.base.redaction import redact, redact_value
-from timesearch.data.messages import ToolCall, describe_call, exchanges, parse_turn, text_of
+from timesearch.data.messages import ToolCall, box_of, describe_call, exchanges, parse_turn, text_of
 from timesearch.data.samples import Prediction
 from timesearch.settings import Settings
 
@@ -584,6 +584,9 @@ def _readable(message: Mapping[str, Any], show: Callable[[int], str | None]) -> 
     for block in content:
         if block.get("type") == "text":
             blocks.append({"type": "text", "text": block.get("text", "")})
+        elif (box := box_of(block)) is not None:
+            region = ", ".join(f"{side:g}" for side in box)
+            blocks.append({"type": "text", "text": f"[picture of the source, region {region}]"})
         elif isinstance(block.get("frame"), int):
             url = show(block["frame"])
             blocks.append(

@@ -17,6 +17,9 @@ from typing import Any, Required, TypedDict
 from timesearch.base.untrusted import mend_text
 from timesearch.dialects import ToolCall, parse_turn
 
+Box = tuple[float, float, float, float]
+"""A region of a picture: its left, top, right and bottom edge, as shares of the width and height."""
+
 
 class Block(TypedDict, total=False):
     """A piece of a message: words, an image, or (for engines) a whole preview as one video."""
@@ -29,6 +32,8 @@ class Block(TypedDict, total=False):
     """time of an image, or of words that a tool found"""
     frame: int
     """index in the frame cache of an image"""
+    box: list[float]
+    """of a picture of the source: the region that it shows, as `Box`"""
     video: str
     """name of the video, where it is not the sample's"""
     image: Any
@@ -59,6 +64,11 @@ _SECONDS = re.compile(r"\s*+(\d++(?:\.\d++)?+)\s*+s\s*+")
 def format_seconds(seconds: float) -> str:
     """The text block that stands before a frame: ``12.5s``."""
     return f"{seconds:.1f}s"
+
+
+def format_exact(seconds: float) -> str:
+    """The text block that stands before a picture of the source, which may be one of many in a second: ``12.47s``."""
+    return f"{seconds:.2f}s"
 
 
 def neutralise(text: str) -> str:
@@ -117,7 +127,9 @@ class Evidence:
     seconds: float | None = None
     """When it is shown or said; None for words without a time."""
     frame: int | None = None
-    """Index in the frame cache; None for words, and for frames of traces that others wrote."""
+    """Index in the frame cache; None for words, for pictures of the source, and in traces that others wrote."""
+    box: Box | None = None
+    """Of a picture of the source, the region that it shows; None for all else."""
     text: str | None = None
     """The words; None for a frame."""
     call: int = 0
@@ -179,9 +191,27 @@ def evidence_in(message: Message) -> list[tuple[Evidence, tuple[Block, ...]]]:
             label, seconds = block, float(match.group(1)) if match else None
         elif kind in ("image", "image_url"):
             if label is not None and seconds is not None and math.isfinite(seconds):
-                found.append((Evidence(video, seconds, frame=block.get("frame")), (label, block)))
+                each = Evidence(video, seconds, frame=block.get("frame"), box=box_of(block))
+                found.append((each, (label, block)))
             label = seconds = None
     return found
+
+
+def heard_seconds(messages: Sequence[Message]) -> list[float]:
+    """Times (s) of all words that tools returned, each time once, in increasing order."""
+    times = (each.seconds for exchange in exchanges(messages) for each in exchange.evidence if each.text is not None)
+    return sorted({seconds for seconds in times if seconds is not None})
+
+
+def box_of(block: Block) -> Box | None:
+    """The region that a block of a trace names; None where it names none."""
+    sides = block.get("box")
+    if not isinstance(sides, list) or len(sides) != 4:
+        return None
+    if not all(isinstance(side, int | float) and 0 <= side <= 1 for side in sides):
+        return None
+    left, top, right, bottom = map(float, sides)
+    return left, top, right, bottom
 
 
 def searched_seconds(messages: Sequence[Message]) -> list[float]:

@@ -129,6 +129,7 @@ class Asker:
         self.frames = cache / "frames"
         self._features = cache / "features" / encoder.digest[:16]
         self._subtitles = cache / "subtitles"
+        self._sources: dict[str, Path] = {}
         self._ready: dict[str, tuple[Fingerprint | None, ...]] = {}
 
     def name_of(self, video: Path) -> str:
@@ -142,7 +143,9 @@ class Asker:
         except (OSError, ValueError) as error:
             raise ItemError(f"{video} cannot be read ({error})", reason="missing") from error
         made_of = [str(video.absolute()), stat.st_size, stat.st_mtime_ns, transform_of(self._settings.frames)]
-        return f"{json_digest(made_of)[:24]}"
+        name = json_digest(made_of)[:24]
+        self._sources[name] = video
+        return name
 
     def is_known_ready(self, video: Path, name: str) -> bool:
         """Whether this process has found a video's caches to be whole, and they, and the subtitle file beside it, are
@@ -252,6 +255,7 @@ class Asker:
             self._features,
             encoded=self._policy.encoded,
             subtitles=self._subtitles,
+            source_of=self._sources.get,
         )
         kind = "multiple_choice" if options else "open_ended"
         row = {"id": name, "video": name, "question": question, "options": list(options), "type": kind}

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from timesearch.base.errors import RequestError
+from timesearch.base.files import inside
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.witness import Witness
 from timesearch.search.episode import run_episode
@@ -42,7 +43,15 @@ def search_maker(settings: Settings, encoder: Encoder, search: SearchSettings | 
         raise RequestError(
             f"{paths.subtitles} is missing, which search_subtitles needs: run the stage 'subtitles' first"
         )
-    return partial(Search, search, encoder, paths.frames, paths.features, subtitles=paths.subtitles)
+    return partial(
+        Search,
+        search,
+        encoder,
+        paths.frames,
+        paths.features,
+        subtitles=paths.subtitles,
+        source_of=partial(inside, paths.videos),
+    )
 
 
 @dataclass(frozen=True)

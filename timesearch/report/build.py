@@ -47,6 +47,7 @@ _THUMBNAIL_QUALITY = 55
 _PREVIEWS = 12  # preview frames of an episode that get a picture, evenly chosen
 _TEXT_LIMIT = 20_000  # characters of one turn; a policy that never stops must not fill the page
 _TRANSCRIPT_LIMIT = 400_000
+_SPOKEN_LIMIT = 200  # characters of a line on the time line
 """Bytes of one transcript's turns, about; what does not fit is counted on the page."""
 _TURNS_LIMIT = 200
 _ITEMS_LIMIT = 1000
@@ -277,7 +278,10 @@ def _times(seconds: Sequence[float]) -> list[float]:
 
 
 def _turn(**told: Any) -> dict[str, Any]:
-    return {"number": 0, "thought": "", "text": "", "calls": [], "answer": None, "frames": [], "words": [], **told}
+    """A turn of which nothing but `told` is known; `spoken` are its words once more, each after its time, and `regions`
+    those of the source that it looked at, by the times of their pictures."""
+    said = {"number": 0, "thought": "", "text": "", "calls": [], "answer": None}
+    return said | {"frames": [], "words": [], "spoken": [], "regions": {}} | told
 
 
 def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -308,8 +312,12 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         for each in exchange.evidence:
             if each.text is not None:
                 told["words"].append(each.text[:_TEXT_LIMIT])
+                times = _times([each.seconds] if each.seconds is not None else [])
+                told["spoken"] += [[time, each.text[:_SPOKEN_LIMIT]] for time in times]
             elif each.seconds is not None:
                 told["frames"].extend(_times([each.seconds]))
+                if each.box is not None:
+                    told["regions"][f"{each.seconds:.2f}"] = list(each.box)
     return [given, *turns] if given["frames"] or given["words"] else turns
 
 

@@ -315,7 +315,7 @@ function answers(sample, told, episode) {
 }
 
 function timeline(told, picture) {
-  const times = [...told.truth, ...told.spans.flat(), ...told.preview, ...told.turns.flatMap((turn) => turn.frames)];
+  const times = [...told.truth, ...told.spans.flat(), ...told.preview, ...told.turns.flatMap((turn) => [...turn.frames, ...turn.spoken.map(([time]) => time)])];
   const end = told.duration || Math.max(1, ...times);
   const at = (seconds) => `${Math.min(100, Math.max(0, (seconds / end) * 100))}%`;
   const peek = element("div", { class: "peek", role: "tooltip", hidden: true });
@@ -348,13 +348,14 @@ function timeline(told, picture) {
   }
   if (told.preview.length) box.append(lane("preview", told.preview.map((time) => dot(time, "preview", `preview, ${clock(time)}`, picture(time)))));
   told.turns.forEach((turn) => {
-    if (!turn.frames.length && !turn.calls.length) return;
+    if (!turn.frames.length && !turn.calls.length && !turn.spoken.length) return;
     const windows = turn.calls.map((call) => [Number(call.arguments.start_time ?? 0), Number(call.arguments.end_time ?? end)])
       .map(([start, stop]) => [start || 0, stop > 0 ? stop : end]).filter(([start, stop]) => stop > start && (start > 0 || stop < end));
     const name = turn.number ? `turn ${turn.number}` : "given";
     box.append(lane(name,
       windows.map(([start, stop]) => element("span", { class: "window", style: { left: at(start), width: `calc(${at(stop)} - ${at(start)})` } })),
-      turn.frames.map((time) => dot(time, "searched", `${name}, ${clock(time)}`, picture(time)))));
+      turn.frames.map((time) => dot(time, "searched", `${name}, ${clock(time)}${turn.regions[time.toFixed(2)] ? ", of the source" : ""}`, picture(time))),
+      turn.spoken.map(([time, line]) => dot(time, "heard", `${name}, ${line}`, null))));
   });
   box.append(element("div", { class: "scale", "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((part) =>
     element("span", { style: { left: `${part * 100}%` } }, clock(part * end)))), peek);
@@ -381,7 +382,11 @@ function transcript(turn, picture) {
     const url = picture(time);
     const label = clock(time);
     const blank = pictured ? element("span", { class: "blank" }, "no picture") : null;
-    return element("li", {}, url ? element("img", { src: url, alt: `frame at ${label}` }) : blank, label);
+    const region = turn.regions[time.toFixed(2)];
+    if (!region || !url) return element("li", {}, url ? element("img", { src: url, alt: `frame at ${label}` }) : blank, label);
+    const [left, top, right, bottom] = region.map((side) => 100 * side);
+    const outline = element("span", { class: "region", style: { left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%` } });
+    return element("li", {}, element("span", { class: "framed" }, element("img", { src: url, alt: `frame at ${label}, the region outlined` }), outline), `${label}, source`);
   })) : null;
   const acts = turn.calls.length ? "calls" : turn.answer !== null ? "answers" : "says";
   return element("div", { class: `turn ${turn.calls.length ? "searching" : ""}` }, element("h4", {}, turn.number ? `Turn ${turn.number} ${acts}` : "Frames given at once"),

@@ -72,6 +72,21 @@ def fit_size(size: tuple[int, int], tokens: int, patch: int) -> tuple[int, int]:
     return across * patch, down * patch
 
 
+def filled_size(size: tuple[int, int], settings: SearchSettings, rules: Rules = OWN_RULES) -> tuple[int, int]:
+    """Width and height in which a region of a picture of the source is shown: the largest of about its shape, in whole
+    patches, enlarged where it is small, for details are what it is looked at for.
+
+    Args:
+        size: width and height of the region, in pixels.
+        settings: `max_tokens` and `patch` are used.
+        rules: `searched_tokens` is used.
+    """
+    most = (rules.searched_tokens or (0, settings.max_tokens))[1]
+    long = most * settings.patch * 2
+    scale = max(long / size[0], long / size[1])
+    return fit_size((round(size[0] * scale), round(size[1] * scale)), most, settings.patch)
+
+
 def searched_size(size: tuple[int, int], settings: SearchSettings, rules: Rules = OWN_RULES) -> tuple[int, int]:
     """Width and height in which a cached frame of `size` is shown when it was searched."""
     least, most = rules.searched_tokens or (settings.min_tokens, settings.max_tokens)

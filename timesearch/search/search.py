@@ -7,16 +7,17 @@ the writers of traces all use this one object.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.data.messages import Block, Evidence, Message, format_seconds, neutralise
+from timesearch.base.errors import ItemError
+from timesearch.data.messages import Block, Box, Evidence, Message, format_exact, format_seconds, neutralise
 from timesearch.dialects import named
 from timesearch.dialects.qwen import schema_line
-from timesearch.search.budget import preview_plan, searched_size
+from timesearch.search.budget import filled_size, preview_plan, searched_size
 from timesearch.search.pool import Pool
 from timesearch.search.protocol import SearchProtocol
 from timesearch.search.tools import (
@@ -30,6 +31,7 @@ from timesearch.search.tools import (
 )
 from timesearch.search.videos import Video, open_video
 from timesearch.settings import SearchSettings
+from timesearch.video.glimpses import WHOLE, Glimpse
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -52,6 +54,7 @@ class Search:
         frames: folder of frame caches.
         features: folder of feature caches.
         subtitles: folder of subtitle indexes; None does without.
+        source_of: the file of a video by its name, for tools that look at it; None where none is known.
         encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``:
             for engines behind HTTP, which decode for themselves.
 
@@ -74,6 +77,7 @@ class Search:
         features: Path | str,
         encoded: bool = False,
         subtitles: Path | str | None = None,
+        source_of: Callable[[str], Path | None] = lambda name: None,
     ) -> None:
         self.settings = settings
         self.encoder = encoder
@@ -83,6 +87,7 @@ class Search:
         self._bound = {name: bound for name, bound in bind(self.protocol.tools).items() if bound.tool in self.tools}
         self._frames, self._features, self._encoded = Path(frames), Path(features), encoded
         self._subtitles = Path(subtitles) if subtitles is not None else None
+        self._source_of = source_of
         self._forget()
 
     def _forget(self) -> None:
@@ -107,7 +112,15 @@ class Search:
         """
         self._forget()
         name = row["video"]
-        self.videos[name] = open_video(name, self._frames, self._features, self.encoder, self._encoded, self._subtitles)
+        self.videos[name] = open_video(
+            name,
+            self._frames,
+            self._features,
+            self.encoder,
+            self._encoded,
+            self._subtitles,
+            self._source_of(name),
+        )
         self.pool = Pool.of(self.video.frames, self.protocol.rules)
         self.question = neutralise(self.protocol.question(row["question"], row.get("options") or []))
         self.kind, self._duration = str(row.get("type") or ""), row.get("duration")
@@ -205,7 +218,7 @@ class Search:
         except WrongCallError as error:
             return [*self.correct(str(error)), *(self.say("overflow") if over else [])]
         self.evidence += found
-        times = ",".join(format_seconds(each.seconds) for each in found if each.seconds is not None)
+        times = ",".join(label_of(each) for each in found if each.seconds is not None)
         return [*self.show(found), *self.say("overflow" if over else "next", count=len(found), times=times)]
 
     @property
@@ -234,6 +247,26 @@ class Search:
         self._corrections += [(len(self.evidence), block) for block in said]
         return said
 
+    def glimpses(self, seconds: Sequence[float], box: Box = WHOLE) -> list[Evidence]:
+        """Pictures of the source on the screen at `seconds`, each once, cut to `box`.
+
+        Raises:
+            WrongCallError: the source is gone, or cannot be read.
+        """
+        try:
+            found = self._glimpses(self.video, seconds, box)
+        except ItemError as error:
+            why = "is not there any more" if error.reason == "missing_file" else f"cannot be read ({error.reason})"
+            raise WrongCallError(f"the video file {why}: search its cached frames instead") from error
+        return [Evidence(self.video.name, each.seconds, box=box) for each in found]
+
+    def _glimpses(self, video: Video, seconds: Sequence[float], box: Box) -> list[Glimpse]:
+        if video.source is None:
+            raise ItemError(f"the file of {video.name} is not known", reason="missing_file")
+        width, height = video.source.size()
+        cut = max(1, round((box[2] - box[0]) * width)), max(1, round((box[3] - box[1]) * height))
+        return video.source.at(seconds, filled_size(cut, self.settings, self.protocol.rules), box)
+
     def say(self, part: str, **values: object) -> list[Block]:
         """A text of the protocol, filled in."""
         return [{"type": "text", "text": self.protocol.render(part, self.kind, **values)}]
@@ -245,13 +278,20 @@ class Search:
         return [Evidence(self.video.name, float(seconds), frame=int(index)) for index, seconds in pairs]
 
     def show(self, found: Sequence[Evidence]) -> list[Block]:
-        """What was found as the policy sees it: each frame as a time and an image, words behind their time."""
+        """What was found as the policy sees it: each frame as a time and an image, words behind their time.
+
+        Raises:
+            ItemError: a picture of the source is kept no more, and the file is gone.
+        """
         blocks: list[Block] = []
-        for video, group in groupby(found, lambda each: each.video if each.frame is not None else None):
-            if video is None:
+        for (video, box, worded), group in groupby(found, lambda each: (each.video, each.box, each.frame is None)):
+            opened = self.videos.get(video, self.video)
+            if box is not None:
+                times = [each.seconds for each in group if each.seconds is not None]
+                blocks += opened.show_source(self._glimpses(opened, times, box), box)
+            elif worded:
                 blocks += [_words(each) for each in group]
             else:
-                opened = self.videos[video]
                 looks = [(each.frame, each.seconds) for each in group if each.frame is not None]
                 blocks += opened.show(looks, searched_size(opened.frames.size, self.settings, self.protocol.rules))
         return blocks
@@ -304,6 +344,13 @@ class Search:
         system = self.protocol.texts.get("reanswer_system")
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return [*opening, {"role": "user", "content": content}]
+
+
+def label_of(found: Evidence) -> str:
+    """The time before a picture or words; to hundredths of a second for a picture of the source."""
+    if found.seconds is None:
+        return ""
+    return format_seconds(found.seconds) if found.box is None else format_exact(found.seconds)
 
 
 def _words(found: Evidence) -> Block:

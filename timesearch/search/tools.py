@@ -15,7 +15,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from timesearch.base.errors import RequestError
-from timesearch.data.messages import Block, Evidence
+from timesearch.data.messages import Block, Box, Evidence
 from timesearch.retrieval.selection import select_frames
 from timesearch.search.pool import from_end_to_end
 from timesearch.search.protocol import BoundTool
@@ -27,6 +27,11 @@ Tool = Callable[..., list[Evidence]]
 
 MAX_LINES = 32
 """Lines of subtitles that one call returns at most: as many words as a few frames take tokens."""
+MAX_STRETCH = 30.0
+"""Seconds that one call watches at most."""
+MAX_FPS = 60.0
+MIN_SIDE = 0.02
+"""Of a region, as a share of the picture's side: 38 pixels of Full HD."""
 _RETURNED = list[dict[str, Any]]
 """What a policy is told that a tool returns: the fields of a block are no part of its schema."""
 QUERY_CHARS = 500
@@ -150,7 +155,80 @@ def search_subtitles(
     return [Evidence(video.name, line.start, text=line.text) for line in lines]
 
 
-TOOLS: tuple[Tool, ...] = (seek_video_frames, search_subtitles)
+def look_closer(search: Search, time: float, box: list[float]) -> list[Evidence]:
+    """Look at a region of the video's picture at one moment, at full resolution.
+
+    Args:
+        time: The moment in seconds.
+        box: Left, top, right and bottom edge of the region, as shares of the picture from 0 to 1.
+
+    Returns:
+        The region, after its time in seconds.
+    """
+    moment = _moment(search, "time", time)
+    region = _region(box)
+    _room(search)
+    return search.glimpses([moment], region)
+
+
+def watch(search: Search, start_time: float, end_time: float, fps: float = 4.0) -> list[Evidence]:
+    """Watch a short stretch of the video with more frames a second.
+
+    Args:
+        start_time: Start of the stretch in seconds.
+        end_time: End of the stretch in seconds.
+        fps: Frames a second.
+
+    Returns:
+        The frames, each after its time in seconds.
+    """
+    start, end, rate = _moment(search, "start_time", start_time), number("end_time", end_time), number("fps", fps)
+    end = min(end, search.video.frames.end)
+    if start > end:
+        raise WrongCallError(f"start_time {start:g} lies after end_time {end:g}")
+    if not 0 < rate <= MAX_FPS:
+        raise WrongCallError(f"fps must be more than 0 and at most {MAX_FPS:g}")
+    if end - start > MAX_STRETCH:
+        raise WrongCallError(f"a stretch is at most {MAX_STRETCH:g} seconds long: name a shorter one")
+    _room(search)
+    count, most = int((end - start) * rate + 1e-6) + 1, search.frames_left
+    if count > most:
+        raise WrongCallError(
+            f"{end - start:g} seconds at {rate:g} a second are {count} frames, and one call returns {most} at most: "
+            "name a shorter stretch or fewer frames a second"
+        )
+    return search.glimpses([start + place / rate for place in range(count)])
+
+
+def _moment(search: Search, name: str, value: Any) -> float:
+    seconds, end = number(name, value), search.video.frames.end
+    if not 0 <= seconds <= end + 1.0:
+        raise WrongCallError(f"{name} {seconds:g} lies outside of the video, which ends at {end:.1f} seconds")
+    return seconds
+
+
+def _region(box: Any) -> Box:
+    """Four shares as a policy writes them, in a list or as text."""
+    if isinstance(box, str) and len(box) <= QUERY_CHARS:
+        box = box.strip().strip("[]()").split(",")
+    if not isinstance(box, list | tuple) or len(box) != 4:
+        raise WrongCallError("box must be four numbers: left, top, right and bottom, from 0 to 1")
+    left, top, right, bottom = (number("each side of box", side) for side in box)
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise WrongCallError(
+            "box must be left, top, right and bottom, from 0 to 1, left before right, top before bottom"
+        )
+    if min(right - left, bottom - top) < MIN_SIDE:
+        raise WrongCallError(f"box must be at least {MIN_SIDE:g} wide and high")
+    return left, top, right, bottom
+
+
+def _room(search: Search) -> None:
+    if search.frames_left < 1:
+        raise WrongCallError("no further picture fits")
+
+
+TOOLS: tuple[Tool, ...] = (seek_video_frames, search_subtitles, look_closer, watch)
 
 
 def offered(names: Sequence[str]) -> list[Tool]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from timesearch.base.errors import ItemError
 from timesearch.base.files import inside
-from timesearch.data.messages import Block, format_seconds
+from timesearch.data.messages import Block, Box, format_exact, format_seconds
 from timesearch.retrieval.features import FeatureCache
 from timesearch.video.frames import FrameCache, Look
+from timesearch.video.glimpses import Glimpse, Glimpses
 from timesearch.video.subtitles import Subtitles, index_path
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Video:
         frames: its frame cache.
         features: its feature cache.
         subtitles: the index of what is said in it, if there is one.
+        source: the video file itself, for pictures of it; None where it is not known.
         encoded: image blocks carry the JPEG bytes of the frame cache under ``jpeg`` in place of a decoded ``image``.
 
     Raises:
@@ -36,8 +38,11 @@ class Video:
         CacheMismatchError: the features belong to other frames.
     """
 
-    def __init__(self, name: str, frames: Path, features: Path, subtitles: Path | None, encoded: bool) -> None:
+    def __init__(
+        self, name: str, frames: Path, features: Path, subtitles: Path | None, source: Path | None, encoded: bool
+    ) -> None:
         self.name = name
+        self.source = Glimpses(source) if source is not None else None
         self.frames = FrameCache.open(frames)
         self.features = FeatureCache.open(features)
         self.subtitles = Subtitles(subtitles) if subtitles is not None else None
@@ -71,6 +76,16 @@ class Video:
             blocks.append({**pixel, "frame": index, "seconds": seconds})
         return blocks
 
+    def show_source(self, pictures: Sequence[Glimpse], box: Box) -> list[Block]:
+        """A time and an image for each picture of the source, of which it shows the region `box`."""
+        blocks: list[Block] = []
+        for each in pictures:
+            pixel: Block = {"type": "image"}
+            pixel |= {"jpeg": _jpeg(each.image)} if self._encoded else {"image": each.image}
+            blocks.append({"type": "text", "text": format_exact(each.seconds)})
+            blocks.append({**pixel, "box": list(box), "seconds": each.seconds})
+        return blocks
+
     def preview(self, looks: Sequence[Look], size: tuple[int, int]) -> list[Block]:
         """`show`, made once for all questions about the video."""
         key = (tuple(looks), size)
@@ -80,9 +95,16 @@ class Video:
 
 
 def open_video(
-    name: str, frames: Path, features: Path, encoder: Encoder, encoded: bool = False, subtitles: Path | None = None
+    name: str,
+    frames: Path,
+    features: Path,
+    encoder: Encoder,
+    encoded: bool = False,
+    subtitles: Path | None = None,
+    source: Path | None = None,
 ) -> Video:
-    """Open the caches of the video `name` in these folders; the last few stay open. Only `subtitles` may lack it.
+    """Open the caches of the video `name` in these folders; the last few stay open. Only `subtitles` may lack it, and
+    `source`, the video file itself, may be gone.
 
     Raises:
         ItemError: `unsafe_path`, `missing_cache` or `damaged_cache`.
@@ -96,17 +118,23 @@ def open_video(
     if said is not None and not said.is_file():
         said = None
     times = tuple(path.stat().st_mtime_ns for path in (*paths, said) if path is not None)
-    opened = _opened(name, *paths, said, times, encoded)
+    opened = _opened(name, *paths, said, source, times, encoded)
     opened.features.require_encoder(encoder)
     return opened
 
 
 @lru_cache(maxsize=8)
 def _opened(
-    name: str, frames: Path, features: Path, subtitles: Path | None, times: tuple[int, ...], encoded: bool
+    name: str,
+    frames: Path,
+    features: Path,
+    subtitles: Path | None,
+    source: Path | None,
+    times: tuple[int, ...],
+    encoded: bool,
 ) -> Video:
     """The files' `times` (ns) are part of the key, so that a rebuilt cache is opened anew."""
-    return Video(name, frames, features, subtitles, encoded)
+    return Video(name, frames, features, subtitles, source, encoded)
 
 
 def _jpeg(image: Image) -> bytes:

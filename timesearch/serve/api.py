@@ -14,7 +14,9 @@ password: bound to other addresses than this machine's own loopback, it serves w
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import logging
 import re
@@ -35,7 +37,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from timesearch.base.errors import ItemError, RequestError, TimeSearchError
 from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
-from timesearch.data.messages import describe_call, exchanges
+from timesearch.data.messages import Block, describe_call, exchanges
 from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
@@ -294,15 +296,31 @@ async def _answer(asker: Asker, preparations: Preparations, video: Path, asked: 
         task.cancel()
 
 
+def _picture(block: Block) -> str | None:
+    """A picture of the source as a data URL, for no address gives it; None for a frame of the cache, which has one."""
+    if "frame" in block:
+        return None
+    data = block.get("jpeg")
+    if data is None:
+        buffer = io.BytesIO()
+        block["image"].save(buffer, "JPEG", quality=85)
+        data = buffer.getvalue()
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
 def step_data(step: Step) -> dict[str, Any]:
     """A step as the page gets it: words, and frames by index and time (s)."""
     frames = [
-        {"frame": block["frame"], "seconds": block["seconds"]} for block in step.blocks if block["type"] == "image"
+        {"frame": block.get("frame"), "seconds": block["seconds"], "picture": _picture(block)}
+        for block in step.blocks
+        if block["type"] == "image"
     ]
     data: dict[str, Any] = {"turn": step.number, "frames": frames}
     if step.kind == "found":
         (exchange,) = exchanges([{"role": "tool", "content": list(step.blocks)}])
-        data["words"] = [each.text for each in exchange.evidence if each.text is not None]
+        words = [each for each in exchange.evidence if each.text is not None]
+        data["words"] = [each.text for each in words]
+        data["said_at"] = [each.seconds for each in words]
         data["said"] = exchange.said
     if step.turn is not None:
         data["thought"] = step.turn.thought or ("" if step.turn.calls else step.text)

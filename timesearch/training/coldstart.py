@@ -313,12 +313,13 @@ class Recorded:
             return message
         frames = self.search.video.frames
         blocks: list[Block] = []
-        at = {id(block): each.seconds for each, of_it in evidence_in(message) for block in of_it}
+        at = {id(block): each for each, of_it in evidence_in(message) for block in of_it}
         for block in blocks_of(message):
             if block["type"] == "text":
                 blocks.append(block)
-            elif (seconds := at.get(id(block))) is not None:
-                blocks.append(self.search.show(self.search.frames([frames.nearest(seconds)]))[1])
+            elif (seen := at.get(id(block))) is not None and seen.seconds is not None:
+                found = [seen] if seen.box is not None else self.search.frames([frames.nearest(seen.seconds)])
+                blocks.append(self.search.show(found)[1])
             else:
                 raise ItemError("a recorded image has no time before it", reason="image_mismatch")
         return {**message, "content": blocks}

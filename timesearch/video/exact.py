@@ -52,6 +52,13 @@ def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, in
     Raises:
         ItemError: the video cannot be used; the reason says why.
     """
+    return [pixels for _, pixels in read_timed_frames(video, seconds, size)]
+
+
+def read_timed_frames(
+    video: Path | str, seconds: Sequence[float], size: tuple[int, int] | None = None
+) -> list[tuple[float, np.ndarray]]:
+    """As `read_frames`, each with the time (s) from which it is on the screen."""
     import av
 
     video = Path(video)
@@ -68,8 +75,8 @@ def read_frames(video: Path | str, seconds: Sequence[float], size: tuple[int, in
 
 def _read(
     video: Path, info: VideoInfo, seconds: Sequence[float], size: tuple[int, int] | None, careful: bool
-) -> dict[float, np.ndarray]:
-    """The frame of each time.
+) -> dict[float, tuple[float, np.ndarray]]:
+    """The frame of each time, after the time from which it is shown.
 
     Args:
         video: the file.
@@ -82,17 +89,17 @@ def _read(
         av.FFmpegError: a packet is damaged, or a seek failed.
         ItemError: `damaged_video`.
     """
-    found: dict[float, np.ndarray] = {}
+    found: dict[float, tuple[float, np.ndarray]] = {}
     before: VideoFrame | None = None
     with open_video(video) as container:
         stream = next(stream for stream in container.streams.video if stream.index == info.stream)
         stream.thread_type = "NONE" if careful else "AUTO"
         walk = _Walk(container, stream, info, careful)
         for wanted in sorted(set(seconds)):
-            frame = walk.nearest(wanted)
+            shown, frame = walk.nearest(wanted)
             if before is not frame or before is None:
                 array = _upright(frame, size)
-            found[wanted], before = array, frame
+            found[wanted], before = (shown, array), frame
         if walk.damaged - info.lead > DAMAGE_ALLOWED * max(walk.packets, _stated_packets(container, stream)):
             raise ItemError(
                 f"{video} is damaged: {walk.damaged} of its frames do not decode; fetch it again",
@@ -162,19 +169,22 @@ class _Walk:
             for frame in frames:
                 yield self._times.of(frame) - self._info.start, frame
 
-    def nearest(self, wanted: float) -> VideoFrame:
-        """The frame shown at `wanted` (s), or the next where that is nearer and all but there; calls come in order."""
+    def nearest(self, wanted: float) -> tuple[float, VideoFrame]:
+        """The frame shown at `wanted` (s), or the next where that is nearer and all but there, after its own time.
+
+        Calls come in order.
+        """
         if wanted - self._current[0] > _GAP:
             self._go_on(wanted)
         while self._current[0] < wanted:
             following = next(self._frames, None)
             if following is None:
-                return self._current[1]
+                return self._current
             self._earlier, self._current = self._current, following
         if self._earlier is None:
-            return self._current[1]
+            return self._current
         ahead, behind = self._current[0] - wanted, wanted - self._earlier[0]
-        return self._earlier[1] if behind <= ahead or ahead > _ROUNDING else self._current[1]
+        return self._earlier if behind <= ahead or ahead > _ROUNDING else self._current
 
     def _go_on(self, wanted: float) -> None:
         """Go to a key frame before `wanted`: by a seek where the times are those of the file's index."""

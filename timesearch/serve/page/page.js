@@ -62,9 +62,9 @@ function mark(frame, kind) {
   const made = add(get("line"), "button", kind);
   made.type = "button";
   made.style.left = position(frame.seconds);
-  made.title = `${kind === "found" ? "found" : "preview"} at ${seconds(frame.seconds)}`;
+  made.title = `${kind} at ${seconds(frame.seconds)}`;
   made.setAttribute("aria-label", made.title);
-  made.addEventListener("click", (event) => { event.stopPropagation(); look(frame.frame); });
+  made.addEventListener("click", (event) => { event.stopPropagation(); look(frame.frame ?? nearest(frame.seconds)); });
 }
 
 function markWindow({ arguments: given }) {
@@ -93,9 +93,10 @@ const on = {
     if (thought) add(step, "p", "thought", thought);
     calls.forEach((call) => { add(step, "p", "call", call.said); markWindow(call); });
   },
-  found({ frames, words, said }) {
+  found({ frames, words, said, said_at: times }) {
     const step = get("steps").lastElementChild;
     words.forEach((line) => add(step, "p", "words", line));
+    times.filter((time) => time !== null).forEach((time) => mark({ seconds: time }, "heard"));
     if (!frames.length) return words.length ? undefined : add(step, "p", "wrong", said);
     const row = add(step, "div", "frames");
     frames.forEach((frame) => {
@@ -103,21 +104,21 @@ const on = {
       const shown = add(row, "button");
       shown.type = "button";
       const image = add(shown, "img");
-      image.src = frameURL(frame.frame);
+      image.src = frame.picture ?? frameURL(frame.frame);
       image.alt = "";
       add(shown, "span", "", seconds(frame.seconds));
-      shown.addEventListener("click", () => look(frame.frame));
+      shown.addEventListener("click", () => look(frame.frame ?? nearest(frame.seconds)));
     });
   },
   reanswer: () => {},
-  answer({ predicted_answer: answer, reanswer, searched_seconds: times }) {
+  answer({ predicted_answer: answer, reanswer, searched_seconds: times, heard_seconds: heard }) {
     tell("");
     get("answer").textContent = answer === null ? "No answer." : named(answer);
     get("answer").scrollIntoView({ block: "nearest" });
-    if (!times.length) get("support").textContent = "No frame was searched: this is a guess from the preview.";
+    if (!times.length && !heard.length) get("support").textContent = "Nothing was found: this is a guess from the preview.";
     else {
       const verdict = reanswer !== null && reanswer === answer ? "the same answer" : (reanswer === null ? "no answer" : named(reanswer));
-      get("support").textContent = `Seen at ${times.map(seconds).join(", ")}; from these frames alone: ${verdict}.`;
+      get("support").textContent = `${[["Seen", times], ["Heard", heard]].filter(([, at]) => at.length).map(([how, at]) => `${how} at ${at.map(seconds).join(", ")}`).join("; ")}; from this alone: ${verdict}.`;
     }
   },
 };
