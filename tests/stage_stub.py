@@ -42,6 +42,7 @@ outputs = {
     "models": ["models/encoder/m", "models/policy/m"],
     "frames": ["cache/frames/a.frames"],
     "features": ["cache/features/a.safetensors"],
+    "subtitles": ["cache/subtitles/a.subtitles"],
     "coldstart": ["runs/coldstart/m"],
     "train": ["runs/train/m", "runs/train/metrics.csv", "runs/train/config.json", "runs/train/model.safetensors"],
     "infer": ["results/predictions/grpo_csv.jsonl"],

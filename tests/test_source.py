@@ -45,24 +45,24 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, footage: Path) -> tuple[S
 
 
 @pytest.fixture
-def search(prepared: tuple[Settings, Path, Path, str], tmp_path: Path) -> Search:
-    """A search over a copy of the clip, which a test may take away."""
-    settings, cache, clip, name = prepared
-    source = Path(shutil.copy(clip, tmp_path / "clip.mp4"))
+def source(prepared: tuple[Settings, Path, Path, str], tmp_path: Path) -> Path:
+    """A copy of the clip, which a test may take away."""
+    return Path(shutil.copy(prepared[2], tmp_path / "clip.mp4"))
+
+
+@pytest.fixture
+def search(prepared: tuple[Settings, Path, Path, str], source: Path) -> Search:
+    settings, cache, _, name = prepared
     (features,) = (cache / "features").iterdir()
     made = Search(settings.search, MeanColour(), cache / "frames", features, source_of=lambda _: source)
     made.open({"video": name, "question": "What is on the plate?"})
     return made
 
 
-def source_of(search: Search) -> Path:
-    return search._source_of("")  # type: ignore[return-value]
-
-
-def test_a_region_is_shown_from_the_source_at_full_size_and_with_its_true_time(search: Search) -> None:
+def test_a_region_is_shown_from_the_source_at_full_size_and_with_its_true_time(search: Search, source: Path) -> None:
     blocks = search.call("look_closer", {"time": 3.27, "box": [0.25, 0.5, 0.5, 1.0]})
     (found,) = search.evidence
-    ((shown, pixels),) = read_timed_frames(source_of(search), [3.27])
+    ((shown, pixels),) = read_timed_frames(source, [3.27])
     assert found == Evidence(search.video.name, shown, box=(0.25, 0.5, 0.5, 1.0), call=1)
     assert shown <= 3.27 + 0.05
     assert blocks[0]["text"] == f"{shown:.2f}s"
@@ -137,11 +137,11 @@ def test_a_stretch_has_a_longest_length_and_a_picture_its_largest(
     assert MAX_SOURCE_PIXELS >= 7680 * 4320
 
 
-def test_where_the_source_is_gone_it_says_so_and_the_search_goes_on(search: Search) -> None:
+def test_where_the_source_is_gone_it_says_so_and_the_search_goes_on(search: Search, source: Path) -> None:
     """What was seen before can be shown again for the re-answer."""
     search.call("watch", {"start_time": 2, "end_time": 2.3, "fps": 10})
     seen = search.reanswer()
-    source_of(search).unlink()
+    source.unlink()
     for name, arguments in (
         ("look_closer", {"time": 5, "box": [0, 0, 0.5, 0.5]}),
         ("watch", {"start_time": 5, "end_time": 5.2}),
@@ -159,8 +159,8 @@ def test_where_the_source_is_gone_it_says_so_and_the_search_goes_on(search: Sear
     )
 
 
-def test_a_picture_is_decoded_once_and_another_file_anew(search: Search, footage: Path, monkeypatch: Any) -> None:
-    glimpses = Glimpses(source_of(search))
+def test_a_picture_is_decoded_once_and_another_file_anew(source: Path, footage: Path, monkeypatch: Any) -> None:
+    glimpses = Glimpses(source)
     (first,) = glimpses.at([1.0], (64, 32))
     reads: list[Any] = []
 
@@ -171,10 +171,10 @@ def test_a_picture_is_decoded_once_and_another_file_anew(search: Search, footage
     monkeypatch.setattr("timesearch.video.glimpses.read_timed_frames", count)
     assert glimpses.at([1.0, first.seconds], (64, 32)) == [first]
     assert not reads
-    shutil.copy(footage / "bottle-detection.mp4", source_of(search))
+    shutil.copy(footage / "bottle-detection.mp4", source)
     (other,) = glimpses.at([1.0], (64, 32))
     assert len(reads) == 1
-    assert np.array_equal(np.asarray(other.image), read_frames(source_of(search), [1.0], (64, 32))[0])
+    assert np.array_equal(np.asarray(other.image), read_frames(source, [1.0], (64, 32))[0])
 
 
 def test_every_reader_of_a_trace_tells_a_picture_of_the_source(search: Search) -> None:
