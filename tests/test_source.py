@@ -15,6 +15,7 @@ from players import MeanColour, Puppet, answer_turn, script
 
 from timesearch.data.messages import Evidence, Message, exchanges, text_of
 from timesearch.data.samples import Sample
+from timesearch.evaluation.tools import Tools
 from timesearch.inference.ask import Asker
 from timesearch.report.build import _turns
 from timesearch.search.episode import run_episode, without_pixels
@@ -194,6 +195,14 @@ def test_every_reader_of_a_trace_tells_a_picture_of_the_source(search: Search) -
     assert played.reanswer == "red"
     asked: Message = puppet.seen[-1][0]
     assert sum(block["type"] == "image" for block in asked["content"] if isinstance(block, dict)) == 5
+    tools = Tools(near=1.0)
+    tools.add(played, [3.0], [])
+    tools.add(played.model_copy(update={"prediction": []}), [3.0], [])
+    counted = {"calls_mean": 0.5, "use_rate": 0.5}
+    assert tools.metrics() == {
+        "look_closer": {**counted, "first_rate": 0.5, "found_mean": 1.0, "hit_rate": 1.0},
+        "watch": {**counted, "first_rate": 0.0, "found_mean": 4.0, "hit_rate": 0.0},
+    }
     told = _turns(played.prediction)
     assert list(told[0]["regions"].values()) == [[0.1, 0.2, 0.6, 0.7]]
     assert told[0]["calls"][0]["name"] == "look_closer"

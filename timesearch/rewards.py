@@ -6,8 +6,8 @@
   the last turn answers.
 - *accuracy*: the answer is right, by the question's type: the option's letter, the judge, or interval IoU.
 - *completeness*: accuracy times the accuracy of the *re-answer*, which the same policy gave when it saw nothing but
-  the searched frames; each factor counts as 1 above 0.5. An episode without searched frames has no re-answer (None)
-  and is not complete.
+  what it found, frames and words; each factor counts as 1 above 0.5. An episode that found nothing has no re-answer
+  (None) and is not complete.
 """
 
 from __future__ import annotations

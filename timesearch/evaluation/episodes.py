@@ -40,12 +40,13 @@ import numpy as np
 
 from timesearch.base.batch import Failure
 from timesearch.base.errors import ItemError
-from timesearch.data.messages import final_answer, parse_turn, searched_seconds, text_of
+from timesearch.data.messages import final_answer, heard_seconds, parse_turn, searched_seconds, text_of
 from timesearch.data.rows import read_models
 from timesearch.data.samples import Prediction
 from timesearch.evaluation.made import Tally, question_digest, shown_in
 from timesearch.evaluation.qa import parse_choice, published_choice, published_score
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
+from timesearch.evaluation.tools import Tools
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
 
 END_TOLERANCE = 1.0
@@ -165,6 +166,7 @@ class MethodScores:
     failures: list[Failure]
     tally: Tally = field(default_factory=Tally)
     judged: dict[str, int] | None = None
+    tools: dict[str, dict[str, Any]] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -330,6 +332,7 @@ class Scorer:
         self.without_truth: list[str] = []
         """Ids of episodes without ground-truth times."""
         self.tally = Tally()
+        self.tools = Tools(thresholds[0])
 
     def score(self, prediction: Prediction) -> EpisodeScore:
         """Score one episode."""
@@ -386,13 +389,14 @@ class Scorer:
             preview_frames=len(prediction.preview_seconds),
             tool_calls=calls,
             turns=len(episode.calls_by_turn) or prediction.turns,
-            searched=float(bool(episode.times)),
+            searched=float(bool(episode.times or heard_seconds(prediction.prediction))),
             error=float(prediction.error is not None),
         )
 
     def _score_times(self, prediction: Prediction, episode: EpisodeScore) -> None:
         end = math.inf if episode.duration is None else episode.duration + END_TOLERANCE
         truth, spans = self._ground_truth(prediction, end)
+        self.tools.add(prediction, truth, spans)
         if not truth and not spans:
             self.without_truth.append(prediction.id)
             return

@@ -70,7 +70,7 @@ def _score_file(name: str, path: Path, settings: Evaluate, videos: Videos) -> Me
             Failure(identity, "no_ground_truth", f"{identity}: no ground-truth time")
             for identity in scorer.without_truth
         ]
-    return MethodScores(name, path, episodes, scorer.columns, failures, scorer.tally)
+    return MethodScores(name, path, episodes, scorer.columns, failures, scorer.tally, tools=scorer.tools.metrics())
 
 
 def _judge(methods: Sequence[MethodScores], make: MakeJudge) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ Headline names, as in `metrics.json` (a mean over the episodes that have such a 
   and so are wrong; ``grounding_iou`` of grounding answers.
 - ``reanswer_accuracy`` of the answers from the searched frames alone, and ``completeness``, right both times.
 - ``frames_mean``: searched frames an episode, each counted once; ``tool_calls_mean``; ``search_rate``: share of the
-  episodes that searched.
+  episodes that found a frame or words; ``tools``: the use of each (`timesearch.evaluation.tools`).
 - ``episodes`` scored, and ``errors``: those of them that ended in an error.
 """
 
@@ -82,6 +82,7 @@ def summarise(method: MethodScores, settings: Evaluate, seed: int) -> dict[str, 
     columns["unparsed"] = np.array([episode.unparsed for episode in method.episodes], dtype=bool)
     metrics = _block(columns, slice(None), means, settings.bootstrap, seed)
     metrics["threshold"] = settings.thresholds[0]
+    metrics["tools"] = method.tools
     by: dict[str, dict[str, Any]] = {}
     for name in ("type", *settings.groups):
         members: dict[str, array[int]] = {}

@@ -108,9 +108,18 @@ def side_notes(methods: Sequence[MethodScores]) -> list[str]:
             told.append(f"multiple choice {strict} read strictly, {published} as published ({differ} read differently)")
         if (searched := metrics.get("temporal_tstar_f1")) is not None and searched != metrics["temporal_f1"]:
             told.append(f"temporal F1 {searched * 100:.1f} by T*, which leaves episodes without search out")
+        if len(method.tools) > 1:
+            told += [_use(name, use) for name, use in method.tools.items()]
         if told:
             notes.append(f"{method_label(method.name)}: {'; '.join(told)}")
     return notes
+
+
+def _use(name: str, use: Mapping[str, Any]) -> str:
+    """One tool in words."""
+    hits = "" if use["hit_rate"] is None else f", {use['hit_rate'] * 100:.0f}% of them at the ground truth"
+    plain = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return f"{plain} {use['calls_mean']:.2f} calls an episode{hits}"
 
 
 def _escaped(cell: str) -> str:
