@@ -14,6 +14,8 @@ from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.hops import WORLD as HOPS
 from timesearch.pocket.hops import HopScene
+from timesearch.pocket.senses import WORLD as SENSES
+from timesearch.pocket.senses import SensesScene
 from timesearch.pocket.world import WORLDS, Scene, question
 
 TRAIN_VIDEOS, TEST_VIDEOS = 48, 50
@@ -28,6 +30,8 @@ def samples_of(scene: Scene) -> list[Sample]:
     """
     if isinstance(scene, HopScene):
         return _hop_samples(scene)
+    if isinstance(scene, SensesScene):
+        return scene.samples
     return [
         Sample(
             id=f"{scene.world}-{scene.split}-{scene.seed}-{event.shape}",
@@ -80,7 +84,7 @@ def main() -> None:
     """Write `train.jsonl` and `test.jsonl`."""
     parser = argparse.ArgumentParser(description="Write the pocket profile's sample files.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder that gets train.jsonl and test.jsonl")
-    parser.add_argument("--world", choices=sorted((*WORLDS, HOPS)), default="demo")
+    parser.add_argument("--world", choices=sorted((*WORLDS, HOPS, SENSES)), default="demo")
     parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS)
     parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS)
     parser.add_argument("--first-test-video", type=int, default=1000, help="settings were chosen on those below 1000")

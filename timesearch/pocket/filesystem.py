@@ -17,11 +17,11 @@ from typing import Any
 from fsspec.spec import AbstractFileSystem
 
 from timesearch.base.errors import RequestError
-from timesearch.pocket import hops
+from timesearch.pocket import hops, senses
 from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, make_scene
 
 _PATH = re.compile(r"(?P<world>[a-z-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")
-_WORLDS = (*WORLDS, hops.WORLD)
+_WORLDS = (*WORLDS, hops.WORLD, senses.WORLD)
 _KEPT = 8
 """Rendered videos kept in memory (some hundred KB each), for readers that ask for the size first."""
 
@@ -89,6 +89,8 @@ def scene_of(world: str, split: str, seed: int) -> Scene:
     Raises:
         RequestError: an unknown world or split.
     """
+    if world == senses.WORLD:
+        return senses.make_senses_scene(split, seed)
     return hops.make_hop_scene(split, seed) if world == hops.WORLD else make_scene(world, split, seed)
 
 
@@ -96,6 +98,8 @@ def encode(scene: Scene) -> bytes:
     """Render a scene and encode it as H.264 in MP4, FPS frames a second of SIZE x SIZE pixels."""
     import imageio_ffmpeg
 
+    if isinstance(scene, senses.SensesScene):
+        return senses.encode(scene)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "video.mp4"
         command = [
