@@ -294,7 +294,8 @@ def test_a_run_may_change_values_and_what_the_checkout_allows_and_no_command_pat
     assert protected == {
         "overridable", *(f"paths.{name}" for name in Settings().paths.model_dump()),
         "models.encoder", "models.pretrained", "models.policy", "frames.ray_address", "features.url",
-        "features.ray_address", "search.prompts", "search.tools", "coldstart.traces", "coldstart.teacher_url",
+        "features.ray_address", "subtitles.speech", "search.prompts", "search.tools", "coldstart.traces",
+        "coldstart.teacher_url",
         "coldstart.teacher_model", "train.vllm_url", "judge.url", "judge.model", "judge.command", "judge.cache",
         "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "infer.tools", "tracking.uri",
         "tracking.experiment",

@@ -106,6 +106,16 @@ class Features(Section):
     ray_address: Pace[str | None] = None
 
 
+class Subtitles(Section):
+    """Stage `subtitles`: what is said in the videos to indexes of words."""
+
+    speech: str | None = Field(
+        None,
+        description="faster-whisper model (extra asr), by name or folder, that writes down what is said in videos "
+        "without subtitles; null: none",
+    )
+
+
 class SearchSettings(Section):
     """The search, its tools and its budgets, shared by training and inference (paper, Section 3.1)."""
 
@@ -317,6 +327,7 @@ class Settings(Section):
     models: Models = Field(default_factory=Models)
     frames: Frames = Field(default_factory=Frames)
     features: Features = Field(default_factory=Features)
+    subtitles: Subtitles = Field(default_factory=Subtitles)
     search: SearchSettings = Field(default_factory=SearchSettings)
     coldstart: ColdStart = Field(default_factory=ColdStart)
     train: Train = Field(default_factory=Train)

@@ -127,12 +127,16 @@ def features(
 def subtitles(
     videos: Annotated[list[Path] | None, _items("Video files or folders; none: all samples'.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the indexes.")] = None,
+    speech: Annotated[
+        str | None,
+        typer.Option("--speech", help="faster-whisper model that writes down speech where there are no subtitles."),
+    ] = None,
     params: ParamsOption = Path("params.yaml"),
     keep_going: KeepGoing = False,
 ) -> None:
-    """Index what is said in videos: subtitle files beside them, or streams inside."""
+    """Index what is said in videos: subtitle files beside them, streams inside, or (--speech) what a model hears."""
     from timesearch.video.probe import SUFFIXES
-    from timesearch.video.subtitles import index_subtitles, run
+    from timesearch.video.subtitles import index_subtitles, run, speech_of
 
     def note(text: str) -> None:
         typer.echo(f"  {visible(text)}", err=True)
@@ -140,9 +144,12 @@ def subtitles(
     settings = _settings(params, own_files=bool(videos))
     if out is not None:
         settings.paths.subtitles = out
+    if speech is not None:
+        settings.subtitles.speech = speech
     folder = settings.paths.subtitles
     if videos:
-        result = index_subtitles(_named(videos, SUFFIXES), folder, say=note)
+        listener = speech_of(settings.subtitles.speech)
+        result = index_subtitles(_named(videos, SUFFIXES), folder, say=note, speech=listener)
     else:
         result = _recorded(settings, "subtitles", folder, lambda: run(settings, note))
     _close(result, "subtitle indexes", folder, keep_going)

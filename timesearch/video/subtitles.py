@@ -32,6 +32,8 @@ from timesearch.video.probe import check_readable, open_video, probe
 if TYPE_CHECKING:
     from av.container import InputContainer
 
+    from timesearch.video.speech import Speech
+
 SUFFIXES = (".srt", ".vtt", ".ass", ".ssa", ".json")
 """What the name of a subtitle file beside a video ends with, the preferred form first."""
 LINE_CHARS = 500
@@ -382,6 +384,7 @@ def index_subtitles(
     sources: Mapping[str, Source] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
     set_aside: Sequence[Failure] = (),
+    speech: Speech | None = None,
 ) -> BatchResult:
     """Make or renew the subtitle indexes of many videos; a video without subtitles gets none, which is no failure.
 
@@ -391,9 +394,10 @@ def index_subtitles(
         sources: where the words of a video come from, if not from beside or inside it.
         say: told what was wrong with lines of a file that is used.
         set_aside: rows of sample files that name no video; they are listed with what fails.
+        speech: writes down what is said where there are no subtitles; None does without.
     """
     with exclusive(out):
-        work = functools.partial(_index_one, videos=videos, out=out, sources=sources, say=say)
+        work = functools.partial(_index_one, videos=videos, out=out, sources=sources, say=say, speech=speech)
         return run_batch(
             "subtitles",
             list(videos),
@@ -406,9 +410,15 @@ def index_subtitles(
 
 
 def _index_one(
-    name: str, *, videos: Mapping[str, Path], out: Path, sources: Mapping[str, Source], say: Callable[[str], None]
+    name: str,
+    *,
+    videos: Mapping[str, Path],
+    out: Path,
+    sources: Mapping[str, Source],
+    say: Callable[[str], None],
+    speech: Speech | None,
 ) -> Made | None:
-    return make_index(videos[name], index_path(out, name), sources.get(name, Source()), say)
+    return make_index(videos[name], index_path(out, name), sources.get(name), say, speech)
 
 
 def is_stale(video: Path, target: Path) -> bool:
@@ -429,9 +439,15 @@ def _digest(video: Path, file: Path | None, offset: float) -> str:
 
 
 def make_index(
-    video: Path, target: Path, source: Source | None = None, say: Callable[[str], None] = lambda _: None
+    video: Path,
+    target: Path,
+    source: Source | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    speech: Speech | None = None,
 ) -> Made | None:
     """Make or renew the index of what is said in a video; None where it is up to date, or the video has no subtitles.
+
+    Where it has none, `speech` writes down what is said, into a file beside the index.
 
     Raises:
         ItemError: `bad_subtitles`, or the video cannot be read.
@@ -440,13 +456,17 @@ def make_index(
     check_readable(video)
     file = source.file or find_subtitles(video)
     digest = _digest(video, file, source.offset)
-    if made_of(target) == digest:
+    heard = None if file or speech is None else json_digest([digest, speech.digest])
+    if target.is_file() and made_of(target) in (digest, heard):
         return None
     info = probe(video)
     if file:
         transcript: Transcript | None = read_subtitles(file, info.duration, source.offset)
     else:
         transcript = read_embedded(video, info.duration, info.start)
+    if transcript is None and speech is not None and heard is not None:
+        written = speech.write_down(video, target.with_suffix(".speech.json"), info.start, say)
+        transcript, digest = (read_subtitles(written), heard) if written else (None, digest)
     if transcript is None:
         target.unlink(missing_ok=True)
         return None
@@ -474,4 +494,15 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Batc
             offset = float(begins) if isinstance(begins, int | float) and math.isfinite(begins) else 0.0
             places = [inside(paths.videos, told), inside(paths.videos, f"subtitles/{told}")]
             sources[name] = Source(next((place for place in places if place.is_file()), places[0]), offset)
-    return index_subtitles(videos, paths.subtitles, sources, say, broken)
+    return index_subtitles(videos, paths.subtitles, sources, say, broken, speech_of(settings.subtitles.speech))
+
+
+def speech_of(model: str | None) -> Speech | None:
+    """The model of this name or folder that writes down speech; None where none is named.
+
+    Raises:
+        RequestError: the folder holds no such model.
+    """
+    from timesearch.video.speech import Speech
+
+    return Speech(model) if model else None
