@@ -27,6 +27,7 @@ from timesearch.inference.playing import Job
 from timesearch.profiles import load_profile
 from timesearch.search.episode import run_episode
 from timesearch.search.search import Search
+from timesearch.settings import Settings
 from timesearch.video.subtitles import (
     LINE_CHARS,
     Line,
@@ -37,6 +38,7 @@ from timesearch.video.subtitles import (
     index_path,
     index_subtitles,
     read_subtitles,
+    run,
     write_index,
 )
 
@@ -93,6 +95,13 @@ def srt(*cues: tuple[str, str, str]) -> str:
 
 ODD = {
     "latin-1": (srt(("00:00:01,000", "00:00:02,000", "Café")).encode("latin-1"), "Windows-1252", ["Café"]),
+    "UTF-16 without a mark": (SRT.encode("utf-16-le"), "without a byte-order mark", [a.text for a in SPOKEN]),
+    "UTF-16 the other way round": (SRT.encode("utf-16-be"), "without a byte-order mark", [a.text for a in SPOKEN]),
+    "Chinese in UTF-16 without a mark": (
+        srt(("00:00:01,000", "00:00:02,000", "红色的汽车停在外面")).encode("utf-16-le"),
+        "without a byte-order mark",
+        ["红色的汽车停在外面"],
+    ),
     "reversed": (
         srt(("00:00:05,000", "00:00:02,000", "back"), ("00:00:06,000", "00:00:07,000", "fine")),
         "1 of its lines end before they start",
@@ -302,6 +311,43 @@ def test_a_policy_finds_words_and_answers_from_them(tmp_path: Path) -> None:
     puppet = Puppet(script(call(query="cars"), answer_turn("red")))
     (silent,) = exchanges(asyncio.run(run_episode(search, puppet, second)).prediction)
     assert "this video has no subtitles" in silent.said
+
+
+def test_the_stage_finds_the_words_of_published_rows(tmp_path: Path, footage: Path) -> None:
+    """Video-MME's beside in a folder of their own, LongVideoBench's by the name and the beginning that a row tells;
+    a file that is named and missing, or bad, is named, and the rest is done."""
+    settings = Settings()
+    paths = settings.paths
+    paths.videos, paths.subtitles = tmp_path / "videos", tmp_path / "out"
+    paths.train_samples, paths.test_samples = tmp_path / "none.jsonl", tmp_path / "test.jsonl"
+    (paths.videos / "subtitle").mkdir(parents=True)
+    (paths.videos / "subtitles").mkdir()
+    for name in ("mme", "lvb", "gone", "bad", "silent"):
+        shutil.copy(footage / "car-detection.mp4", paths.videos / f"{name}.mp4")
+    written(paths.videos / "subtitle" / "mme.srt", SRT)
+    written(paths.videos / "subtitles" / "lvb_en.json", FORMS["LongVideoBench.json"])
+    written(paths.videos / "bad.srt", b"")
+    told = {
+        "lvb": {"subtitle_path": "lvb_en.json", "starting_timestamp_for_subtitles": 2.0},
+        "gone": {"subtitle_path": "gone_en.json"},
+    }
+    rows = [
+        {"id": name, "video": f"{name}.mp4", "question": "?", "meta": told.get(name, {})}
+        for name in ("mme", "lvb", "gone", "bad", "silent")
+    ]
+    written(paths.train_samples, "")
+    written(paths.test_samples, "".join(json.dumps(row) + "\n" for row in rows))
+    result = run(settings)
+    assert sorted(result.done) == ["lvb.mp4", "mme.mp4"]
+    assert sorted(failure.item for failure in result.failures) == ["bad.mp4", "gone.mp4"]
+    assert {failure.reason for failure in result.failures} == {"bad_subtitles"}
+    starts = [line.start for line in Subtitles(index_path(paths.subtitles, "lvb.mp4")).search("red car", 0, 99, 9)]
+    assert starts == [1.0]
+    settings.infer.tools = ["seek_video_frames"]
+    assert settings.for_inference().search.tools == ["seek_video_frames"]
+    search = settings.search.model_copy(update={"tools": ["seek_video_frames", "search_subtitles"]})
+    marks = [fingerprint_of(settings, tmp_path, "base", None, each) for each in (settings.search, search)]
+    assert [mark.subtitles for mark in marks] == [False, True]
 
 
 def test_predictions_are_played_again_where_words_changed_and_nowhere_else(tmp_path: Path) -> None:

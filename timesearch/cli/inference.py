@@ -42,6 +42,10 @@ UrlOption = Annotated[str | None, typer.Option("--url", help="OpenAI-compatible 
 ProtocolOption = Annotated[
     str | None, typer.Option("--protocol", help="Prompts and rules: a name, or a folder (search.prompts).")
 ]
+ToolsOption = Annotated[
+    list[str] | None,
+    typer.Option("--tool", help="Offer this tool (infer.tools); may be given several times. None: those of training."),
+]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; ~/.cache/timesearch.")]
 
 
@@ -54,6 +58,7 @@ def infer(
         Path | None, typer.Option("--samples", help="Questions other than the test split; needs --out.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder under which predictions/ is written.")] = None,
+    tools: ToolsOption = None,
     params: ParamsOption = Path("params.yaml"),
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Exit with 0 although some episodes failed of their own accord.")
@@ -66,11 +71,12 @@ def infer(
     from timesearch.settings import load_settings
 
     settings = load_settings(params)
-    if samples is not None:
-        if out is None:
+    for option, given in (("--samples", samples), ("--tool", tools)):
+        if given and out is None:
             predictions = settings.paths.results / "predictions"
-            raise RequestError(f"--samples without --out would replace {predictions}: name another folder by --out")
-        settings.paths.test_samples = samples
+            raise RequestError(f"{option} without --out would replace {predictions}: name another folder by --out")
+    settings.paths.test_samples = samples or settings.paths.test_samples
+    settings.infer.tools = tools or settings.infer.tools
     if out is not None:
         settings.paths.results = out
     result = run(settings, methods)
@@ -112,6 +118,7 @@ def ask(
     within: WithinOption = None,
     cache: CacheOption = None,
     protocol: ProtocolOption = None,
+    tools: ToolsOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Answer questions about a video, or a library of them, and show the search as it happens."""
@@ -135,10 +142,10 @@ def ask(
     live: _OneVideo | _ManyVideos
     with console.status("loading the policy") as status:
         if library is not None:
-            live = _ManyVideos(console, *held.enter_context(open_library(params, library, model, url, protocol)))
+            live = _ManyVideos(console, *held.enter_context(open_library(params, library, model, url, protocol, tools)))
             live.limit(within)
         elif video is not None:
-            asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol))
+            asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol, tools))
             with as_request():
                 name = asker.prepare(video, lambda text: status.update(Text(text)))
             live = _OneVideo(console, asker, policy, video, name)
@@ -167,12 +174,17 @@ def ask(
 
 @contextmanager
 def _open_asker(
-    params: Path, model: str | None, url: str | None, cache: Path | None, protocol: str | None
+    params: Path,
+    model: str | None,
+    url: str | None,
+    cache: Path | None,
+    protocol: str | None,
+    tools: list[str] | None,
 ) -> Iterator[tuple[Asker, Policy]]:
     """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
     from timesearch.inference.ask import Asker, answering_policy, default_cache
 
-    settings = settings_for_asking(params, protocol)
+    settings = settings_for_asking(params, protocol, tools)
     check_encoder(settings)
     with answering_policy(settings, model, url) as policy:
         encoder, _ = encoder_of(settings)
@@ -181,12 +193,17 @@ def _open_asker(
 
 @contextmanager
 def open_library(
-    params: Path, folder: Path, model: str | None, url: str | None, protocol: str | None
+    params: Path,
+    folder: Path,
+    model: str | None,
+    url: str | None,
+    protocol: str | None,
+    tools: list[str] | None = None,
 ) -> Iterator[tuple[Library, Asker, Encoder, Policy]]:
     """Yield a library with its own encoder, and who answers questions about it."""
     from timesearch.inference.ask import Asker, answering_policy
 
-    settings = settings_for_asking(params, protocol)
+    settings = settings_for_asking(params, protocol, tools)
     library, encoder = library_with_encoder(folder, settings)
     with answering_policy(settings, model, url) as policy:
         yield library, Asker(settings, policy, encoder, library.folder), encoder, policy
@@ -368,6 +385,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8780,
     cache: CacheOption = None,
     protocol: ProtocolOption = None,
+    tools: ToolsOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Ask about videos in the browser: a small page on this machine."""
@@ -381,7 +399,7 @@ def serve(
         with as_request():
             check_folder(folder)
     listener = listen(host, port)
-    with _open_asker(params, model, url, cache, protocol) as (asker, policy):
+    with _open_asker(params, model, url, cache, protocol, tools) as (asker, policy):
         page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
         server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
 

@@ -36,11 +36,19 @@ def default_library() -> Path:
     return default_cache() / "library"
 
 
-def settings_for_asking(params: Path, protocol: str | None = None) -> Settings:
-    """The parameter file or, without one, the paper's settings, with the budgets of inference."""
+def settings_for_asking(params: Path, protocol: str | None = None, tools: list[str] | None = None) -> Settings:
+    """The parameter file or, without one, the paper's settings, with the budgets and tools of inference.
+
+    Raises:
+        RequestError: one of `tools` is none.
+    """
+    from timesearch.search.tools import offered
     from timesearch.settings import Settings, load_settings
 
-    settings = (load_settings(params) if params.is_file() else Settings()).for_inference()
+    settings = load_settings(params) if params.is_file() else Settings()
+    settings.infer.tools = tools or settings.infer.tools
+    settings = settings.for_inference()
+    offered(settings.search.tools)
     settings.search.prompts = protocol or settings.search.prompts
     return settings
 

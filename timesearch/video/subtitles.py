@@ -173,11 +173,23 @@ def _bad(path: Path, what: str) -> ItemError:
 
 
 def _decoded(data: bytes) -> tuple[str, list[str]]:
-    encoding = marked_encoding(data) or "utf-8-sig"
+    encoding = marked_encoding(data)
+    if encoding is None and (guessed := _unmarked_utf16(data)):
+        return data.decode(guessed, errors="replace"), ["it is UTF-16 text without a byte-order mark: read as such"]
+    encoding = encoding or "utf-8-sig"
     try:
         return data.decode(encoding), []
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace"), [f"it is not {encoding.upper()[:6]} text: read as Windows-1252"]
+
+
+def _unmarked_utf16(data: bytes) -> str | None:
+    """The byte order of UTF-16 text without a mark: every other byte of its times and line ends is zero."""
+    head = data[:4000]
+    high, low = head[::2].count(0), head[1::2].count(0)
+    if max(high, low) < len(head) / 10 or min(high, low) > max(high, low) / 10:
+        return None
+    return "utf-16-be" if high > low else "utf-16-le"
 
 
 def _from_text(text: str, suffix: str) -> Iterator[tuple[Any, Any, str]]:
@@ -479,8 +491,9 @@ def make_index(
 def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> BatchResult:
     """Stage `subtitles`: the words of the videos of all samples, to `cache/subtitles`.
 
-    A row of LongVideoBench names its file (`subtitle_path`, below the folder of videos or beside it under
-    ``subtitles/``) and when its video begins (`starting_timestamp_for_subtitles`).
+    A row of LongVideoBench names its file (`subtitle_path`, below the folder of videos or in ``subtitles/`` there) and
+    when its video begins (`starting_timestamp_for_subtitles`). Any other video's is beside it, or in a folder
+    ``subtitle`` or ``subtitles`` below that of videos, as Video-MME publishes them, or inside it.
     """
     broken: list[Failure] = []
     paths = settings.paths
@@ -494,6 +507,10 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Batc
             offset = float(begins) if isinstance(begins, int | float) and math.isfinite(begins) else 0.0
             places = [inside(paths.videos, told), inside(paths.videos, f"subtitles/{told}")]
             sources[name] = Source(next((place for place in places if place.is_file()), places[0]), offset)
+        elif find_subtitles(videos[name]) is None:
+            apart = (find_subtitles(inside(paths.videos, f"{folder}/{name}")) for folder in ("subtitle", "subtitles"))
+            if (file := next((file for file in apart if file is not None), None)) is not None:
+                sources[name] = Source(file)
     return index_subtitles(videos, paths.subtitles, sources, say, broken, speech_of(settings.subtitles.speech))
 
 
