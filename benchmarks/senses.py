@@ -40,6 +40,10 @@ class Oracle:
         axes = [next((i for i, shape in enumerate(SHAPES) if shape in text), len(SHAPES)) for text in texts]
         return _rows(axes)
 
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """(N, D) unit rows."""
+        return self.encode_prepared(self.prepare(images))
+
     def prepare(self, images: Sequence[Image.Image]) -> np.ndarray:
         """The axes of the next images."""
         return np.array([next(self._axes) for _ in images])

@@ -4,8 +4,8 @@ A video of about a minute shows six shapes in six colours, each for 2 to 3 secon
 
 - *said* (`search_subtitles`): "What colour is the shape that is spoken of?" A line of the subtitle stream inside the
   file names it, and nothing that is seen does.
-- *small* (`look_closer`): "Which shape is on the plate beside the star?" The plate is a twentieth of the picture's
-  side, so that on the 64 pixels of the frame cache the mark on it is three pixels wide.
+- *small* (`look_closer`): "Which shape is on the plate beside the star?" The plate is a twenty-fifth of the
+  picture's side, so that on the 64 pixels of the frame cache the mark on it is less than two pixels wide.
 - *brief* (`watch`): "What colour flashes after the star?" The flash lasts 0.3 seconds, between two instants of a cache
   of 2 frames a second.
 
@@ -54,7 +54,7 @@ SIDE = 320
 """Width and height of a video in pixels: five times those of the frame cache."""
 RATE = 10
 """Frames a second of a video: three of a flash."""
-PLATE = 20
+PLATE = 12
 """Side of the dark plate in the lower right corner, in pixels of `SIDE`."""
 PLATE_BOX = [1 - PLATE / SIDE, 1 - PLATE / SIDE, 1.0, 1.0]
 """Where the plate is, as `look_closer` takes it."""

@@ -59,9 +59,10 @@ class Speech:
             ) from error
         from timesearch.base.hub import fetch_error, unreached
 
+        failures: tuple[type[BaseException], ...] = (*unreached(), ValueError, RuntimeError, OSError)
         try:
             return WhisperModel(self._model)
-        except (*unreached(), ValueError, RuntimeError, OSError) as error:
+        except failures as error:
             raise fetch_error(f"the speech model {self._model!r} cannot be loaded", error) from error
 
     def write_down(
