@@ -37,7 +37,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from timesearch.base.errors import ItemError, RequestError, TimeSearchError
 from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
-from timesearch.data.messages import Block, describe_call, exchanges
+from timesearch.data.messages import Block, describe_call, exchanges, heard_seconds
 from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
@@ -332,4 +332,5 @@ def answer_data(answer: Answer) -> dict[str, Any]:
     """The end of an episode as the page gets it; `evidence` is what the answer rests on."""
     told = {"predicted_answer", "reanswer", "searched_seconds", "outcome", "limit", "turns", "usage"}
     evidence = {**answer.statement.model_dump(mode="json"), "sentences": answer.statement.sentences()}
-    return {**answer.prediction.model_dump(mode="json", include=told), "evidence": evidence}
+    heard = heard_seconds(answer.prediction.prediction)
+    return {**answer.prediction.model_dump(mode="json", include=told), "heard_seconds": heard, "evidence": evidence}
