@@ -16,7 +16,6 @@ that the tools return and by nothing else (tests/test_senses.py).
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -68,7 +67,6 @@ TEXTS: dict[Sense, str] = {
     "small": "Which shape is on the plate beside the {shape}?",
     "brief": "What colour flashes after the {shape}?",
 }
-_ASKED = {sense: re.compile(re.escape(text).replace(r"\{shape\}", r"(\w++)")) for sense, text in TEXTS.items()}
 _CLUE = "the shape to find is the {shape}"
 _CHATTER = ("let us begin", "this takes a while", "look at the walls", "the colours change", "we are nearly there")
 _GAP = 4.5
@@ -251,14 +249,12 @@ def answer_by_reading(search: Search, row: dict[str, Any]) -> str:
         row: the sample's fields.
     """
     search.open(row)
-    asked = {sense: match for sense, text in _ASKED.items() if (match := text.fullmatch(str(row["question"])))}
-    ((sense, match),) = asked.items()
-    named = match[1] if match.groups() else None
+    sense, named = _asked(str(row["question"]))
     if sense == "said":
         shape = _shape_in(_words(search, "shape to find"))
         pictures = _seek(search, shape or "shape")
         return _first(read_colour(picture) for _, picture in pictures) or next(iter(COLOURS))
-    pictures = _seek(search, str(named))
+    pictures = _seek(search, named)
     coloured = [seconds for seconds, picture in pictures if read_colour(picture)]
     if sense == "small":
         for seconds in coloured[:1]:
@@ -276,6 +272,15 @@ def answer_by_reading(search: Search, row: dict[str, Any]) -> str:
         sparse = _look(search, "seek_video_frames", query="flash", start_time=seconds, end_time=seconds + 5)
         return _first(_flash_colour(picture) for _, picture in sparse) or next(iter(COLOURS))
     return next(iter(COLOURS))
+
+
+def _asked(question: str) -> tuple[Sense, str]:
+    """The kind of a question, and the shape that it names; an empty text where it names none."""
+    for sense, text in TEXTS.items():
+        before, _, after = text.partition("{shape}")
+        if question.startswith(before) and question.endswith(after):
+            return sense, question.removeprefix(before).removesuffix(after)
+    raise RequestError(f"{question!r} is no question of the world of senses")
 
 
 def _seek(search: Search, shape: str) -> list[tuple[float, Image.Image]]:
