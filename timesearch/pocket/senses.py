@@ -55,8 +55,10 @@ RATE = 10
 """Frames a second of a video: three of a flash."""
 PLATE = 12
 """Side of the dark plate in the lower right corner, in pixels of `SIDE`."""
-PLATE_BOX = [1 - PLATE / SIDE, 1 - PLATE / SIDE, 1.0, 1.0]
+PLATE_BOX: list[float] = [1 - PLATE / SIDE, 1 - PLATE / SIDE, 1.0, 1.0]
 """Where the plate is, as `look_closer` takes it."""
+MARKS = ("circle", "square", "cross", "ring", "diamond", "hourglass")
+"""Shapes that may be on a plate."""
 FLASH = 0.3
 """Seconds of a flash, which begins a tenth after an instant of the frame cache."""
 
@@ -72,6 +74,8 @@ _CHATTER = ("let us begin", "this takes a while", "look at the walls", "the colo
 _GAP = 4.5
 """Seconds without a shape after each event, at least; the flash is within the first two of them."""
 _SIZE = (170, 200)
+_DARK = 14
+"""Brightness of a plate."""
 _CELLS = 32
 """Along the side of a plate, when it is read."""
 
@@ -86,8 +90,7 @@ class Marked(Event):
         """Paint the shape and, in the lower right corner, its mark."""
         super().draw(picture, seconds)
         corner = SIDE - PLATE
-        picture.paste((14, 14, 18), (corner, corner, SIDE, SIDE))
-        picture.paste((255, 255, 255), (corner + 2, corner + 2), shape_mask(self.mark, PLATE - 4))
+        picture.paste(plate(self.mark), (corner, corner))
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def make_senses_scene(split: str, seed: int) -> SensesScene:
             size=int(rng.integers(*_SIZE)),
             centre=(int(rng.integers(130, 151)), int(rng.integers(130, 151))),
             drift=(int(rng.integers(-20, 21)), int(rng.integers(-20, 21))),
-            mark=str(rng.choice([other for other in SHAPES if other != shape])),
+            mark=str(rng.choice(MARKS)),
         )
         for shape, colour, start, length in zip(shapes, colours, starts, lengths, strict=True)
     ]
@@ -261,7 +264,7 @@ def answer_by_reading(search: Search, row: dict[str, Any]) -> str:
             for _, closer in _look(search, "look_closer", time=seconds, box=PLATE_BOX):
                 return read_mark(closer)
         marks = (read_mark(_corner(picture)) for seconds, picture in pictures if seconds in coloured)
-        return _first(marks) or SHAPES[0]
+        return next(marks, MARKS[0])
     for seconds in coloured[-1:]:
         end = search.video.frames.end
         for late in (0.0, 1.6, 3.2, 4.8):
@@ -328,14 +331,26 @@ def _flash_colour(picture: Image.Image) -> str | None:
     return read_colour(picture.crop((0, 0, max(1, picture.width // 20), max(1, picture.height // 20))))
 
 
-def read_mark(plate: Image.Image) -> str:
-    """The shape on a plate: the one whose drawing is nearest, pixel by pixel, at whatever size the plate is given."""
-    seen = np.asarray(plate.convert("L").resize((_CELLS, _CELLS), Image.Resampling.BICUBIC), dtype=np.float32)
-    return min(SHAPES, key=lambda shape: float(np.abs(_drawn(shape) - seen).mean()))
+def read_mark(picture: Image.Image) -> str:
+    """The mark on a plate: the one whose drawing is nearest, pixel by pixel, at whatever size the plate is given."""
+    seen = np.asarray(picture.convert("L").resize((_CELLS, _CELLS), Image.Resampling.BICUBIC), dtype=np.float32)
+    return min(MARKS, key=lambda mark: float(np.abs(_drawn(mark) - seen).mean()))
 
 
 @cache
-def _drawn(shape: str) -> np.ndarray:
-    plate = Image.new("L", (PLATE, PLATE), 15)
-    plate.paste(255, (2, 2), shape_mask(shape, PLATE - 4))
-    return np.asarray(plate.resize((_CELLS, _CELLS), Image.Resampling.BICUBIC), dtype=np.float32)
+def _drawn(mark: str) -> np.ndarray:
+    return np.asarray(plate(mark).resize((_CELLS, _CELLS), Image.Resampling.BICUBIC), dtype=np.float32)
+
+
+@cache
+def plate(mark: str) -> Image.Image:
+    """A dark plate with a mark on it, PLATE x PLATE grey pixels.
+
+    Marks are alike left and right, above and below, and the larger ones are darker, so that all plates are of one
+    brightness in each quarter: from pixels that are as large as these, nobody can tell one from another.
+    """
+    masks = {shape: shape_mask(shape, PLATE - 4) for shape in MARKS}
+    weights = {shape: float(np.asarray(mask).sum()) for shape, mask in masks.items()}
+    drawn = Image.new("L", (PLATE, PLATE), _DARK)
+    drawn.paste(_DARK + round((255 - _DARK) * min(weights.values()) / weights[mark]), (2, 2), masks[mark])
+    return drawn
