@@ -150,6 +150,8 @@ def tracked_metrics(method: MethodScores) -> dict[str, float]:
         for value, block in values.items():
             place = f"{whose}/{trackable(group)}/{trackable(value)}"
             named |= {f"{place}/{name}": block[name] for name in _TRACKED_BY_GROUP}
+    for tool, use in method.tools.items():
+        named |= {f"{whose}/tool/{trackable(tool)}/{name}": number for name, number in use.items()}
     return {name.replace("@", "_"): number for name, number in named.items() if number is not None}
 
 
