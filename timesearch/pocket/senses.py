@@ -55,6 +55,8 @@ RATE = 10
 """Frames a second of a video: three of a flash."""
 PLATE = 12
 """Side of the dark plate in the lower right corner, in pixels of `SIDE`."""
+BORDER = 2
+"""Pixels around the plate's inside, of a brightness that says nothing."""
 PLATE_BOX: list[float] = [1 - PLATE / SIDE, 1 - PLATE / SIDE, 1.0, 1.0]
 """Where the plate is, as `look_closer` takes it."""
 MARKS = ("circle", "square", "cross", "ring", "diamond", "hourglass")
@@ -85,12 +87,18 @@ class Marked(Event):
     """A shape with a small mark on a plate."""
 
     mark: str
+    border: tuple[int, ...]
+    """Brightness of the plate's border in each of its four quarters."""
 
     def draw(self, picture: Image.Image, seconds: float) -> None:
         """Paint the shape and, in the lower right corner, its mark."""
         super().draw(picture, seconds)
         corner = SIDE - PLATE
-        picture.paste(plate(self.mark), (corner, corner))
+        half = PLATE // 2
+        for grey, place in zip(self.border, ((0, 0), (half, 0), (0, half), (half, half)), strict=True):
+            left, top = corner + place[0], corner + place[1]
+            picture.paste((grey, grey, grey), (left, top, left + half, top + half))
+        picture.paste(plate(self.mark), (corner + BORDER, corner + BORDER))
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ def make_senses_scene(split: str, seed: int) -> SensesScene:
             centre=(int(rng.integers(130, 151)), int(rng.integers(130, 151))),
             drift=(int(rng.integers(-20, 21)), int(rng.integers(-20, 21))),
             mark=str(rng.choice(MARKS)),
+            border=tuple(int(grey) for grey in rng.integers(0, 256, size=4)),
         )
         for shape, colour, start, length in zip(shapes, colours, starts, lengths, strict=True)
     ]
@@ -333,7 +342,11 @@ def _flash_colour(picture: Image.Image) -> str | None:
 
 def read_mark(picture: Image.Image) -> str:
     """The mark on a plate: the one whose drawing is nearest, pixel by pixel, at whatever size the plate is given."""
-    seen = np.asarray(picture.convert("L").resize((_CELLS, _CELLS), Image.Resampling.BICUBIC), dtype=np.float32)
+    share = BORDER / PLATE
+    left, top = share * picture.width, share * picture.height
+    inside = (left, top, picture.width - left, picture.height - top)
+    size = (_CELLS, _CELLS)
+    seen = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC, box=inside), dtype=np.float32)
     return min(MARKS, key=lambda mark: float(np.abs(_drawn(mark) - seen).mean()))
 
 
@@ -344,13 +357,14 @@ def _drawn(mark: str) -> np.ndarray:
 
 @cache
 def plate(mark: str) -> Image.Image:
-    """A dark plate with a mark on it, PLATE x PLATE grey pixels.
+    """The inside of a plate, dark with a mark on it, in grey.
 
-    Marks are alike left and right, above and below, and the larger ones are darker, so that all plates are of one
-    brightness in each quarter: from pixels that are as large as these, nobody can tell one from another.
+    The larger marks are darker, so that all are of one brightness together; with a border of any brightness around
+    them, hardly anything tells one from another in pixels that are nearly as large as they.
     """
-    masks = {shape: shape_mask(shape, PLATE - 4) for shape in MARKS}
+    side = PLATE - 2 * BORDER
+    masks = {shape: shape_mask(shape, side) for shape in MARKS}
     weights = {shape: float(np.asarray(mask).sum()) for shape, mask in masks.items()}
-    drawn = Image.new("L", (PLATE, PLATE), _DARK)
-    drawn.paste(_DARK + round((255 - _DARK) * min(weights.values()) / weights[mark]), (2, 2), masks[mark])
+    drawn = Image.new("L", (side, side), _DARK)
+    drawn.paste(_DARK + round((255 - _DARK) * min(weights.values()) / weights[mark]), (0, 0), masks[mark])
     return drawn
