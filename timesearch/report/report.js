@@ -311,7 +311,7 @@ function answers(sample, told, episode) {
     pair("episode", sample.id), pair("video", told.video + (told.duration ? ` (${clock(told.duration)})` : "")), pair("options", options),
     pair("right answer", told.options.length ? null : told.answer), pair("its answer", told.said ?? "none"),
     pair("judgement", VERDICTS[episode[VERDICT]], episode[VERDICT] === "right" ? "right" : episode[VERDICT] === "none" ? null : "wrong"),
-    pair("re-answer", told.reanswer === null ? null : `${told.reanswer} (from the searched frames alone)`), pair("scores", scores));
+    pair("re-answer", told.reanswer === null ? null : `${told.reanswer} (from what was found alone)`), pair("scores", scores));
 }
 
 function timeline(told, picture) {
