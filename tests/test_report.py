@@ -115,7 +115,7 @@ def test_an_episode_shows_its_search(project: Settings, open_report, tmp_path: P
     page.locator(".row", has_text="Question 4").click()
     detail = page.locator(".detail")
     assert "A. a red square right answer, its answer" in detail.inner_text()
-    assert "A (from the searched frames alone)" in detail.inner_text()
+    assert "A (from what was found alone)" in detail.inner_text()
     assert detail.locator(".lane .name").all_inner_texts() == ["ground truth", "preview", "turn 1", "turn 2"]
     call = detail.locator(".call").first.inner_text()
     assert "seek_video_frames query “a red square”, start_time 4, end_time 16, num_frames 2" in call
