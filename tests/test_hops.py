@@ -18,13 +18,14 @@ from timesearch.models import run as bring_models
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
-from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, questions_of
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, questions_of
 from timesearch.pocket.hop_traces import HOP_CLEAN, HOP_COLD_START, write_hop_reanswer, write_hop_trace
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.policy import make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, Read, read_event, search_by_reading
+from timesearch.pocket.wordings import ARGUMENTS, NAMES, draw_wording
 from timesearch.pocket.world import COLOURS
 from timesearch.profiles import load_profile
 from timesearch.retrieval.encoder import load_encoder
@@ -358,3 +359,48 @@ def test_lookups_tell_what_their_lists_say():
             assert last.endswith("othing") if answer == UNKNOWN else last in items
             assert last.endswith("othing") or last.endswith(f" {answer}")
     assert 0.1 < np.mean(unknown) < 0.5
+
+
+def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
+    lessons = HopReading(corpus, 10**6, 0.25, 0)
+    unknown: list[bool] = []
+    for number in range(60):
+        example = lessons[number]
+        sample = next(each for each in corpus.samples if example.name.startswith(f"{each.id},"))
+        every = {question.text: question for question in make_hop_scene("test", _seed(sample)).every_question}
+        seconds = times_of(example.messages[0]["content"])
+        assert 1 <= len(seconds) <= 11
+        for asking, telling in zip(example.messages[::2], example.messages[1::2], strict=True):
+            asked = next(question for text, question in every.items() if text_of(asking).endswith(text))
+            sure = asked.best_guess(seconds) > 0.99
+            unknown.append(final_answer([telling]) == UNKNOWN)
+            assert final_answer([telling]) == (asked.answer if sure else UNKNOWN)
+    assert 0.05 < np.mean(unknown) < 0.4
+
+
+def _seed(sample: Any) -> int:
+    return int(Path(sample.video).stem)
+
+
+def test_a_reworded_tool_is_called_by_the_names_of_its_schema(corpus: Corpus):
+    rng = np.random.default_rng(0)
+    episodes = HopEpisodes(corpus, 10**6, HOP_CLEAN, 0.0, 0, reworded=True)
+    names, described = set(), set()
+    for number in range(60):
+        example = episodes[number]
+        assert example.tools
+        schemas = {tool["function"]["name"]: tool["function"] for tool in example.tools}
+        called = [call for m in example.messages if m["role"] == "assistant" for call in parse_turn(text_of(m)).calls]
+        assert called
+        for call in called:
+            assert set(call.arguments) <= set(schemas[call.name]["parameters"]["properties"])
+            assert set(schemas[call.name]["parameters"]["required"]) <= set(call.arguments)
+            names.add(call.name)
+            described.add(schemas[call.name]["description"])
+        assert all(message["name"] in names for message in example.messages if message["role"] == "tool")
+    assert names == set(NAMES)
+    assert len(described) > 15
+    tokenizer = make_hop_tokenizer()
+    for name in (*NAMES, *(name for others in ARGUMENTS.values() for name in others)):
+        assert tokenizer.tokenize(f'{{"{name}"')[1] == name
+    assert draw_wording(rng, corpus.tools).tools != draw_wording(rng, corpus.tools).tools

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from players import MeanColour
 
-from timesearch.pocket import pretrain as recipe
+from timesearch.pocket import pretrain as pretraining
 from timesearch.pocket.lessons import Lookup
+from timesearch.pocket.recipes import RECIPES, Phase
 from timesearch.profiles import load_profile
 from timesearch.training.supervised import Plan
 
@@ -19,13 +21,13 @@ def test_a_rebuild_that_was_stopped_goes_on_and_leaves_the_old_policy_until_it_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = Plan(1, 2, 1e-3)
-    monkeypatch.setattr(recipe, "VIDEOS", 1)
-    monkeypatch.setattr(recipe, "ALIGN_STEPS", 1)
-    phases = [("see", Lookup(10, 0), plan), ("search", Lookup(10, 1), plan)]
-    monkeypatch.setattr(recipe, "_phases", lambda corpus, seed: phases)
+    phases = [Phase("see", Lookup(10**6, 0), plan), Phase("search", Lookup(10**6, 1), plan)]
+    short = replace(RECIPES["pocket"], videos=1, align_steps=1, phases=lambda corpus, seed: phases)
+    monkeypatch.setitem(RECIPES, "pocket", short)
+    monkeypatch.setattr(pretraining, "_PLAYED", 2)
     settings = load_profile("pocket")
-    settings.paths.models = tmp_path / "models"
-    folder, tune, tuned = tmp_path / "base", recipe.fine_tune, []
+    settings.paths.models, settings.train.processes = tmp_path / "models", 1
+    folder, tune, tuned = tmp_path / "base", pretraining.fine_tune, []
 
     def stopped_at_the_second(*arguments: object) -> object:
         tuned.append(1)
@@ -33,11 +35,11 @@ def test_a_rebuild_that_was_stopped_goes_on_and_leaves_the_old_policy_until_it_i
             raise KeyboardInterrupt
         return tune(*arguments)
 
-    monkeypatch.setattr(recipe, "fine_tune", stopped_at_the_second)
+    monkeypatch.setattr(pretraining, "fine_tune", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        recipe.pretrain(settings, MeanColour(), folder)
+        pretraining.pretrain(settings, MeanColour(), folder)
     assert not folder.exists()
-    recipe.pretrain(settings, MeanColour(), folder)
+    pretraining.pretrain(settings, MeanColour(), folder)
     made = json.loads((folder / "recipe.json").read_text())
     assert [phase["phase"] for phase in made["phases"]] == ["align", "see", "search"]
     assert made.keys() == {"recipe", "seed", "phases", "made"}

@@ -57,8 +57,8 @@ def _bring(settings: Settings, rebuild: bool) -> list[Path]:
 
 def encoder_origin(models: Models, seed: int) -> dict[str, object]:
     """What the encoder is made from; it is made anew when this changes."""
-    if models.encoder == "pocket":
-        return {"encoder": "pocket", "steps": models.encoder_steps, "seed": seed}
+    if models.encoder in POCKET_ENCODERS:
+        return {"encoder": models.encoder, "steps": models.encoder_steps, "seed": seed}
     if Path(models.encoder).is_dir():
         return {"encoder": models.encoder, **_digests(Path(models.encoder))}
     return {"encoder": models.encoder, "pretrained": models.pretrained}

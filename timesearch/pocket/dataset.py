@@ -7,13 +7,14 @@ share no video.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from timesearch.base.files import write_jsonl
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.hops import WORLD as HOPS
-from timesearch.pocket.hops import HopScene
+from timesearch.pocket.hops import HopScene, Question
 from timesearch.pocket.senses import WORLD as SENSES
 from timesearch.pocket.senses import SensesScene
 from timesearch.pocket.world import WORLDS, Scene, question
@@ -22,14 +23,14 @@ TRAIN_VIDEOS, TEST_VIDEOS = 48, 50
 """Sizes that keep the whole demo within its 15 minutes on two cores."""
 
 
-def samples_of(scene: Scene) -> list[Sample]:
-    """The questions about one video.
+def samples_of(scene: Scene, asked: Sequence[Question] | None = None) -> list[Sample]:
+    """The questions about one video; of a video of the hop world those `asked`, or one of each kind.
 
     `gt_seconds` holds the middle of the event that answers, `gt_spans` all of it; in the hop world of every event on
     the way, in the order of the hops, whose number `meta` tells.
     """
     if isinstance(scene, HopScene):
-        return _hop_samples(scene)
+        return [_hop_sample(scene, question) for question in (scene.questions if asked is None else asked)]
     if isinstance(scene, SensesScene):
         return scene.samples
     return [
@@ -50,23 +51,21 @@ def samples_of(scene: Scene) -> list[Sample]:
     ]
 
 
-def _hop_samples(scene: HopScene) -> list[Sample]:
-    return [
-        Sample(
-            id=f"{scene.world}-{scene.split}-{scene.seed}-{asked.family}-{asked.hops}",
-            video=f"{scene.world}/{scene.split}/{scene.seed}.mp4",
-            source=scene.url,
-            question=asked.text,
-            answer=asked.answer,
-            type="open_ended",
-            duration=scene.duration,
-            gt_seconds=[(event.start + event.end) / 2 for event in asked.events],
-            gt_spans=[(event.start, event.end) for event in asked.events],
-            split=scene.split,
-            meta={"hops": asked.hops, "family": asked.family, "shape": asked.events[0].shape, "world": scene.world},
-        )
-        for asked in scene.questions
-    ]
+def _hop_sample(scene: HopScene, asked: Question) -> Sample:
+    first = asked.events[0].shape
+    return Sample(
+        id=f"{scene.world}-{scene.split}-{scene.seed}-{asked.family}-{asked.hops}-{first}",
+        video=f"{scene.world}/{scene.split}/{scene.seed}.mp4",
+        source=scene.url,
+        question=asked.text,
+        answer=asked.answer,
+        type="open_ended",
+        duration=scene.duration,
+        gt_seconds=[(event.start + event.end) / 2 for event in asked.events],
+        gt_spans=[(event.start, event.end) for event in asked.events],
+        split=scene.split,
+        meta={"hops": asked.hops, "family": asked.family, "shape": first, "world": scene.world},
+    )
 
 
 def write_samples(path: Path | str, world: str, split: str, videos: int, first: int = 0) -> int:

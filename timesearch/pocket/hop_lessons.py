@@ -19,6 +19,7 @@ from timesearch.pocket.hop_traces import (
 )
 from timesearch.pocket.hops import WORLD, HopEvent, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
+from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import generator
 from timesearch.training.supervised import Example
 
@@ -33,6 +34,7 @@ class HopEpisodes:
         manners: how the traces behave.
         reanswer_share: in [0, 1].
         seed: decides everything.
+        reworded: say the tools in words drawn anew, each time.
     """
 
     corpus: Corpus
@@ -40,6 +42,7 @@ class HopEpisodes:
     manners: HopManners
     reanswer_share: float
     seed: int
+    reworded: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -53,7 +56,54 @@ class HopEpisodes:
             if pair is not None:
                 return Example(f"{sample.id}, re-answer {number}", pair)
         trace = write_hop_trace(search, row, question, self.manners, rng)
-        return Example(f"{sample.id}, episode {number}", [self.corpus.system, *trace], self.corpus.tools)
+        wording = draw_wording(rng, self.corpus.tools) if self.reworded else Wording(self.corpus.tools)
+        messages = [self.corpus.system, *wording.say(trace)]
+        return Example(f"{sample.id}, episode {number}", messages, wording.tools)
+
+    @cached_property
+    def _asked(self) -> list[tuple[Sample, Question]]:
+        return questions_of(self.corpus.samples)
+
+
+@dataclass
+class HopReading:
+    """Re-answers to frames that were not searched but drawn: those of the hops of a question, others, and empty ones.
+
+    Two further questions follow about the same frames. Each described frame is a lesson in reading, each question one
+    in looking up what was read. In a share of `unknown` a hop of the question is left out.
+    """
+
+    corpus: Corpus
+    count: int
+    unknown: float
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("hop reading", self.seed, number)
+        sample, question = self._asked[int(rng.integers(len(self._asked)))]
+        scene, search = question.scene, self.corpus.search
+        events = list(question.events)
+        if rng.random() < self.unknown:
+            events.pop(int(rng.integers(len(events))))
+        events += [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
+        shown = sorted(set(events), key=lambda event: event.start)
+        others = [scene.every_question[place] for place in rng.permutation(len(scene.every_question))]
+        asked = [each for each in (question, *others) if _told_by_order(each, shown)]
+        asked = [asked[0], *sorted(asked[1:], key=lambda each: not set(each.events) <= set(shown))][:3]
+        search.open({"video": sample.video, "question": asked[0].text})
+        frames = search.video.frames
+        twice = shown if len(shown) < 2 or rng.random() < 0.7 else [*shown, shown[int(rng.integers(len(shown)))]]
+        indices = {int(rng.choice(frames.window(event.start, event.end - 0.5))) for event in twice}
+        empty = [index for index, seconds in enumerate(frames.timestamps) if scene.visible(seconds) is None]
+        indices.update(int(index) for index in rng.choice(empty, size=int(rng.integers(0 if indices else 1, 4))))
+        content = search.ask_from(search.frames(sorted(indices)))
+        messages: list[Message] = [{"role": "user", "content": content}, hop_reanswer(asked[0], content)]
+        for each in asked[1:]:
+            messages += [{"role": "user", "content": each.text}, hop_reanswer(each, content, described=False)]
+        return Example(f"{sample.id}, reading {number}", messages)
 
     @cached_property
     def _asked(self) -> list[tuple[Sample, Question]]:
@@ -103,10 +153,14 @@ def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, Question]]:
         RequestError: a sample is none of the hop world.
     """
     found = []
+    known: dict[str | None, dict[str, Question]] = {None: {}}
     for sample in samples:
-        scene = parse_url(str(sample.source)) if is_of_hops(sample) else None
-        questions = scene.questions if isinstance(scene, HopScene) else []
-        question = next((each for each in questions if each.text == sample.question), None)
+        source = sample.source if is_of_hops(sample) else None
+        if source not in known:
+            scene = parse_url(str(source))
+            questions = scene.every_question if isinstance(scene, HopScene) else []
+            known[source] = {question.text: question for question in questions}
+        question = known[source].get(sample.question)
         if question is None:
             raise RequestError(f"sample {sample.id!r} asks nothing that the generator of the hop world knows")
         found.append((sample, question))

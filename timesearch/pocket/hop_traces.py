@@ -53,6 +53,9 @@ HOP_SKILLED: HopManners = {
     3: HopHabits(good=0.8, short=0.05, astray=0.1, guess=0.05),
 }
 """What pretraining learns to search from."""
+HOP_BASE: HopManners = dict.fromkeys((1, 2, 3), HopHabits(good=0.1, short=0.0, astray=0.3, guess=0.6, give_up=0.8))
+HOP_BASE |= {hops: HopHabits(good=0.1, short=0.25, astray=0.2, guess=0.45, give_up=0.8) for hops in (2, 3)}
+"""A base model that can read, call the tool and answer, but seldom searches well."""
 HOP_COLD_START: HopManners = {
     1: HopHabits(good=0.8, short=0.0, astray=0.1, guess=0.1),
     2: HopHabits(good=0.45, short=0.3, astray=0.1, guess=0.15),

@@ -179,6 +179,12 @@ class HopScene(Scene):
             asked.append(Question(links, chain, self))
         return asked
 
+    @cached_property
+    def every_question(self) -> list[Question]:
+        """All that can be asked about the video: each kind about each shape from which its links lead somewhere."""
+        chains = ((links, self.follow(event.shape, links)) for links in TEXTS for event in self.events)
+        return [Question(links, chain, self) for links, chain in chains if chain is not None]
+
     def without(self, event: HopEvent) -> HopScene:
         """The same video with one event taken out."""
         return replace(self, events=[other for other in self.events if other != event])

@@ -203,6 +203,23 @@ class Lessons(Protocol):
     def __getitem__(self, number: int) -> Example: ...
 
 
+class Batches:
+    """Examples of several datasets in shares, those of each run of `size` numbers from one: examples of one kind have
+    about one length, and a batch of them little padding.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Lessons, float]], size: int) -> None:
+        self._parts, self._size = parts, size
+
+    def __len__(self) -> int:
+        return min(len(lessons) for lessons, _ in self._parts)
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("batches", number // self._size)
+        drawn = rng.choice(len(self._parts), p=[share for _, share in self._parts])
+        return self._parts[int(drawn)][0][number]
+
+
 class Mixture:
     """Examples of two datasets; `share` of them from the first."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS
+from timesearch.pocket.wordings import phrases
 from timesearch.pocket.world import COLOURS, SHAPES
 from timesearch.search.protocol import SearchProtocol
 
@@ -171,6 +172,7 @@ def _hop_corpus(prompts: str) -> list[str]:
         *(f"{colour}</answer>" for colour in COLOURS),
         "system\nuser\nassistant\n" * 3,
         tools_block(),
+        *(f"{phrase} {phrase}" for phrase in phrases()),
     ]
     numbers = [f"{seconds}.{tenth}s," for seconds in range(200) for tenth in (0, 5)]
     return words * 8 + items + numbers * 4 + [f".{tenth}s" for tenth in range(10)] * 400

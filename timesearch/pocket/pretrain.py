@@ -1,23 +1,17 @@
-"""How the base policy is pretrained, from nothing but the generator: `timesearch models --rebuild`.
+"""How a base policy is pretrained, from nothing but the generator: `timesearch models --rebuild`.
 
-The base stands in for Qwen2.5-VL: it reads frames, knows the tool and the format, and searches badly. Phases, each on
-top of the one before:
-
-1. *align*: single frames; each vision token is matched with the embeddings of the frame's colour and shape word.
-2. *see*: re-answers on few frames, look-ups without frames, and episodes that search well. The vision tower is
-   frozen until the last phase: the noisy gradients of these steps would undo what it has learned about shapes.
-3. *search*: more frames, questions that the frames do not answer ("I don't know"), and faulty episodes among good ones.
-4. *base*: few steps on episodes with the `BASE` manners, which spoil the behaviour and leave the skill.
-
-Good episodes come before bad ones, because copying the asked shape into the query is learned from consistent examples
-alone.
+Which phases there are, and why, is in `timesearch.pocket.recipes`. Each runs in as many processes as training has on
+this machine, which average their gradients, and each ends with a line of what it reached: of the turns of lessons that
+were not learned from, played greedily, the share with the right call or answer.
 
 The videos are rendered, encoded, decoded and embedded by the same code as everybody's.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,31 +22,35 @@ from timesearch.base.errors import ItemError
 from timesearch.base.files import json_digest, write_json
 from timesearch.base.model_folders import read_config
 from timesearch.base.progress import Bar, console, progress_bar
+from timesearch.data.messages import Message, parse_turn, text_of
 from timesearch.data.samples import Sample
 from timesearch.pocket.dataset import samples_of
 from timesearch.pocket.filesystem import scene_of
-from timesearch.pocket.lessons import Corpus, Episodes, Lookup, Mixture, Reading
-from timesearch.pocket.policy import make_policy, make_processor, make_tokenizer, save_policy
-from timesearch.pocket.traces import BASE, CLEAN, SKILLED
-from timesearch.pocket.world import COLOURS, SHAPES, generator
-from timesearch.search.checkpoint import load_model
+from timesearch.pocket.hops import HopScene
+from timesearch.pocket.lessons import Corpus, Lessons
+from timesearch.pocket.policy import make_policy, make_processor, save_policy
+from timesearch.pocket.recipes import RECIPES, Recipe
+from timesearch.pocket.world import generator
+from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.settings import Settings
-from timesearch.training.supervised import Plan, fine_tune
+from timesearch.training.supervised import fine_tune, images_of
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
 
-VIDEOS = 500
-"""Videos that the base is pretrained on; their seeds and split are nobody else's."""
-ALIGN_STEPS = 400
 Report = Callable[[int, dict[str, float]], None]
+_ALIGN = "align"
+_PLAYED = 48
+"""Lessons whose turns are played to say what a phase reached."""
+_UNSEEN = 9 * 10**5
+"""Number of the first of them: training takes lessons from 0 on."""
 
 
 def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) -> Path:
     """Train the base policy and write its checkpoint to `folder`, with a ``recipe.json`` that says how it was made.
 
-    What is done is kept in `.rebuild` of the models' folder until then: a run that was stopped goes on, from the start
-    of its phase at the latest. Each phase ends with a line of what it reached.
+    What is done is kept in `.rebuild` of the models' folder until then: a run that was stopped goes on where its phase
+    last wrote a checkpoint, or from the start of the phase.
 
     Args:
         settings: of frames, features and search; the checkpoint is made for them.
@@ -60,40 +58,66 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
         folder: gets the whole checkpoint.
         seed: of weights and examples.
     """
-    work = settings.paths.models / ".rebuild"
-    done = _begun(work, _recipe(settings, encoder, seed))
-    corpus = _kept_corpus(settings, encoder, work)
-    tokenizer = make_tokenizer(settings.search.prompts)
-    processor, model = make_processor(tokenizer), make_policy(tokenizer, seed)
-    if done["phases"]:
-        model = load_model(work / done["phases"][-1]["phase"])
+    from timesearch.training.launch import run_processes
 
-    def finish(title: str, steps: int, values: dict[str, float]) -> None:
-        save_policy(model, processor, work / title)
-        done["phases"].append({"phase": title, "steps": steps, **values})
+    recipe, work = RECIPES[settings.models.encoder], settings.paths.models / ".rebuild"
+    done = _begun(work, _identity(settings, recipe, encoder, seed))
+    corpus = _kept_corpus(settings, recipe, encoder, work)
+    if not (work / "start" / "config.json").is_file():
+        tokenizer = recipe.tokenizer(settings.search.prompts)
+        save_policy(make_policy(tokenizer, seed), make_processor(tokenizer), work / "start")
+    for title in (_ALIGN, *(phase.title for phase in recipe.phases(corpus, seed))):
+        if title in (phase["phase"] for phase in done["phases"]):
+            continue
+        last = work / (done["phases"][-1]["phase"] if done["phases"] else "start")
+        if settings.train.processes > 1 and title != _ALIGN:
+            write_json(work / "settings.json", settings.model_dump(mode="json"))
+            run_processes(settings.train.processes, ["-m", __name__, str(work), title, last.name], work)
+        else:
+            carry_out(settings, encoder, title, last)
+        done["phases"].append(read_config(work / title / "reached.json"))
         write_json(work / "recipe.json", done)
         shutil.rmtree(work / "trainer", ignore_errors=True)
+        values = {name: value for name, value in done["phases"][-1].items() if name not in ("phase", "steps")}
         reached = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        steps = done["phases"][-1]["steps"]
         console.print(f"{title}: {steps} steps, {reached}", markup=False, highlight=False)
-
-    phases = [phase["phase"] for phase in done["phases"]]
-    if "align" not in phases:
-        with progress_bar("align", ALIGN_STEPS) as bar:
-            last = _Last(bar)
-            align(model, processor, corpus, ALIGN_STEPS, seed, last)
-        finish("align", ALIGN_STEPS, last.values)
-    for title, examples, plan in _phases(corpus, seed):
-        if title in phases:
-            continue
-        model.model.visual.requires_grad_(title == "base")
-        with progress_bar(title, plan.steps) as bar:
-            last = _Last(bar)
-            model = fine_tune(model, processor, examples, plan, work / "trainer", last)
-        finish(title, plan.steps, last.values)
-    save_policy(model, processor, folder)
+    save_policy(load_model(work / title), load_processor(work / title), folder)
     write_json(folder / "recipe.json", {**done, "made": datetime.now(UTC).date().isoformat()})
     shutil.rmtree(work)
     return folder
+
+
+def carry_out(settings: Settings, encoder: Encoder, title: str, before: Path) -> None:
+    """Carry out one phase, alone or as one of several processes; its folder gets a checkpoint and ``reached.json``.
+
+    Args:
+        settings: as of `pretrain`.
+        encoder: the pocket encoder.
+        title: of the phase.
+        before: checkpoint of the phase before; the phase's own is written beside it.
+    """
+    recipe, work = RECIPES[settings.models.encoder], before.parent
+    model, processor = load_model(before), load_processor(before)
+    corpus = _corpus(settings, recipe, encoder, work)
+    phase = next((phase for phase in recipe.phases(corpus, settings.seed) if phase.title == title), None)
+    first = os.environ.get("RANK", "0") == "0"
+    steps = phase.plan.steps if phase else recipe.align_steps
+    with progress_bar(title, steps) as bar:
+        last = _Last(bar)
+        if phase is None:
+            align(model, processor, corpus, recipe, steps, settings.seed, last)
+            reached = last.values
+        else:
+            model.requires_grad_(True)
+            model.model.visual.requires_grad_(phase.sees)
+            model = fine_tune(model, processor, phase.lessons, phase.plan, work / "trainer", last if first else None)
+            reached = last.values if first else {}
+    if first:
+        if phase is not None:
+            reached |= {"right": share_right(model.eval(), processor, phase.lessons)}
+        save_policy(model, processor, work / title)
+        write_json(work / title / "reached.json", {"phase": title, "steps": steps, **reached})
 
 
 class _Last:
@@ -108,7 +132,7 @@ class _Last:
         self._bar.advance(note=f"loss {values['loss']:.3f}")
 
 
-def _recipe(settings: Settings, encoder: Encoder, seed: int) -> dict[str, Any]:
+def _identity(settings: Settings, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
     """What the checkpoint follows from, as far as it may change, and its digest."""
     nothing = Corpus([], settings.search, encoder, Path(), Path())
     made_from = {
@@ -116,49 +140,44 @@ def _recipe(settings: Settings, encoder: Encoder, seed: int) -> dict[str, Any]:
         "encoder": encoder.digest,
         "search": settings.search.shaping(),
         "frames": settings.frames.shaping(),
-        "videos": VIDEOS,
-        "align": ALIGN_STEPS,
-        "phases": [[title, asdict(plan)] for title, _, plan in _phases(nothing, seed)],
+        "world": recipe.world,
+        "videos": recipe.videos,
+        "align": recipe.align_steps,
+        "phases": [[phase.title, asdict(phase.plan)] for phase in recipe.phases(nothing, seed)],
     }
     return {"recipe": json_digest(made_from), "seed": seed}
 
 
-def _begun(work: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def _begun(work: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """What was done by this recipe; what another recipe left is removed."""
     mark = work / "recipe.json"
     done = read_config(mark) if mark.is_file() else {}
-    if done.items() >= recipe.items():
+    if done.items() >= identity.items():
         return done
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    done = {**recipe, "phases": []}
+    done = {**identity, "phases": []}
     write_json(mark, done)
     return done
 
 
-def _kept_corpus(settings: Settings, encoder: Encoder, work: Path) -> Corpus:
+def _kept_corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> Corpus:
     mark = work / "cached"
-    if mark.is_file():
-        return Corpus(
-            _samples("guess-proof", "pretrain", VIDEOS), settings.search, encoder, work / "frames", work / "features"
-        )
-    corpus = cached_corpus(settings, encoder, work, "guess-proof", "pretrain", VIDEOS)
-    mark.touch()
-    return corpus
+    if not mark.is_file():
+        cached_corpus(settings, encoder, work, recipe.world, "pretrain", recipe.videos)
+        mark.touch()
+    return _corpus(settings, recipe, encoder, work)
 
 
-def _phases(corpus: Corpus, seed: int) -> list[tuple[str, Any, Plan]]:
-    """Name, examples and plan of the phases after the first."""
-    count = 10**6
-    shown = Mixture(Reading(corpus, count, 4, 0.3, seed), Episodes(corpus, count, CLEAN, 0.0, seed), 0.5)
-    skilled = Episodes(corpus, count, SKILLED, 0.25, seed + 1, reworded_tools=0.05)
-    mixed = Mixture(Reading(corpus, count, 8, 0.4, seed + 1), skilled, 0.4)
-    base = Episodes(corpus, count, BASE, 0.3, seed + 2, reworded_tools=0.05)
-    return [
-        ("see", Mixture(Lookup(count, seed), shown, 0.25), Plan(200, 48, 1.5e-3, warmup=20, decay=False, seed=seed)),
-        ("search", mixed, Plan(150, 40, 1.5e-3, warmup=20, seed=seed)),
-        ("base", base, Plan(50, 40, 5e-4, seed=seed)),
+def _corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> Corpus:
+    """The cached videos with all that can be asked about them."""
+    scenes = [scene_of(recipe.world, "pretrain", number) for number in range(recipe.videos)]
+    asked = [
+        sample
+        for scene in scenes
+        for sample in samples_of(scene, scene.every_question if isinstance(scene, HopScene) else None)
     ]
+    return Corpus(asked, settings.search, encoder, work / "frames", work / "features")
 
 
 def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, split: str, videos: int) -> Corpus:
@@ -176,7 +195,7 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     from timesearch.video.download import download_videos
     from timesearch.video.frames import cache_frames
 
-    samples = _samples(world, split, videos)
+    samples = [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
     names = sorted({sample.video for sample in samples})
     results = [
         download_videos(samples, root / "videos", settings.download),
@@ -191,49 +210,98 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     return Corpus(samples, settings.search, encoder, root / "frames", root / "features")
 
 
-def _samples(world: str, split: str, videos: int) -> list[Sample]:
-    return [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
+def align(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, steps: int, seed: int, report: Report) -> None:
+    """Phase 1: match every vision token of single frames with the embeddings of the words for what they show.
 
-
-def align(model: Any, processor: Any, corpus: Corpus, steps: int, seed: int, report: Report) -> None:
-    """Phase 1: match every vision token of single frames with the embeddings of their colour and shape word.
-
-    Only the vision tower learns. Every token is to carry both words, so that attention to any of them reads the frame.
+    Only the vision tower learns. Every token is to carry all words, so that attention to any of them reads the frame.
     """
     import torch
 
-    ids = processor.tokenizer.convert_tokens_to_ids
-    colour_ids = torch.tensor([ids(f"Ġ{colour}") for colour in COLOURS])
-    shape_ids = torch.tensor([ids(f"Ġ{shape}") for shape in SHAPES])
+    ids = [torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(words))) for words in recipe.words]
     embeddings = model.get_input_embeddings()
     optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
-    rng = generator("align", seed)
+    rng = generator(_ALIGN, seed)
     search = corpus.search
+    videos = list({sample.video: sample for sample in corpus.samples}.values())
     for step in range(1, steps + 1):
         pictures: list[Any] = []
-        colours, shapes = [], []
+        told: list[tuple[int, ...]] = []
         while len(pictures) < 112:
-            asked = corpus.asked[int(rng.integers(len(corpus.asked)))]
-            search.open(asked.row)
+            sample = videos[int(rng.integers(len(videos)))]
+            search.open({"video": sample.video, "question": sample.question})
             frames = search.video.frames
-            for event in asked.scene.events:
+            for event in scene_of(*_name(sample)).events:
                 window = frames.window(event.start, event.end - 0.5)
                 pictures.append(frames[int(rng.choice(window))])
-                colours.append(list(COLOURS).index(event.colour))
-                shapes.append(SHAPES.index(event.shape))
+                told.append(recipe.told(event))
         batch = processor.image_processor(images=pictures, return_tensors="pt")
         features = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
         tokens_NTD = torch.stack(list(features))
-        loss = torch.zeros(())
-        for words, truth in ((colour_ids, colours), (shape_ids, shapes)):
+        loss, right = torch.zeros(()), torch.ones(tokens_NTD.shape[:2], dtype=torch.bool)
+        for words, truth in zip(ids, zip(*told, strict=True), strict=True):
             logits_NTW = tokens_NTD @ embeddings.weight[words].detach().T
             wanted_NT = torch.tensor(truth)[:, None].expand(logits_NTW.shape[:2])
             loss = loss + torch.nn.functional.cross_entropy(logits_NTW.flatten(0, 1), wanted_NT.flatten())
+            right = right & (logits_NTW.argmax(dim=2) == wanted_NT)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        right = (logits_NTW.argmax(dim=2) == wanted_NT).float().mean()
-        report(step, {"loss": float(loss.detach()), "right": float(right)})
+        report(step, {"loss": float(loss.detach()), "right": float(right.float().mean())})
+
+
+def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSEEN, count: int = _PLAYED) -> float:
+    """The share of assistant turns that, played greedily on what was there before, call or answer as they should.
+
+    Args:
+        model: a policy.
+        processor: of the policy.
+        lessons: whose examples `first` to `first + count` are played.
+        first: number of the first.
+        count: how many.
+    """
+    import torch
+
+    asked: list[tuple[list[Message], list[dict[str, Any]] | None, Message]] = []
+    for number in range(first, first + count):
+        example = lessons[number]
+        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
+        asked += [(example.messages[:place], example.tools, example.messages[place]) for place in turns]
+    asked.sort(key=lambda each: sum(len(text_of(message)) for message in each[0]))
+    right = 0
+    for begin in range(0, len(asked), 32):
+        some = asked[begin : begin + 32]
+        texts = [
+            processor.apply_chat_template(before, tools=tools or None, tokenize=False, add_generation_prompt=True)
+            for before, tools, _ in some
+        ]
+        images = [image for before, _, _ in some for image in images_of(before)] or None
+        batch = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        with torch.no_grad():
+            written = model.generate(**batch, do_sample=False, max_new_tokens=192)
+        said = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for text, (_, _, truth) in zip(said, some, strict=True):
+            mine, its = parse_turn(text), parse_turn(text_of(truth))
+            right += (mine.calls, mine.answer) == (its.calls, its.answer)
+    return right / len(asked)
+
+
+def _name(sample: Sample) -> tuple[str, str, int]:
+    """World, split and seed of a pocket sample's video."""
+    world, split, file = sample.video.split("/")
+    return world, split, int(file.removesuffix(".mp4"))
+
+
+def main() -> None:
+    """One of the processes of a phase: `python -m timesearch.pocket.pretrain FOLDER PHASE PHASE-BEFORE`."""
+    from timesearch.retrieval.encoder import load_encoder
+
+    work, title, before = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    settings = Settings.model_validate(read_config(work / "settings.json"))
+    carry_out(settings, load_encoder(str(settings.paths.models / "encoder")), title, work / before)
+
+
+if __name__ == "__main__":
+    main()

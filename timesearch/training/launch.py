@@ -71,7 +71,7 @@ def _run(settings: Settings, node_rank: int, main_address: str | None, locks: Se
         params = folder / "params.yaml"
         params.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
         if train.launcher == "single":
-            _run_processes(train.processes, params, folder, locks)
+            run_processes(train.processes, ["-m", "timesearch", "train", "--params", str(params)], folder, locks)
         else:
             command = launch_command(train, node_rank, main_address, params)
             launcher = start_guarded(command, env=_environment(), pass_fds=locks)
@@ -141,8 +141,19 @@ def _environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, _HELD: "1"}
 
 
-def _run_processes(count: int, params: Path, folder: Path, locks: Sequence[int]) -> None:
-    """Start `count` processes on this CPU, wait for them, and stop all once one fails."""
+def run_processes(count: int, arguments: Sequence[str], folder: Path, locks: Sequence[int] = ()) -> None:
+    """Start `count` training processes on this CPU, wait for them, and stop all once one fails.
+
+    Args:
+        count: processes; each finds its rank and their number in the environment, as `torch.distributed` has them.
+        arguments: of Python.
+        folder: gets the output of all but the first, whose output is this process's.
+        locks: descriptors that they hold.
+
+    Raises:
+        TemporaryError: one was killed, or something that it needs did not answer.
+        TimeSearchError: one failed.
+    """
     shared = {
         **_environment(),
         "WORLD_SIZE": str(count),
@@ -151,7 +162,7 @@ def _run_processes(count: int, params: Path, folder: Path, locks: Sequence[int])
         "MASTER_PORT": str(_free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
-    command = [sys.executable, "-m", "timesearch", "train", "--params", str(params)]
+    command = [sys.executable, *arguments]
     logs = [folder / f"rank-{rank}.log" for rank in range(count)]
     processes = []
     with ExitStack() as stack:

@@ -158,6 +158,8 @@ class Plan:
     lora_rank: int = 0
     save_steps: int = 0
     """write a checkpoint to resume from every so many steps; 0: never"""
+    in_order: bool = False
+    """take examples by their numbers, for datasets that are in disorder already and make batches of one kind"""
 
 
 def fine_tune(
@@ -222,6 +224,7 @@ def fine_tune(
         max_grad_norm=1.0,
         adam_beta2=0.98,
         seed=plan.seed,
+        train_sampling_strategy="sequential" if plan.in_order else "random",
         bf16=plan.bf16,
         use_cpu=not cuda,
         ddp_backend="gloo" if processes > 1 and not cuda else None,

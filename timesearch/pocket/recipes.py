@@ -1,0 +1,130 @@
+"""What the base policies are pretrained on, phase by phase; `timesearch.pocket.pretrain` carries it out.
+
+A base stands in for Qwen2.5-VL: it reads frames, knows the tool and the format, and searches badly. That of each kind
+of world has a recipe, named as the encoder that it goes with (`models.encoder`). Both begin by *align*: single frames,
+whose vision tokens are matched with the embeddings of the words for what they show. The vision tower is frozen then
+until the last phase: the noisy gradients of whole episodes would undo what it has learned about shapes. Good episodes
+come before bad ones, because copying the asked shape into the query is learned from consistent examples alone. The last
+phase, *base*, takes few steps on episodes that spoil the behaviour and leave the skill.
+
+*pocket*: *see* (re-answers on few frames, look-ups without frames, episodes that search well), *search* (more frames,
+questions that the frames do not answer, faulty episodes among good ones).
+
+*pocket-hops*: *look-up* (text alone: following marks and order through a list of what was seen; it is to be right
+before anything is built on it), *read* (frames drawn at random, several questions about them), *search* (episodes that
+follow every hop, the tools said in many ways), *skill* (faulty episodes among them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading
+from timesearch.pocket.hop_traces import HOP_BASE, HOP_CLEAN, HOP_SKILLED
+from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent
+from timesearch.pocket.lessons import Batches, Corpus, Episodes, Lessons, Lookup, Mixture, Reading
+from timesearch.pocket.policy import make_hop_tokenizer, make_tokenizer
+from timesearch.pocket.traces import BASE, CLEAN, SKILLED
+from timesearch.pocket.world import COLOURS, SHAPES, Event
+from timesearch.training.supervised import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase after *align*."""
+
+    title: str
+    lessons: Lessons
+    plan: Plan
+    sees: bool = False
+    """train the vision tower too"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a base policy is made."""
+
+    world: str
+    videos: int
+    """of the split `pretrain`, which are nobody else's"""
+    align_steps: int
+    tokenizer: Callable[[str], PreTrainedTokenizerFast]
+    """from the name of the prompts"""
+    words: tuple[tuple[str, ...], ...]
+    """tokens that tell what an event shows, a tuple for each thing that is told"""
+    told: Callable[[Event], tuple[int, ...]]
+    """places of an event's tokens in each of `words`"""
+    phases: Callable[[Corpus, int], Sequence[Phase]]
+    """from the corpus and the seed"""
+
+
+_COUNT = 10**6
+"""Numbers of a dataset that makes its examples as they are asked for."""
+
+
+def _shape_and_colour(event: Event) -> tuple[int, ...]:
+    return SHAPES.index(event.shape), list(COLOURS).index(event.colour)
+
+
+def _shape_colour_and_mark(event: Event) -> tuple[int, ...]:
+    assert isinstance(event, HopEvent)
+    return HOP_SHAPES.index(event.shape), list(COLOURS).index(event.colour), HOP_SHAPES.index(event.mark)
+
+
+def _pocket_phases(corpus: Corpus, seed: int) -> list[Phase]:
+    shown = Mixture(Reading(corpus, _COUNT, 4, 0.3, seed), Episodes(corpus, _COUNT, CLEAN, 0.0, seed), 0.5)
+    skilled = Episodes(corpus, _COUNT, SKILLED, 0.25, seed + 1, reworded_tools=0.05)
+    mixed = Mixture(Reading(corpus, _COUNT, 8, 0.4, seed + 1), skilled, 0.4)
+    base = Episodes(corpus, _COUNT, BASE, 0.3, seed + 2, reworded_tools=0.05)
+    see = Mixture(Lookup(_COUNT, seed), shown, 0.25)
+    return [
+        Phase("see", see, Plan(200, 48, 1.5e-3, warmup=20, decay=False, seed=seed)),
+        Phase("search", mixed, Plan(150, 40, 1.5e-3, warmup=20, seed=seed)),
+        Phase("base", base, Plan(50, 40, 5e-4, seed=seed), sees=True),
+    ]
+
+
+def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
+    def plan(steps: int, size: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
+        return Plan(steps, size, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
+
+    lookup, reading = HopLookup(_COUNT, seed), HopReading(corpus, _COUNT, 0.25, seed)
+    clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
+    skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
+    searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
+    base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
+    return [
+        Phase("look-up", lookup, plan(240, 48)),
+        Phase("read", Batches([(reading, 0.7), (lookup, 0.3)], 32), plan(360, 32)),
+        Phase("search", Batches([(clean, 0.7), (reading, 0.2), (lookup, 0.1)], 24), plan(300, 24)),
+        Phase("skill", Batches([(skilled, 0.6), (searched, 0.2), (reading, 0.2)], 24), plan(300, 24, decay=True)),
+        Phase("base", base, plan(40, 24, 4e-4, decay=True), sees=True),
+    ]
+
+
+RECIPES = {
+    "pocket": Recipe(
+        world="guess-proof",
+        videos=500,
+        align_steps=400,
+        tokenizer=make_tokenizer,
+        words=(tuple(f"Ġ{shape}" for shape in SHAPES), tuple(f"Ġ{colour}" for colour in COLOURS)),
+        told=_shape_and_colour,
+        phases=_pocket_phases,
+    ),
+    "pocket-hops": Recipe(
+        world=WORLD,
+        videos=160,
+        align_steps=600,
+        tokenizer=make_hop_tokenizer,
+        words=(tuple(f"Ġ{shape}" for shape in HOP_SHAPES), tuple(f"Ġ{colour}" for colour in COLOURS), HOP_SHAPES),
+        told=_shape_colour_and_mark,
+        phases=_hop_phases,
+    ),
+}
+"""By the name of the encoder."""
