@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from timesearch.base.errors import RequestError
+from timesearch.base.files import write_jsonl
 from timesearch.data.messages import final_answer, parse_turn, text_of, times_of
 from timesearch.data.rows import read_samples
+from timesearch.evaluation.scoring import evaluate_files
+from timesearch.evaluation.table import markdown_table
 from timesearch.models import POCKET_ENCODERS
 from timesearch.models import run as bring_models
 from timesearch.pocket.dataset import write_samples
@@ -32,7 +35,7 @@ from timesearch.retrieval.encoder import load_encoder
 from timesearch.rewards import format_reward
 from timesearch.search.budget import preview_plan
 from timesearch.search.tools import schema_of, seek_video_frames
-from timesearch.settings import Frames, SearchSettings
+from timesearch.settings import Evaluate, Frames, SearchSettings
 from timesearch.training.supervised import UNKNOWN
 from timesearch.video.frames import FrameCache, make_frame_cache
 
@@ -404,3 +407,22 @@ def test_a_reworded_tool_is_called_by_the_names_of_its_schema(corpus: Corpus):
     for name in (*NAMES, *(name for others in ARGUMENTS.values() for name in others)):
         assert tokenizer.tokenize(f'{{"{name}"')[1] == name
     assert draw_wording(rng, corpus.tools).tools != draw_wording(rng, corpus.tools).tools
+
+
+def test_evaluation_says_what_can_be_known_from_the_frames_of_an_episode(tmp_path: Path):
+    asked = {question.hops: question for question in make_hop_scene("test", 0).questions}
+    write_samples(tmp_path / "test.jsonl", "hops", "test", 1)
+    samples = {sample.meta["hops"]: sample for sample in read_samples(tmp_path / "test.jsonl")}
+    rows = []
+    for hops, sample in samples.items():
+        found = sample.gt_seconds[: 2 if hops == 3 else hops]
+        rows.append({**sample.model_dump(mode="json"), "searched_seconds": found, "predicted_answer": sample.answer})
+    write_jsonl(tmp_path / "grpo_csv.jsonl", rows)
+    settings = Evaluate(visual=False, bootstrap=0, groups=["hops"])
+    (scored,) = evaluate_files({"grpo_csv": tmp_path / "grpo_csv.jsonl"}, settings, None)
+    by = {hops: scored.metrics["by"]["hops"][str(hops)]["knowable"] for hops in asked}
+    assert (by[1], by[2]) == (pytest.approx(1), pytest.approx(1))
+    assert by[3] == pytest.approx(CHANCE)
+    head, _, row = markdown_table([scored]).splitlines()
+    assert head.endswith("| 1 hop | at most | 2 hops | at most | 3 hops | at most |")
+    assert row.endswith("| 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 16.7 |")

@@ -47,6 +47,7 @@ from timesearch.evaluation.made import Tally, question_digest, shown_in
 from timesearch.evaluation.qa import parse_choice, published_choice, published_score
 from timesearch.evaluation.temporal import harmonic_mean, span_coverage, temporal_scores
 from timesearch.evaluation.tools import Tools
+from timesearch.pocket.ceiling import knowable
 from timesearch.rewards import answer_letter, interval_iou, parse_intervals
 
 END_TOLERANCE = 1.0
@@ -357,6 +358,9 @@ class Scorer:
             self._fail(prediction, "empty_prediction", "neither messages nor an answer nor searched frames")
         self._count(prediction, episode)
         self._score_times(prediction, episode)
+        known = knowable(prediction.source, prediction.question, episode.times)
+        if known is not None:
+            episode.values["knowable"] = known
         if answered or prediction.error or not episode.times:
             self._score_answer(prediction, episode)
         return episode

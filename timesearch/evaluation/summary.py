@@ -13,6 +13,8 @@ Headline names, as in `metrics.json` (a mean over the episodes that have such a 
   ``qa_differ``: answers that the two read as different letters. `evaluate.qa` says which of them is in
 - ``qa_accuracy`` of multiple-choice and open-ended answers; ``qa_unparsed``: answers that name no option, or nothing,
   and so are wrong; ``grounding_iou`` of grounding answers.
+- ``knowable``, of the pocket's hop world alone: what the accuracy can be at most for one who sees the episode's frames
+  (`timesearch.pocket.ceiling`).
 - ``reanswer_accuracy`` of the answers from the searched frames alone, and ``completeness``, right both times.
 - ``frames_mean``: searched frames an episode, each counted once; ``tool_calls_mean``; ``search_rate``: share of the
   episodes that found a frame or words; ``tools``: the use of each (`timesearch.evaluation.tools`).
@@ -56,6 +58,7 @@ _MEANS = {
     "qa_strict": "qa_strict",
     "qa_published": "qa_published",
     "grounding_iou": "grounding_iou",
+    "knowable": "knowable",
     "reanswer_accuracy": "reanswer_accuracy",
     "completeness": "completeness",
     "frames_mean": "frames",

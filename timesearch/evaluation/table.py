@@ -1,6 +1,7 @@
 """The comparison table: one row a method, uniform sampling first.
 
-Where questions say in `meta.hops` how many pieces of evidence they need, their accuracy stands by that number too.
+Where questions say in `meta.hops` how many pieces of evidence they need, their accuracy stands by that number too, and
+beside it what can be known from the frames, where the generator of the videos tells.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ _MOST_HOPS = 5
 """Columns by hops: a table has no room for more."""
 
 
-def hop_columns(methods: Sequence[MethodScores]) -> list[tuple[str, str]]:
-    """Heads of the columns of accuracy by hops, each with the group's value; none where no question tells."""
+def hop_columns(methods: Sequence[MethodScores]) -> list[tuple[str, str, str]]:
+    """Heads of the columns by hops, each with the group's value and a metric; none where no question tells."""
     told = {value for method in methods for value in method.metrics["by"].get("hops", {})}
-    return [
-        (f"{number} hop{'s' * (number > 1)}", str(number)) for number in range(1, _MOST_HOPS + 1) if str(number) in told
-    ]
+    ceilings = any(method.metrics.get("knowable") is not None for method in methods)
+    columns = []
+    for number in range(1, _MOST_HOPS + 1):
+        if str(number) in told:
+            columns.append((f"{number} hop{'s' * (number > 1)}", str(number), "qa_accuracy"))
+            columns += [("at most", str(number), "knowable")] * ceilings
+    return columns
 
 
 def table_rows(methods: Sequence[MethodScores]) -> list[list[str]]:
@@ -70,14 +75,15 @@ def table_rows(methods: Sequence[MethodScores]) -> list[list[str]]:
     for method in methods:
         cells = [method_label(method.name)]
         cells += [_cell(method.metrics, name, scale) for _, name, scale in TABLE_COLUMNS]
-        cells += [_cell(method.metrics["by"].get("hops", {}).get(value, {}), "qa_accuracy", 100) for _, value in hops]
+        by = method.metrics["by"].get("hops", {})
+        cells += [_cell(by.get(value, {}), name, 100, name == "qa_accuracy") for _, value, name in hops]
         rows.append(cells)
     return rows
 
 
-def _cell(metrics: Mapping[str, Any], name: str, scale: int) -> str:
+def _cell(metrics: Mapping[str, Any], name: str, scale: int, spread: bool = True) -> str:
     value = metrics.get(name)
-    interval = metrics.get("intervals", {}).get(name) if scale == 100 else None
+    interval = metrics.get("intervals", {}).get(name) if scale == 100 and spread else None
     text = "–" if value is None else f"{value * scale:.1f}"
     if value is not None and interval:
         text += f" ± {(interval[1] - interval[0]) * scale / 2:.1f}"
@@ -86,7 +92,7 @@ def _cell(metrics: Mapping[str, Any], name: str, scale: int) -> str:
 
 def _heads(methods: Sequence[MethodScores]) -> list[str]:
     """Heads of the columns after the first."""
-    return [*(column for column, _, _ in TABLE_COLUMNS), *(column for column, _ in hop_columns(methods))]
+    return [*(column for column, _, _ in TABLE_COLUMNS), *(column for column, *_ in hop_columns(methods))]
 
 
 def markdown_table(methods: Sequence[MethodScores]) -> str:
