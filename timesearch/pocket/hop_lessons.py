@@ -17,7 +17,7 @@ from timesearch.pocket.hop_traces import (
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import WORLD, HopEvent, HopScene, Question, make_hop_scene
+from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import generator
@@ -114,6 +114,7 @@ class HopLookup:
     """Exercises without pictures: a list of what was seen, and questions that it answers, or not, hop by hop.
 
     Following marks and order through what was read is a skill of its own, which whole episodes teach slowly and dearly.
+    First every shape is looked up: copying what followed a word is learned from many uses of it.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -126,17 +127,20 @@ class HopLookup:
         rng = generator("hop lookup", self._seed, number)
         scene = make_hop_scene("pretrain", int(rng.integers(10**8, 10**9)))
         questions = [scene.questions[place] for place in rng.permutation(len(scene.questions))]
-        known = {event for question in questions[:3] for event in question.events}
+        known = {event for question in questions[: int(rng.integers(1, 4))] for event in question.events}
         others = [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
         shown = sorted(known.union(others), key=lambda event: event.start)
         content: list[Block] = [{"type": "image", "seconds": event.start} for event in shown]
         told = describe_hops(questions[0], content)
-        messages: list[Message] = []
+        items = {event.shape: f"{event.shape}>{event.mark} {event.colour}" for event in shown}
+        first = int(rng.integers(len(HOP_SHAPES)))
+        order = [*HOP_SHAPES[first:], *HOP_SHAPES[:first]]
+        every = " ".join(f"The {items.get(shape, f'{shape} nothing')}." for shape in order)
+        messages: list[Message] = [{"role": "user", "content": told}, {"role": "assistant", "content": every}]
         for question in questions:
-            if not _told_by_order(question, shown):
-                continue
-            text = question.text if messages else f"{told} {question.text}"
-            messages += [{"role": "user", "content": text}, hop_reanswer(question, content, described=False)]
+            if _told_by_order(question, shown):
+                answer = hop_reanswer(question, content, described=False)
+                messages += [{"role": "user", "content": question.text}, answer]
         return Example(f"lookup {number}", messages)
 
 

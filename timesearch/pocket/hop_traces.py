@@ -20,7 +20,7 @@ import numpy as np
 from timesearch.data.messages import Block, Message, format_seconds, times_of
 from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, Question
 from timesearch.pocket.traces import trace_turn
-from timesearch.pocket.world import COLOURS
+from timesearch.pocket.world import COLOURS, Event
 from timesearch.training.supervised import UNKNOWN
 
 if TYPE_CHECKING:
@@ -150,22 +150,42 @@ def write_hop_reanswer(
 
 
 def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
-    """The right answer from frames alone: what each shows, hop by hop, and the colour or "I don't know"."""
-    seen = times_of(content)
+    """The right answer from frames alone: what each shows, hop by hop, and the colour or "I don't know".
+
+    What follows an event is told by going on with its item to the next one: ``The star>moon green, fish>ring red.``
+    """
     told = [describe_hops(question, content)] if described else []
-    for position, event in enumerate(question.events):
-        followed = bool(position) and question.links[position - 1] == "after"
-        if not _shown(question, event, seen):
-            told.append("Then nothing." if followed else f"The {event.shape} nothing.")
+    seen = [event for event in map(question.scene.visible, times_of(content)) if isinstance(event, HopEvent)]
+    items = [question.scene.visible(seconds) for seconds in times_of(content)]
+    events = list(question.events)
+    while events:
+        event = events.pop(0)
+        link = question.links[question.hops - len(events) - 1] if events else None
+        if event not in seen:
+            told.append(f"The {event.shape} nothing.")
             return trace_turn(" ".join(told), answer=UNKNOWN)
-        told.append(_hop(question, position, seen, question.hops - 1))
+        if link == "points":
+            told.append(f"The {event.shape}>{event.mark}.")
+        elif link == "after":
+            place = items.index(event)
+            if events[0] not in items[place:]:
+                told.append(f"The {_item(event)}, nothing.")
+                return trace_turn(" ".join(told), answer=UNKNOWN)
+            end = items.index(events[0]) + 1
+            told.append(f"The {', '.join(map(_told, items[place:end]))}.")
+            events.pop(0)
+        else:
+            told.append(f"The {_item(event)}.")
     return trace_turn(" ".join(told), answer=question.answer)
 
 
 def describe_hops(question: Question, blocks: Sequence[Block]) -> str:
     """What the shown frames hold, in their order: ``I see star>moon green, nothing.``"""
-    events = map(question.scene.visible, times_of(blocks))
-    return f"I see {', '.join(_item(event) if isinstance(event, HopEvent) else 'nothing' for event in events)}."
+    return f"I see {', '.join(_told(question.scene.visible(seconds)) for seconds in times_of(blocks))}."
+
+
+def _told(event: Event | None) -> str:
+    return _item(event) if isinstance(event, HopEvent) else "nothing"
 
 
 def _item(event: HopEvent) -> str:

@@ -24,6 +24,7 @@ from timesearch.base.model_folders import read_config
 from timesearch.base.progress import Bar, console, progress_bar
 from timesearch.data.messages import Message, parse_turn, text_of
 from timesearch.data.samples import Sample
+from timesearch.dialects import act_of
 from timesearch.pocket.dataset import samples_of
 from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.hops import HopScene
@@ -267,7 +268,8 @@ def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSE
     asked: list[tuple[list[Message], list[dict[str, Any]] | None, Message]] = []
     for number in range(first, first + count):
         example = lessons[number]
-        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = [place for place, said in enumerate(example.messages) if said["role"] == "assistant"]
+        turns = [place for place in turns if act_of(text_of(example.messages[place]))]  # the others are exercises
         asked += [(example.messages[:place], example.tools, example.messages[place]) for place in turns]
     asked.sort(key=lambda each: sum(len(text_of(message)) for message in each[0]))
     right = 0

@@ -10,9 +10,10 @@ phase, *base*, takes few steps on episodes that spoil the behaviour and leave th
 *pocket*: *see* (re-answers on few frames, look-ups without frames, episodes that search well), *search* (more frames,
 questions that the frames do not answer, faulty episodes among good ones).
 
-*pocket-hops*: *look-up* (text alone: following marks and order through a list of what was seen; it is to be right
-before anything is built on it), *read* (frames drawn at random, several questions about them), *search* (episodes that
-follow every hop, the tools said in many ways), *skill* (faulty episodes among them).
+*pocket-hops*: *search* (episodes that follow every hop, the tools said in many ways: an item of what was seen is
+repeated from a few words before, from which copying is learned soonest), *look-up* (the same through longer lists, as
+text alone and as frames drawn at random: begun at once, it is not learned in as many steps), *skill* (faulty episodes
+and re-answers to what was searched), *settle* (the same as the rate falls).
 """
 
 from __future__ import annotations
@@ -99,10 +100,10 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
-        Phase("look-up", lookup, plan(240, 48)),
-        Phase("read", Batches([(reading, 0.7), (lookup, 0.3)], 32), plan(360, 32)),
-        Phase("search", Batches([(clean, 0.7), (reading, 0.2), (lookup, 0.1)], 24), plan(300, 24)),
-        Phase("skill", Batches([(skilled, 0.6), (searched, 0.2), (reading, 0.2)], 24), plan(300, 24, decay=True)),
+        Phase("search", Batches([(clean, 0.8), (reading, 0.2)], 24), plan(300, 24)),
+        Phase("look-up", Batches([(lookup, 0.4), (reading, 0.4), (clean, 0.2)], 24), plan(240, 24)),
+        Phase("skill", Batches([(skilled, 0.5), (searched, 0.2), (reading, 0.2), (lookup, 0.1)], 24), plan(300, 24)),
+        Phase("settle", Batches([(skilled, 0.6), (searched, 0.2), (reading, 0.2)], 24), plan(150, 24, decay=True)),
         Phase("base", base, plan(40, 24, 4e-4, decay=True), sees=True),
     ]
 
