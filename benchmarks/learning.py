@@ -1,11 +1,12 @@
-"""The paper's ablation at pocket size: what completeness self-verification changes, over seeds and two worlds.
+"""The paper's ablation at pocket size: what completeness self-verification changes, over seeds and three worlds.
 
     uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 20] [--workers 2]
 
-In the *guess-proof* world every answer is equally likely, so that only search pays. In the *guessable* world the
-commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned. From one
-cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with equal
-steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below 1000 were
+In the *hops* world a question takes one to three searches, each of which says what to look for next. In the
+*guess-proof* world one search answers, and every answer is equally likely, so that only search pays. In the *guessable*
+world the commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned.
+From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with
+equal steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below 1000 were
 for such choices.
 
 Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
@@ -20,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +36,15 @@ import numpy as np
 from rich.console import Console
 
 from timesearch.base.files import write_json, write_jsonl
-from timesearch.pocket.world import make_scene
+from timesearch.pocket.filesystem import scene_of
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 
-WORLDS = ("guess-proof", "guessable")
+HOPS = "hops"
+WORLDS = (HOPS, "guess-proof", "guessable")
 METHODS = {"base": "search prompt, untrained", "coldstart": "cold start", "grpo": "GRPO", "grpo_csv": "GRPO-CSV"}
+CHOSEN = {"uniform": "uniform, 6 frames", "one_shot": "one-shot, 6 frames", "oracle": "oracle frames"}
+"""Methods without search, of the hop world alone: they say what planning a search is worth."""
 COLUMNS = {
     "qa_accuracy": "accuracy",
     "temporal_f1": "temporal F1 (2 s)",
@@ -48,7 +53,21 @@ COLUMNS = {
     "tool_calls": "calls",
     "frames": "frames",
 }
+HOP_COLUMNS = {
+    "qa_accuracy": "accuracy",
+    **{f"qa_accuracy/{hops}": f"{hops} hop{'s' * (hops > 1)}" for hops in (1, 2, 3)},
+    "several": "2 and 3 hops",
+    "several_knowable": "at most",
+    "verified": "re-answer where found",
+    "temporal_f1": "temporal F1 (2 s)",
+    "completeness": "completeness",
+    "tool_calls": "calls",
+    "frames": "frames",
+}
+"""*at most*: the ceiling of the accuracy on 2 and 3 hops of one who sees the same frames; *re-answer where found*: how
+often the answer from the frames alone is right of the episodes whose frames show every hop."""
 SHARES = ("qa_accuracy", "temporal_f1", "completeness", "searched")
+COUNTS = ("tool_calls", "frames")
 RESAMPLES = 2000
 console = Console(stderr=True)
 
@@ -66,18 +85,32 @@ class Bench:
     heldout: int
     first: int
     temperature: float
+    chosen: tuple[str, ...] = tuple(METHODS)
+    """methods that search"""
+
+    @staticmethod
+    def profile(world: str) -> str:
+        """The profile of a world."""
+        return "hops" if world == HOPS else "pocket"
+
+    def methods(self, world: str) -> dict[str, str]:
+        """What is compared in a world, with its words."""
+        searching = {name: label for name, label in METHODS.items() if name in self.chosen}
+        return {**CHOSEN, **searching} if world == HOPS else searching
 
     def settings(self, world: str, seed: int = 0, method: str = "grpo_csv") -> Settings:
-        """The pocket profile, with every path inside `out`."""
-        settings = load_profile("pocket")
+        """The world's profile, with every path inside `out`."""
+        settings = load_profile(self.profile(world))
         root, run = self.out / world, self.out / world / f"seed-{seed}"
         settings.seed = seed
         paths = settings.paths
         paths.train_samples, paths.test_samples = root / "train.jsonl", root / "heldout.jsonl"
         paths.videos, paths.frames, paths.features = root / "videos", root / "frames", root / "features"
-        paths.models, paths.coldstart, paths.train = self.out / "models", run / "coldstart", run / method
+        paths.models = self.out / f"models-{self.profile(world)}"
+        paths.coldstart, paths.train = run / "coldstart", run / method
         paths.results = run / "results"
-        settings.coldstart.steps = self.coldstart_steps
+        if world != HOPS:
+            settings.coldstart.steps = self.coldstart_steps
         settings.train.steps = self.steps
         settings.train.processes = 1
         settings.train.micro_batch = settings.train.prompts_per_step * settings.train.num_generations
@@ -104,24 +137,23 @@ def piece(bench: Bench, *name: str) -> Iterator[bool]:
 
 def prepare(bench: Bench) -> None:
     """Encoder and base policy, and for each world the questions, videos and caches."""
+    from timesearch.models import run
     from timesearch.pocket.dataset import samples_of
 
-    with piece(bench, "models") as todo:
-        if todo:
-            from timesearch.models import run
-
-            run(bench.settings(bench.worlds[0]))
     for world in bench.worlds:
         settings = bench.settings(world)
+        with piece(bench, settings.paths.models.name) as todo:
+            if todo:
+                run(settings)
         with piece(bench, world, "caches") as todo:
             if not todo:
                 continue
             train = [
                 sample
                 for number in range(bench.train_videos)
-                for sample in samples_of(make_scene(world, "train", number))
+                for sample in samples_of(scene_of(world, "train", number))
             ]
-            asked = [samples_of(make_scene(world, "heldout", bench.first + number)) for number in range(bench.heldout)]
+            asked = [samples_of(scene_of(world, "heldout", bench.first + number)) for number in range(bench.heldout)]
             heldout = [samples[number % len(samples)] for number, samples in enumerate(asked)]
             for path, samples in ((settings.paths.train_samples, train), (settings.paths.test_samples, heldout)):
                 write_jsonl(path, [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples])
@@ -143,49 +175,74 @@ def chain(bench: Bench, world: str, seed: int) -> None:
     with piece(bench, *here, "coldstart") as todo:
         if todo:
             coldstart.run(bench.settings(world, seed))
-    for method in ("grpo", "grpo_csv"):
+    for method in ("grpo_csv", "grpo"):
+        if method not in bench.chosen:
+            continue
         with piece(bench, *here, method) as todo:
             if todo:
                 launch.run(bench.settings(world, seed, method))
-    for method in METHODS:
+    for method in bench.methods(world):
         with piece(bench, *here, f"episodes-{method}") as todo:
             if todo:
-                result = infer.run(bench.settings(world, seed, method), [method])
+                trained = method if method in METHODS else "grpo_csv"
+                result = infer.run(bench.settings(world, seed, trained), [method])
                 if result.failures:
                     raise SystemExit(f"{method}: {result.failures[0].message}")
 
 
 def score(bench: Bench, world: str) -> dict[str, np.ndarray]:
-    """Values of each method's episodes: shape (seeds, questions, columns)."""
+    """Values of each method's episodes: shape (seeds, questions, columns); NaN where an episode has no such value."""
     from timesearch.evaluation.scoring import evaluate_files
     from timesearch.settings import Evaluate
 
     scores: dict[str, np.ndarray] = {}
-    for method in METHODS:
+    settings = Evaluate(thresholds=[2.0], visual=False, bootstrap=0, groups=["hops"])
+    for method in bench.methods(world):
         by_seed = []
         for seed in bench.seeds:
             file = bench.settings(world, seed).paths.results / "predictions" / f"{method}.jsonl"
-            (scored,) = evaluate_files({method: file}, Evaluate(thresholds=[2.0], visual=False, bootstrap=0), None)
-            by_seed.append([[episode.values.get(name, 0.0) for name in COLUMNS] for episode in scored.episodes])
+            (scored,) = evaluate_files({method: file}, settings, None)
+            by_seed.append([values_of(episode, columns(world)) for episode in scored.episodes])
         scores[method] = np.array(by_seed)
     return scores
 
 
-def summarise(values: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Mean over seeds and questions, range of the seeds' means, and a 95% interval from resampled questions."""
+def columns(world: str) -> dict[str, str]:
+    """What is told of a world's episodes, with its words."""
+    return HOP_COLUMNS if world == HOPS else COLUMNS
+
+
+def values_of(episode: Any, names: Iterable[str]) -> list[float]:
+    """The numbers of one episode."""
+    values = {name: episode.values.get(name, 0.0) for name in COLUMNS}
+    right, knowable = values["qa_accuracy"], episode.values.get("knowable", 0.0)
+    for hops in episode.groups.get("hops", []):
+        values[f"qa_accuracy/{hops}"] = right
+        if hops != "1":
+            values |= {"several": right, "several_knowable": knowable}
+    if knowable > 0.99 and "reanswer_accuracy" in episode.values:
+        values["verified"] = episode.values["reanswer_accuracy"]
+    return [values.get(name, math.nan) for name in names]
+
+
+def summarise(values: np.ndarray, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Mean over seeds and questions, range of the seeds' means, and a 95% interval from resampled questions.
+
+    Columns in which no episode has a value are left out.
+    """
     rng = np.random.default_rng(0)
-    questions = values.mean(axis=0)
-    draws = rng.integers(len(questions), size=(RESAMPLES, len(questions)))
-    low, high = np.quantile(questions[draws].mean(axis=1), [0.025, 0.975], axis=0)
-    by_seed = values.mean(axis=1)
-    return {
-        name: {
-            "mean": float(questions[:, column].mean()),
-            "seeds": [float(value) for value in by_seed[:, column]],
-            "interval": [float(low[column]), float(high[column])],
-        }
-        for column, name in enumerate(COLUMNS)
-    }
+    summary = {}
+    for column, name in enumerate(names):
+        told = values[:, :, column]
+        told = told[:, ~np.isnan(told).all(axis=0)]
+        if told.size:
+            questions = np.nanmean(told, axis=0)
+            draws = rng.integers(len(questions), size=(RESAMPLES, len(questions)))
+            low, high = np.quantile(questions[draws].mean(axis=1), [0.025, 0.975])
+            seeds = [float(value) for value in np.nanmean(told, axis=1)]
+            interval = [float(low), float(high)]
+            summary[name] = {"mean": float(questions.mean()), "seeds": seeds, "interval": interval}
+    return summary
 
 
 def table(bench: Bench, summary: dict[str, Any], hours: float) -> str:
@@ -197,13 +254,16 @@ def table(bench: Bench, summary: dict[str, Any], hours: float) -> str:
         "(lowest to highest seed)."
     ]
     for world in bench.worlds:
-        lines += ["", f"**{world}**", "", "| method | " + " | ".join(COLUMNS.values()) + " |"]
-        lines.append("| --- |" + " ---: |" * len(COLUMNS))
-        for method, label in METHODS.items():
+        lines += ["", f"**{world}**", "", "| method | " + " | ".join(columns(world).values()) + " |"]
+        lines.append("| --- |" + " ---: |" * len(columns(world)))
+        for method, label in bench.methods(world).items():
             cells = []
-            for name in COLUMNS:
-                value = summary[world][method][name]
-                scale, digits = (100, 0) if name in SHARES else (1, 1)
+            for name in columns(world):
+                value = summary[world][method].get(name)
+                if value is None:
+                    cells.append("–")
+                    continue
+                scale, digits = (1, 1) if name in COUNTS else (100, 0)
                 mean, *ends = (
                     f"{scale * x:.{digits}f}" for x in (value["mean"], min(value["seeds"]), max(value["seeds"]))
                 )
@@ -218,16 +278,19 @@ def comparisons(summary: dict[str, Any]) -> Iterator[str]:
     def line(world: str, name: str, a: str, b: str) -> str:
         first, second = summary[world][a][name], summary[world][b][name]
         apart = first["interval"][0] > second["interval"][1] or second["interval"][0] > first["interval"][1]
+        words = {**CHOSEN, **METHODS}
         ends = [f"{100 * low:.0f} to {100 * high:.0f}" for low, high in (first["interval"], second["interval"])]
         return (
-            f"- {world}, {COLUMNS[name]}: {METHODS[a]} {100 * (first['mean'] - second['mean']):+.0f} points against "
-            f"{METHODS[b]} (95% intervals {ends[0]} and {ends[1]}, {'apart' if apart else 'overlapping'})"
+            f"- {world}, {columns(world)[name]}: {words[a]} {100 * (first['mean'] - second['mean']):+.0f} points "
+            f"against {words[b]} (95% intervals {ends[0]} and {ends[1]}, {'apart' if apart else 'overlapping'})"
         )
 
-    pairs = {"guess-proof": ("grpo_csv", "coldstart"), "guessable": ("grpo_csv", "grpo")}
-    for world, (a, b) in pairs.items():
-        if world in summary:
-            yield from (line(world, name, a, b) for name in SHARES)
+    pairs = [(HOPS, "grpo_csv", other) for other in ("coldstart", "one_shot", "grpo")]
+    pairs += [("guess-proof", "grpo_csv", "coldstart"), ("guessable", "grpo_csv", "grpo")]
+    for world, a, b in pairs:
+        if world in summary and {a, b} <= summary[world].keys():
+            names = ("several", "completeness") if world == HOPS else SHARES
+            yield from (line(world, name, a, b) for name in names if name in summary[world][b])
 
 
 def draw_curves(bench: Bench, path: Path) -> None:
@@ -243,8 +306,9 @@ def draw_curves(bench: Bench, path: Path) -> None:
         for column, (name, label) in enumerate(panels.items()):
             axis = axes[row][column]
             for method, colour in (("grpo", "tab:orange"), ("grpo_csv", "tab:blue")):
-                runs = [_curve(bench.settings(world, seed, method).paths.train, name) for seed in bench.seeds]
-                if not all(runs):
+                folders = [bench.settings(world, seed, method).paths.train for seed in bench.seeds]
+                runs = [_curve(folder, name) for folder in folders] if method in bench.chosen else []
+                if not runs or not all(runs):
                     continue
                 values = _smooth(np.array(runs))
                 steps = np.arange(1, values.shape[1] + 1)
@@ -283,10 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then score and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of those that search")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20, help="steps of GRPO and of GRPO-CSV")
-    parser.add_argument("--coldstart-steps", type=int, default=100)
+    parser.add_argument("--coldstart-steps", type=int, default=100, help="where one search answers")
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
     parser.add_argument("--first", type=int, default=1000, help="first held-out video")
@@ -305,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.heldout,
         given.first,
         given.temperature,
+        tuple(given.methods),
     )
     if given.only:
         chain(bench, given.only[0], int(given.only[1]))
@@ -315,7 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     todo = [(world, str(seed)) for seed in bench.seeds for world in bench.worlds]
     with ThreadPoolExecutor(given.workers) as pool:
         list(pool.map(lambda pair: _in_process(bench, [*own, "--only", *pair], pair), todo))
-    summary = {world: {m: summarise(v) for m, v in score(bench, world).items()} for world in bench.worlds}
+    summary = {
+        world: {method: summarise(values, columns(world)) for method, values in score(bench, world).items()}
+        for world in bench.worlds
+    }
     seconds = sum(json.loads(mark.read_text())["seconds"] for mark in bench.out.rglob("*.done.json"))
     text = table(bench, summary, seconds / 3600)
     write_json(bench.out / "metrics.json", summary)
