@@ -6,8 +6,8 @@ In the *hops* world a question takes one to three searches, each of which says w
 *guess-proof* world one search answers, and every answer is equally likely, so that only search pays. In the *guessable*
 world the commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned.
 From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with
-equal steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below 1000 were
-for such choices.
+equal steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below
+1000 were for such choices.
 
 Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
 or methods cost only themselves. It writes `table.md`, `curves.png` and `metrics.json` there, and with `--docs FILE` the
