@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from timesearch.pocket.hop_traces import (
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent, HopScene, Question, make_hop_scene
+from timesearch.pocket.hops import HOP_SHAPES, WINDOW, WORLD, HopEvent, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import generator
@@ -114,7 +115,8 @@ class HopLookup:
     """Exercises without pictures: a list of what was seen, and questions that it answers, or not, hop by hop.
 
     Following marks and order through what was read is a skill of its own, which whole episodes teach slowly and dearly.
-    First every shape is looked up: copying what followed a word is learned from many uses of it.
+    First every shape is looked up: copying what followed a word is learned from many uses of it. Then the ends of some
+    windows are told: where a window that begins at a second ends is a table that has to be learned by heart.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -130,13 +132,19 @@ class HopLookup:
         known = {event for question in questions[: int(rng.integers(1, 4))] for event in question.events}
         others = [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
         shown = sorted(known.union(others), key=lambda event: event.start)
-        content: list[Block] = [{"type": "image", "seconds": event.start} for event in shown]
+        content: list[Block] = [{"type": "image", "seconds": math.ceil(2 * event.start) / 2} for event in shown]
         told = describe_hops(questions[0], content)
         items = {event.shape: f"{event.shape}>{event.mark} {event.colour}" for event in shown}
         first = int(rng.integers(len(HOP_SHAPES)))
         order = [*HOP_SHAPES[first:], *HOP_SHAPES[:first]]
         every = " ".join(f"The {items.get(shape, f'{shape} nothing')}." for shape in order)
+        starts = rng.integers(200 - int(WINDOW), size=6)
+        windows = [f"{start}, {start + int(WINDOW)}." for start in starts]
         messages: list[Message] = [{"role": "user", "content": told}, {"role": "assistant", "content": every}]
+        messages += [
+            {"role": "user", "content": f"{' '.join(map(str, starts))}."},
+            {"role": "assistant", "content": " ".join(windows)},
+        ]
         for question in questions:
             if _told_by_order(question, shown):
                 answer = hop_reanswer(question, content, described=False)

@@ -1,8 +1,8 @@
 """Search episodes about the hop world, written by a rule that knows the scene: what supervised training imitates.
 
-A thought tells what was seen, item by item (``star>moon green``: the shape, its mark, its colour), then the hop that
-this settles, then what to seek next. A hop is told by repeating its item from the shape on, so that reading it off is
-copying a run of words, the simplest thing that attention does.
+A thought tells what was seen, item by item (``star>moon green 61.5s``: the shape, its mark, its colour, its time), then
+the hop that this settles, then what to seek next. A hop is told by repeating its item from the shape on, as far as it
+is needed, so that reading it off is copying a run of words, the simplest thing that attention does.
 
 As in `timesearch.pocket.traces`, every trace runs through the real search, and traces are imperfect on purpose, in
 stated shares; here by the number of hops. The fault of its own kind is to stop at an earlier hop, and to answer with
@@ -155,24 +155,24 @@ def hop_reanswer(question: Question, content: Sequence[Block], described: bool =
     What follows an event is told by going on with its item to the next one: ``The star>moon green, fish>ring red.``
     """
     told = [describe_hops(question, content)] if described else []
-    seen = [event for event in map(question.scene.visible, times_of(content)) if isinstance(event, HopEvent)]
-    items = [question.scene.visible(seconds) for seconds in times_of(content)]
+    shown = [(question.scene.visible(seconds), seconds) for seconds in times_of(content)]
+    items = [event for event, _ in shown]
     events = list(question.events)
     while events:
         event = events.pop(0)
         link = question.links[question.hops - len(events) - 1] if events else None
-        if event not in seen:
+        if event not in items:
             told.append(f"The {event.shape} nothing.")
             return trace_turn(" ".join(told), answer=UNKNOWN)
+        place = items.index(event)
         if link == "points":
             told.append(f"The {event.shape}>{event.mark}.")
         elif link == "after":
-            place = items.index(event)
             if events[0] not in items[place:]:
-                told.append(f"The {_item(event)}, nothing.")
+                told.append(f"The {_told(*shown[place])}, nothing.")
                 return trace_turn(" ".join(told), answer=UNKNOWN)
             end = items.index(events[0]) + 1
-            told.append(f"The {', '.join(map(_told, items[place:end]))}.")
+            told.append(f"The {', '.join(_told(*each) for each in shown[place:end])}.")
             events.pop(0)
         else:
             told.append(f"The {_item(event)}.")
@@ -180,12 +180,12 @@ def hop_reanswer(question: Question, content: Sequence[Block], described: bool =
 
 
 def describe_hops(question: Question, blocks: Sequence[Block]) -> str:
-    """What the shown frames hold, in their order: ``I see star>moon green, nothing.``"""
-    return f"I see {', '.join(_told(question.scene.visible(seconds)) for seconds in times_of(blocks))}."
+    """What the shown frames hold, in their order: ``I see star>moon green 61.5s, nothing 80.0s.``"""
+    return f"I see {', '.join(_told(question.scene.visible(seconds), seconds) for seconds in times_of(blocks))}."
 
 
-def _told(event: Event | None) -> str:
-    return _item(event) if isinstance(event, HopEvent) else "nothing"
+def _told(event: Event | None, seconds: float) -> str:
+    return f"{_item(event) if isinstance(event, HopEvent) else 'nothing'} {format_seconds(seconds)}"
 
 
 def _item(event: HopEvent) -> str:
@@ -200,7 +200,7 @@ def _hop(question: Question, position: int, seen: Sequence[float], last: int) ->
         return f"{start} {_item(event)}."
     if question.links[position] == "points":
         return f"{start} {event.shape}>{event.mark}."
-    return f"{start} {event.shape} {format_seconds(_first_seen(question, event, seen))}."
+    return f"{start} {_told(event, _first_seen(question, event, seen))}."
 
 
 def _calls(question: Question, position: int, seen: Sequence[float], end: float) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[int, dict[str, float]], None]
 _ALIGN = "align"
-_PLAYED = 48
+_PLAYED = 24
 """Lessons whose turns are played to say what a phase reached."""
 _UNSEEN = 9 * 10**5
 """Number of the first of them: training takes lessons from 0 on."""
@@ -254,7 +254,8 @@ def align(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, steps: int
 
 
 def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSEEN, count: int = _PLAYED) -> float:
-    """The share of assistant turns that, played greedily on what was there before, call or answer as they should.
+    """The share of assistant turns that, played greedily on what was there before, call or answer as they should; one
+    that does neither, an exercise, is to be the same words.
 
     Args:
         model: a policy.
@@ -268,8 +269,7 @@ def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSE
     asked: list[tuple[list[Message], list[dict[str, Any]] | None, Message]] = []
     for number in range(first, first + count):
         example = lessons[number]
-        turns = [place for place, said in enumerate(example.messages) if said["role"] == "assistant"]
-        turns = [place for place in turns if act_of(text_of(example.messages[place]))]  # the others are exercises
+        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
         asked += [(example.messages[:place], example.tools, example.messages[place]) for place in turns]
     asked.sort(key=lambda each: sum(len(text_of(message)) for message in each[0]))
     right = 0
@@ -285,8 +285,9 @@ def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSE
             written = model.generate(**batch, do_sample=False, max_new_tokens=192)
         said = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for text, (_, _, truth) in zip(said, some, strict=True):
-            mine, its = parse_turn(text), parse_turn(text_of(truth))
-            right += (mine.calls, mine.answer) == (its.calls, its.answer)
+            mine, its, wanted = parse_turn(text), parse_turn(text_of(truth)), text_of(truth)
+            acts = act_of(wanted) is not None
+            right += (mine.calls, mine.answer) == (its.calls, its.answer) if acts else text == wanted
     return right / len(asked)
 
 

@@ -100,7 +100,7 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
-        Phase("search", Batches([(clean, 0.8), (reading, 0.2)], 24), plan(300, 24)),
+        Phase("search", Batches([(clean, 0.8), (reading, 0.2)], 24), plan(240, 24)),
         Phase("look-up", Batches([(lookup, 0.4), (reading, 0.4), (clean, 0.2)], 24), plan(240, 24)),
         Phase("skill", Batches([(skilled, 0.5), (searched, 0.2), (reading, 0.2), (lookup, 0.1)], 24), plan(300, 24)),
         Phase("settle", Batches([(skilled, 0.6), (searched, 0.2), (reading, 0.2)], 24), plan(150, 24, decay=True)),
