@@ -37,7 +37,7 @@ def draw(row: dict[str, Any], frames: FrameCache, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines: list[tuple[str, str, list[tuple[float, int]]]] = []
+    lines: list[tuple[str, str, list[tuple[Any, int]]]] = []
     for message in row["prediction"]:
         if message["role"] == "system":
             continue

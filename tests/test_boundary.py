@@ -327,7 +327,8 @@ def judge_reply(field: str | None, room: Room) -> Read:
     client = httpx.AsyncClient(transport=server.transport)
 
     async def ask() -> None:
-        assert await judge._ask(client, ("q", "a", "b")) in (0.0, 1.0)
+        score, retries = await judge._ask(client, ("q", "a", "b"))
+        assert (score in (0.0, 1.0), retries) == (True, 0)
 
     return server.reads(field, COMPLETION, lambda: room.loop.run(ask()))
 

@@ -56,14 +56,20 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def search(imported: Path, tmp_path_factory: pytest.TempPathFactory) -> Search:
-    """A search by the imported protocol and the profile's budgets; videos have 2 frames a second."""
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Caches of three videos with 2 frames a second."""
     root = tmp_path_factory.mktemp("films")
     for name, seconds, size in (("long", LONG, SIZE), ("short", SHORT, SIZE), ("small", SHORT, (84, 56))):
         write_caches(root, f"{name}.mp4", np.arange(0, seconds, 0.5), size)
+    return root / "cache"
+
+
+@pytest.fixture(scope="module")
+def search(imported: Path, films: Path) -> Search:
+    """A search by the imported protocol and the profile's budgets."""
     settings = load_profile("timesearch-r").search
     settings.prompts = str(imported)
-    return Search(settings, OracleEncoder(), root / "cache/frames", root / "cache/features")
+    return Search(settings, OracleEncoder(), films / "frames", films / "features")
 
 
 def sample(video: str = "long", **fields: Any) -> Sample:
@@ -342,7 +348,7 @@ def test_any_arguments_show_frames_or_get_the_text_of_invalid_calls(search: Sear
         assert len(indices) <= 8
 
 
-def test_released_budgets_reach_the_engine(search: Search, imported: Path) -> None:
+def test_released_budgets_reach_the_engine(search: Search, films: Path, imported: Path) -> None:
     """Of a turn 512 tokens at most, decoded greedily, whatever the checkpoint's own configuration says."""
     bodies = []
 
@@ -360,7 +366,7 @@ def test_released_budgets_reach_the_engine(search: Search, imported: Path) -> No
     settings = load_profile("timesearch-r").for_inference()
     settings.search.prompts, settings.infer.engine = str(imported), "openai"
     at = Served([f"http://127.0.0.1:{server.server_port}/v1"], "tiny", 10.0)
-    encoded = Search(settings.search, search.encoder, search._frames, search._features, encoded=True)
+    encoded = Search(settings.search, search.encoder, films / "frames", films / "features", encoded=True)
 
     async def episode() -> Prediction:
         with open_policy(settings, at=at) as policy:
@@ -393,14 +399,14 @@ class Short(Puppet):
         return await super().reply(messages)
 
 
-def test_where_the_context_is_full_the_episode_fails_and_keeps_what_it_has(search: Search) -> None:
+def test_where_the_context_is_full_the_episode_fails_and_keeps_what_it_has(search: Search, films: Path) -> None:
     """By the released agent's rule; by this project's own the newest frames give way, and it is asked to answer."""
     turns = [call(num_frames=8, start_time=10), call(num_frames=8), ANSWER]
     failed = asyncio.run(run_episode(search, Short(5, *turns), sample("short")))
     assert failed.error is not None
     assert (failed.error.type, failed.outcome, failed.limit) == ("context", "failed", None)
     assert [len(message["content"]) for message in failed.prediction if message["role"] == "tool"] == [17, 17]
-    own = Search(SearchSettings(max_turns=10), search.encoder, search._frames, search._features)
+    own = Search(SearchSettings(max_turns=10), search.encoder, films / "frames", films / "features")
     turns = [call(query="star", start_time=10), ANSWER]
     kept = asyncio.run(run_episode(own, Short(4, *turns), sample("short")))
     assert (kept.error, kept.outcome, kept.limit) == (None, "answered", "context")

@@ -184,7 +184,7 @@ def test_report_page_and_command_line_show_it(played: tuple[Prediction, list[Ste
     assert told[1]["words"] == ["10.0s sign 1: EXIT <im_end>", "20.0s sign 2: EXIT <im_end>"]
 
     screen = io.StringIO()
-    live = cli._Live(Console(file=screen, width=200), tmp_path, "")
+    live = cli._Live(Console(file=screen, width=200))
     for step in steps:
         live(step)
     assert "call      read_signs: words EXIT" in screen.getvalue()
