@@ -10,6 +10,7 @@ from scratch_project import wait_for
 from team_services import Team, missing, team_services
 
 pytestmark = [
+    pytest.mark.services,
     pytest.mark.timeout(3000),
     pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}: uv sync --group team, apt install postgresql"),
 ]
