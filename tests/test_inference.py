@@ -44,7 +44,7 @@ from timesearch.judge.server import judge_server
 from timesearch.search.engine_openai import VIDEO_OPTIONS, OpenAIPolicy, serialise
 from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.search.episode import run_episode, system_message
-from timesearch.search.policy import EngineError, with_video_preview
+from timesearch.search.policy import EngineError, Reply, with_video_preview
 from timesearch.search.protocol import SearchProtocol
 from timesearch.search.reference import import_protocol
 from timesearch.settings import Judge, Settings
@@ -321,12 +321,33 @@ def conversation(settings: Settings, sample: Sample, encoded: bool = False) -> t
     ], tools
 
 
-def played(settings: Settings, sample: Sample, encoded: bool = False) -> tuple[list[Message], list[dict]]:
-    """A conversation by the protocol of the settings, with a search in it; it shows tools as text."""
-    turn = '<think>Look.</think><tool_call>{"name": "seek_video_frames", "arguments": {"num_frames": 1}}</tool_call>'
-    puppet = Puppet(script(turn, answer_turn()), encoded=encoded)
+def reference_turn(*calls: str) -> str:
+    return "<think>Look.</think>" + "".join(f"<tool_call>{call}</tool_call>" for call in calls)
+
+
+def seek(name: str = "seek_video_frames", **arguments: Any) -> str:
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+REFERENCE_TURNS = {
+    "a first search": [reference_turn(seek(num_frames=1))],
+    "a window": [reference_turn(seek(query="star", start_time=2.3, end_time=5.3, num_frames=2))],
+    "a null query": [reference_turn(seek(query=None, num_frames=2))],
+    "an extra argument": [reference_turn(seek(query="star", mood="calm", num_frames=1))],
+    "an unknown tool": [reference_turn(seek("look_elsewhere", query="star"))],
+    "an unreadable call": [reference_turn('{"name": ')],
+    "a silent turn": ["<think>Look.</think>"],
+    "two calls": [reference_turn(seek(query="star", num_frames=1), seek(query="ring", num_frames=1))],
+    "a tenth search": [reference_turn(seek(query="star", num_frames=1))] * 10,
+}
+"""What a policy may write by the released agent's protocol, turn by turn, before it answers."""
+
+
+def played(settings: Settings, sample: Sample, turns: Sequence[str], encoded: bool = False) -> list[list[Message]]:
+    """What is asked after the first turn of an episode by the protocol of the settings, the re-answer too."""
+    puppet = Puppet(script(*turns, answer_turn(), answer_turn()), encoded=encoded)
     asyncio.run(run_episode(new_search(settings, encoded), puppet, sample))
-    return puppet.seen[1], []
+    return puppet.seen[1:]
 
 
 def test_a_batch_answers_as_each_alone_and_as_trl_would_render_it(
@@ -872,19 +893,12 @@ def test_both_engines_read_the_same_tokens_and_write_the_same_text(
     assert without_repeats(read, pad) == without_repeats(ids, pad)
 
 
-@pytest.mark.parametrize("protocol", ["this project's", "another's"])
-def test_both_engines_read_the_same_video(
-    settings: Settings, in_process: TransformersPolicy, vllm: str, tmp_path: Path, protocol: str
-) -> None:
-    sample = read_samples(settings.paths.test_samples)[0]
-    if protocol == "another's":
-        import_protocol(make_clone(tmp_path / "clone"), tmp_path / "protocol")
-        settings.search.prompts = str(tmp_path / "protocol")
-    decoded, tools = played(settings, sample) if protocol == "another's" else conversation(settings, sample)
-    encoded = played(settings, sample, True)[0] if protocol == "another's" else conversation(settings, sample, True)[0]
+def read_by_both(
+    in_process: TransformersPolicy, url: str, decoded: list[Message], encoded: list[Message], tools: list[dict]
+) -> Reply:
+    """Both engines make the same tokens of a conversation, its preview shown as a video; what the server says to it."""
     request = Request(as_video(decoded), tools, 12)
     ids = in_process.encode([request])["input_ids"][0].tolist()
-    (expected,) = in_process.generate([request])
     read: list[int] = []
 
     async def listen(response: httpx.Response) -> None:
@@ -900,9 +914,32 @@ def test_both_engines_read_the_same_video(
         async def _complete(self, url: str, body: bytes) -> tuple[Completion, int]:
             return await super()._complete(url, body[:-1] + b', "return_token_ids": true}')
 
-    reply = asyncio.run(ask(Listening([vllm], "tiny", video_preview=True), encoded, tools))
+    reply = asyncio.run(ask(Listening([url], "tiny", video_preview=True), encoded, tools))
     assert read == ids
+    return reply
+
+
+def test_both_engines_read_the_same_video(settings: Settings, in_process: TransformersPolicy, vllm: str) -> None:
+    sample = read_samples(settings.paths.test_samples)[0]
+    decoded, tools = conversation(settings, sample)
+    reply = read_by_both(in_process, vllm, decoded, conversation(settings, sample, True)[0], tools)
+    (expected,) = in_process.generate([Request(as_video(decoded), tools, 12)])
     assert reply.text.rstrip("\ufffd") == expected.text.rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("turns", REFERENCE_TURNS.values(), ids=REFERENCE_TURNS)
+def test_both_engines_read_what_another_protocol_says(
+    settings: Settings, in_process: TransformersPolicy, vllm: str, tmp_path: Path, turns: list[str]
+) -> None:
+    import_protocol(make_clone(tmp_path / "clone"), tmp_path / "protocol")
+    settings.search.prompts = str(tmp_path / "protocol")
+    choice = {"type": "multiple_choice", "options": ["red", "blue"], "answer": "A"}
+    asked = read_samples(settings.paths.test_samples)[0]
+    for sample in (asked, asked.model_copy(update=choice)):
+        decoded, encoded = (played(settings, sample, turns, packed) for packed in (False, True))
+        assert len(decoded) == len(encoded) >= 1
+        for some, others in ((decoded[0], encoded[0]), (decoded[-1], encoded[-1])):
+            read_by_both(in_process, vllm, some, others, [])
 
 
 def without_repeats(ids: Sequence[int], pad: int) -> list[int]:
