@@ -217,7 +217,7 @@ def test_a_process_that_fails_stops_the_others_and_says_so(tmp_path: Path) -> No
     params = tmp_path / "params.yaml"
     params.write_text("train: {steps: none}\n")
     with pytest.raises(TimeSearchError, match=r"training process \d of 2 ended with exit code 2"):
-        launch._run_processes(2, params, tmp_path, [])
+        launch.run_processes(2, ["-m", "timesearch", "train", "--params", str(params)], tmp_path)
 
 
 def test_hidden_modules_come_back() -> None:
