@@ -426,3 +426,16 @@ def test_the_command_indexes_files(tmp_path: Path, footage: Path) -> None:
     command = [sys.executable, "-m", "timesearch", "subtitles", str(clip), "--out", "indexes"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "subtitle indexes: 1 made, 0 up to date, 0 failed, in indexes" in done.stdout
+
+
+def test_the_stage_leaves_its_folder_where_no_video_has_words(tmp_path: Path, footage: Path) -> None:
+    """DVC wants the output of every stage; the demo's videos have no subtitles."""
+    options = Settings()
+    options.paths.videos, options.paths.subtitles = tmp_path / "videos", tmp_path / "cache" / "subtitles"
+    options.paths.train_samples = options.paths.test_samples = tmp_path / "test.jsonl"
+    options.paths.videos.mkdir()
+    shutil.copy(footage / "car-detection.mp4", options.paths.videos / "a.mp4")
+    written(tmp_path / "test.jsonl", '{"id": "1", "video": "a.mp4", "question": "?", "answer": "a"}\n')
+    result = run(options)
+    assert (result.done, result.failures) == ([], [])
+    assert list(options.paths.subtitles.iterdir()) == []
