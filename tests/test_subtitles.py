@@ -430,12 +430,15 @@ def test_the_command_indexes_files(tmp_path: Path, footage: Path) -> None:
 
 def test_the_stage_leaves_its_folder_where_no_video_has_words(tmp_path: Path, footage: Path) -> None:
     """DVC wants the output of every stage; the demo's videos have no subtitles."""
-    options = Settings()
-    options.paths.videos, options.paths.subtitles = tmp_path / "videos", tmp_path / "cache" / "subtitles"
-    options.paths.train_samples = options.paths.test_samples = tmp_path / "test.jsonl"
-    options.paths.videos.mkdir()
-    shutil.copy(footage / "car-detection.mp4", options.paths.videos / "a.mp4")
-    written(tmp_path / "test.jsonl", '{"id": "1", "video": "a.mp4", "question": "?", "answer": "a"}\n')
-    result = run(options)
-    assert (result.done, result.failures) == ([], [])
-    assert list(options.paths.subtitles.iterdir()) == []
+    (tmp_path / "cache" / "videos").mkdir(parents=True)
+    shutil.copy(footage / "car-detection.mp4", tmp_path / "cache" / "videos" / "a.mp4")
+    row = '{"id": "1", "video": "a.mp4", "question": "?", "answer": "a"}\n'
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        written(tmp_path / "data" / f"{split}.jsonl", row)
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    for _ in range(2):
+        command = [sys.executable, "-m", "timesearch", "subtitles", "--keep-going"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert list((tmp_path / "cache" / "subtitles").iterdir()) == []

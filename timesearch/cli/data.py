@@ -50,6 +50,7 @@ def _recorded(settings: Settings, stage: str, out: Path, work: Callable[[], Batc
         result = work()
         counts = {"made": len(result.done), "up_to_date": len(result.skipped), "failed": len(result.failures)}
         record.log_metrics({name: float(count) for name, count in counts.items()})
+    out.mkdir(parents=True, exist_ok=True)  # where nothing was made too: DVC looks for the output of each stage
     return result
 
 

@@ -511,7 +511,6 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Batc
             apart = (find_subtitles(inside(paths.videos, f"{folder}/{name}")) for folder in ("subtitle", "subtitles"))
             if (file := next((file for file in apart if file is not None), None)) is not None:
                 sources[name] = Source(file)
-    paths.subtitles.mkdir(parents=True, exist_ok=True)  # of videos without words nothing else is made
     return index_subtitles(videos, paths.subtitles, sources, say, broken, speech_of(settings.subtitles.speech))
 
 
