@@ -97,16 +97,23 @@ def seconds(read: Callable[[str], Any], text: str, times: int = 1, repeats: int 
 def superlinear(read: Callable[[str], Any], units: Iterable[str], opening: str = "") -> list[str]:
     """The texts, by how they begin, of which ten times as much takes more than `RATIO` times as long.
 
-    The short text is read ten times over, so that both are measured for about as long: on a busy machine a few
-    milliseconds may be lucky ones. A text is slow if it is so three times over.
+    The short text is read ten times over, so that both are measured for about as long. A text is slow if it is so in
+    each of five rounds, and its quickest long reading beside the slowest short one: neighbours on a busy machine slow
+    down one or the other, and a square would still be seven times the bound.
     """
     slow = []
     for unit in units:
         short, long = (opening + (unit * size)[:size] + "!" for size in (SHORT, LONG))
-        if all(
-            (taken := seconds(read, long)) > RATIO * FLOOR and taken > RATIO / 10 * seconds(read, short, times=10)
-            for _ in range(3)
-        ):
+        longs: list[float] = []
+        shorts: list[float] = []
+        for _ in range(5):
+            longs.append(seconds(read, long))
+            if longs[-1] <= RATIO * FLOOR:
+                break
+            shorts.append(seconds(read, short, times=10))
+            if min(longs) <= RATIO / 10 * max(shorts):
+                break
+        else:
             slow.append(short[:60])
     return slow
 
