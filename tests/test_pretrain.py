@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from players import MeanColour
 
+from timesearch.base.errors import RequestError
 from timesearch.pocket import pretrain as pretraining
 from timesearch.pocket.lessons import Lookup
 from timesearch.pocket.recipes import RECIPES, Phase
@@ -47,3 +48,9 @@ def test_a_rebuild_that_was_stopped_goes_on_and_leaves_the_old_policy_until_it_i
     assert (len(tuned), (settings.paths.models / ".rebuild").exists()) == (3, False)
     said = capsys.readouterr().err
     assert all(said.count(f"{title}: 1 steps, loss") == 1 for title in ("align", "see", "search"))
+
+
+def test_a_rebuild_for_an_encoder_without_recipe_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    settings = load_profile("paper-7b")
+    with pytest.raises(RequestError, match="for which no base policy is pretrained: a rebuild takes one of pocket"):
+        pretraining.pretrain(settings, MeanColour(), tmp_path / "base")

@@ -33,4 +33,4 @@ def _questions(url: str) -> dict[str, Question]:
         scene = parse_url(url)
     except RequestError:
         return {}
-    return {question.text: question for question in scene.every_question} if isinstance(scene, HopScene) else {}
+    return scene.by_text if isinstance(scene, HopScene) else {}

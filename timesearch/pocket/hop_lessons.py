@@ -170,8 +170,7 @@ def questions_of(samples: Sequence[Sample]) -> list[tuple[Sample, Question]]:
         source = sample.source if is_of_hops(sample) else None
         if source not in known:
             scene = parse_url(str(source))
-            questions = scene.every_question if isinstance(scene, HopScene) else []
-            known[source] = {question.text: question for question in questions}
+            known[source] = scene.by_text if isinstance(scene, HopScene) else {}
         question = known[source].get(sample.question)
         if question is None:
             raise RequestError(f"sample {sample.id!r} asks nothing that the generator of the hop world knows")

@@ -23,18 +23,17 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from timesearch.base.errors import RequestError
 from timesearch.pocket.world import (
     COLOURS,
     PREVIEW_MARGIN,
     SHAPES,
     SIZE,
-    SPLITS,
     Event,
     Scene,
     draw_backgrounds,
     generator,
     preview_instants,
+    scene_generator,
     shape_mask,
 )
 
@@ -185,6 +184,11 @@ class HopScene(Scene):
         chains = ((links, self.follow(event.shape, links)) for links in TEXTS for event in self.events)
         return [Question(links, chain, self) for links, chain in chains if chain is not None]
 
+    @cached_property
+    def by_text(self) -> dict[str, Question]:
+        """`every_question` by what is asked."""
+        return {question.text: question for question in self.every_question}
+
     def without(self, event: HopEvent) -> HopScene:
         """The same video with one event taken out."""
         return replace(self, events=[other for other in self.events if other != event])
@@ -210,9 +214,7 @@ def make_hop_scene(split: str, seed: int) -> HopScene:
     Raises:
         RequestError: an unknown split.
     """
-    if split not in SPLITS:
-        raise RequestError(f"pocket split {split!r} is unknown: use one of {', '.join(SPLITS)}")
-    rng = generator(WORLD, split, seed)
+    rng = scene_generator(WORLD, split, seed)
     shapes = [str(shape) for shape in rng.permutation(HOP_SHAPES)]
     starts, lengths, duration = _draw_times(len(shapes), rng)
     events = [

@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timesearch.base.errors import ItemError
+from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.files import json_digest, write_json
 from timesearch.base.model_folders import read_config
 from timesearch.base.progress import Bar, console, progress_bar
-from timesearch.data.messages import Message, parse_turn, text_of
+from timesearch.data.messages import parse_turn, text_of
 from timesearch.data.samples import Sample
 from timesearch.dialects import act_of
 from timesearch.pocket.dataset import samples_of
@@ -33,8 +33,9 @@ from timesearch.pocket.policy import make_policy, make_processor, save_policy
 from timesearch.pocket.recipes import RECIPES, Recipe
 from timesearch.pocket.world import generator
 from timesearch.search.checkpoint import load_model, load_processor
+from timesearch.search.engine_transformers import Request, TransformersPolicy
 from timesearch.settings import Settings
-from timesearch.training.supervised import fine_tune, images_of
+from timesearch.training.supervised import fine_tune
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -43,6 +44,8 @@ Report = Callable[[int, dict[str, float]], None]
 _ALIGN = "align"
 _PLAYED = 24
 """Lessons whose turns are played to say what a phase reached."""
+_TOGETHER, _WRITTEN = 32, 192
+"""Turns that are played at the same time, and tokens of one at most."""
 _UNSEEN = 9 * 10**5
 """Number of the first of them: training takes lessons from 0 on."""
 
@@ -58,9 +61,17 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
         encoder: the pocket encoder.
         folder: gets the whole checkpoint.
         seed: of weights and examples.
+
+    Raises:
+        RequestError: there is no recipe for the encoder.
     """
     from timesearch.training.launch import run_processes
 
+    if settings.models.encoder not in RECIPES:
+        raise RequestError(
+            f"models.encoder is {settings.models.encoder!r}, for which no base policy is pretrained: "
+            f"a rebuild takes one of {', '.join(RECIPES)}"
+        )
     recipe, work = RECIPES[settings.models.encoder], settings.paths.models / ".rebuild"
     done = _begun(work, _identity(settings, recipe, encoder, seed))
     corpus = _kept_corpus(settings, recipe, encoder, work)
@@ -264,30 +275,23 @@ def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSE
         first: number of the first.
         count: how many.
     """
-    import torch
-
-    asked: list[tuple[list[Message], list[dict[str, Any]] | None, Message]] = []
+    asked: list[tuple[Request, str]] = []
     for number in range(first, first + count):
         example = lessons[number]
-        turns = [place for place, message in enumerate(example.messages) if message["role"] == "assistant"]
-        asked += [(example.messages[:place], example.tools, example.messages[place]) for place in turns]
-    asked.sort(key=lambda each: sum(len(text_of(message)) for message in each[0]))
+        for place, message in enumerate(example.messages):
+            if message["role"] == "assistant":
+                asked.append((Request(example.messages[:place], example.tools or [], _WRITTEN), text_of(message)))
+    asked.sort(key=lambda each: sum(len(text_of(message)) for message in each[0].messages))
+    player = TransformersPolicy(model, processor, "base")
     right = 0
-    for begin in range(0, len(asked), 32):
-        some = asked[begin : begin + 32]
-        texts = [
-            processor.apply_chat_template(before, tools=tools or None, tokenize=False, add_generation_prompt=True)
-            for before, tools, _ in some
-        ]
-        images = [image for before, _, _ in some for image in images_of(before)] or None
-        batch = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        with torch.no_grad():
-            written = model.generate(**batch, do_sample=False, max_new_tokens=192)
-        said = processor.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for text, (_, _, truth) in zip(said, some, strict=True):
-            mine, its, wanted = parse_turn(text), parse_turn(text_of(truth)), text_of(truth)
+    for begin in range(0, len(asked), _TOGETHER):
+        some = asked[begin : begin + _TOGETHER]
+        for reply, (_, wanted) in zip(player.generate([request for request, _ in some]), some, strict=True):
+            if isinstance(reply, BaseException):
+                raise reply
+            mine, its = parse_turn(reply.text), parse_turn(wanted)
             acts = act_of(wanted) is not None
-            right += (mine.calls, mine.answer) == (its.calls, its.answer) if acts else text == wanted
+            right += (mine.calls, mine.answer) == (its.calls, its.answer) if acts else reply.text == wanted
     return right / len(asked)
 
 

@@ -34,13 +34,12 @@ from timesearch.pocket.world import (
     COLOURS,
     PREVIEW_MARGIN,
     SHAPES,
-    SPLITS,
     Event,
     Scene,
     draw_backgrounds,
-    generator,
     preview_instants,
     read_colour,
+    scene_generator,
     shape_mask,
 )
 
@@ -161,9 +160,7 @@ def make_senses_scene(split: str, seed: int) -> SensesScene:
     Raises:
         RequestError: an unknown split.
     """
-    if split not in SPLITS:
-        raise RequestError(f"pocket split {split!r} is unknown: use one of {', '.join(SPLITS)}")
-    rng = generator(WORLD, split, seed)
+    rng = scene_generator(WORLD, split, seed)
     shapes = [str(shape) for shape in rng.permutation(SHAPES)[: len(COLOURS)]]
     colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
     starts, lengths, duration = _draw_times(len(shapes), rng)

@@ -123,6 +123,17 @@ def generator(*name: object) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
+def scene_generator(world: str, split: str, seed: int) -> np.random.Generator:
+    """The random generator of a video, of any world.
+
+    Raises:
+        RequestError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise RequestError(f"pocket split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    return generator(world, split, seed)
+
+
 def answer_prior(world: str) -> dict[str, float]:
     """Probability of each colour as an answer in a world.
 
@@ -142,9 +153,7 @@ def make_scene(world: str, split: str, seed: int) -> Scene:
         RequestError: an unknown world or split.
     """
     prior = answer_prior(world)
-    if split not in SPLITS:
-        raise RequestError(f"pocket split {split!r} is unknown: use one of {', '.join(SPLITS)}")
-    rng = generator(world, split, seed)
+    rng = scene_generator(world, split, seed)
     duration = float(rng.integers(90, 151))
     shapes = rng.permutation(SHAPES)[:6]
     needles = rng.permutation([True] * 3 + [False] * 3)
