@@ -140,7 +140,24 @@ def turn(tree: Path, line: Callable[[str], None]) -> Iterator[IO[str]]:
                     line("another run works in this folder: waiting for its stage to end")
                     waiting = True
                 time.sleep(0.5)
+        _remove_cut_record(path.with_name("rwlock"))
         yield lock
+
+
+def _remove_cut_record(record: Path) -> None:
+    """Remove DVC's record of who reads and writes what, where a kill cut it off: it writes that in place, and refuses
+    every command from then on. One that is being written is whole a moment later.
+    """
+    for _ in range(3):
+        try:
+            json.loads(record.read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            time.sleep(0.5)
+        else:
+            return
+    record.unlink(missing_ok=True)
 
 
 def dvc() -> list[str]:

@@ -16,6 +16,8 @@ import httpx
 import psutil
 from scratch_project import environment, free_port, make_project, run, wait_for
 
+from tasks.reproduce import turn
+
 PLANTED = "hf_planted_secret"
 
 
@@ -185,4 +187,5 @@ def make_stale(project: Path, seed: int) -> None:
 
 def changed(project: Path) -> set[str]:
     """Stages that DVC finds changed."""
-    return set(json.loads(run(project, "dvc", "status", "--json").stdout))
+    with turn(project, print):  # a kill may have cut DVC's record off
+        return set(json.loads(run(project, "dvc", "status", "--json").stdout))

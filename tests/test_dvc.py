@@ -17,7 +17,7 @@ from scratch_project import ROOT, environment, make_project, ran, run
 import flows.pipeline
 from flows.pipeline import Stage, pipeline
 from tasks.judge import asks_judge
-from tasks.reproduce import STAGES, StageFailedError, reproduce, stale_stages
+from tasks.reproduce import STAGES, StageFailedError, reproduce, stale_stages, turn
 from tasks.stages import TASKS, download
 from tasks.workspace import is_protected, overridden, workspace
 from timesearch.base.errors import RequestError
@@ -144,6 +144,23 @@ def test_failures_are_told_apart_by_what_another_try_can_change(here: Path) -> N
     finally:
         (here / "fail.txt").unlink()
     assert reproduce("train", here, line=lambda line: None)
+
+
+@pytest.mark.parametrize("left", [b"", b'{"write": {"cache', b"\xff"])
+def test_a_record_that_a_kill_cut_off_blocks_no_run(here: Path, left: bytes) -> None:
+    before = stale_stages(here)
+    (here / ".dvc" / "tmp" / "rwlock").write_bytes(left)
+    assert run(here, "dvc", "status", check=False).returncode, "DVC minds no longer: then nothing needs to be removed"
+    assert stale_stages(here) == before
+
+
+def test_a_whole_record_stays(tmp_path: Path) -> None:
+    record = tmp_path / ".dvc" / "tmp" / "rwlock"
+    record.parent.mkdir(parents=True)
+    record.write_text('{"read": {}, "write": {"a": {"pid": 1, "cmd": "dvc repro"}}}')
+    before = record.read_bytes()
+    with turn(tmp_path, print):
+        assert record.read_bytes() == before
 
 
 def test_the_last_try_of_a_download_leaves_out_what_stays_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
