@@ -126,7 +126,10 @@ class Prefect:
 
     def pause(self, deployment: str) -> None:
         """Let the schedules of a deployment (its id) make no further runs."""
-        self._ask("POST", f"deployments/{deployment}/pause_deployment", headers=self.headers)
+        while True:
+            with suppress(httpx.ReadTimeout):  # SQLite was busy for long; to pause twice is to pause
+                self._ask("POST", f"deployments/{deployment}/pause_deployment", headers=self.headers)
+                return
 
     def state(self, flow_run: str) -> str:
         """The type of a flow run's state; empty while the server does not answer."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from timesearch.search import protocol
 from timesearch.settings import Settings
@@ -84,7 +85,10 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     def write(name: str, *files: str) -> None:
         (tmp_path / name).mkdir()
         for file in files:
-            (tmp_path / name / file).touch()
+            if file.endswith(".pth"):
+                torch.save({"state": torch.zeros(3)}, tmp_path / name / file)
+            else:
+                (tmp_path / name / file).write_text('{"global_step": 1}')
 
     assert latest_checkpoint(tmp_path / "absent") is latest_checkpoint(tmp_path) is None
     write("checkpoint-9", "model.safetensors", "rng_state.pth", "trainer_state.json")
@@ -95,3 +99,17 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path: Path) -> None:
     write("checkpoint-12", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json")
     write("checkpoint-13", "rng_state_0.pth", "trainer_state.json")
     assert latest_checkpoint(tmp_path, processes=2) == str(tmp_path / "checkpoint-12")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_checkpoint_in_whose_writing_a_kill_fell_is_not_gone_on_from(tmp_path: Path, name: str, share: float) -> None:
+    for number in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{number}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "log_history": [{"loss": 1.0}]}')
+        torch.save({"python": [1, 2], "cpu": torch.zeros(3)}, checkpoint / "rng_state.pth")
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    cut = tmp_path / "checkpoint-4" / name
+    cut.write_bytes(cut.read_bytes()[: int(share * cut.stat().st_size)])
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")

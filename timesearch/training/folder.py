@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import count
 from pathlib import Path
+from zipfile import is_zipfile
 
 from timesearch.base.exclusive import contents
 from timesearch.base.files import file_digest, write_json
@@ -67,6 +68,8 @@ def weights_of(policy: Path) -> dict[str, str]:
 def latest_checkpoint(checkpoints: Path, processes: int = 1) -> str | None:
     """The newest checkpoint that is whole: the trainer's state is written last, random states by every process.
 
+    A file that a kill cut off is there and ends too soon, which its form shows.
+
     Args:
         checkpoints: folder that holds `checkpoint-<step>` folders, or is not there.
         processes: training processes, over all nodes.
@@ -74,6 +77,17 @@ def latest_checkpoint(checkpoints: Path, processes: int = 1) -> str | None:
     random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     for checkpoint in reversed(found):
-        if all((checkpoint / name).is_file() for name in ("trainer_state.json", *random_states)):
+        if _is_whole(checkpoint / "trainer_state.json") and all(
+            is_zipfile(checkpoint / name) for name in random_states
+        ):
             return str(checkpoint)
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file holds JSON up to its end."""
+    try:
+        json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
