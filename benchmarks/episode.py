@@ -17,7 +17,7 @@ from typing import Any
 from timesearch.data.messages import blocks_of, describe_call, parse_turn, text_of
 from timesearch.video.frames import FrameCache
 
-WIDTH = 62
+WIDTH = 52
 """Characters of a line of text."""
 
 

@@ -38,7 +38,6 @@ import os
 import re
 import resource
 import signal
-import sys
 import tempfile
 import time
 import uuid
@@ -56,7 +55,7 @@ import numpy as np
 from rich.console import Console
 
 from timesearch.base.replies import Completion
-from timesearch.base.servers import model_server
+from timesearch.base.servers import model_server, vllm_command
 from timesearch.data.messages import Message, blocks_of
 from timesearch.data.samples import Prediction, Sample
 from timesearch.inference.playing import Job, play, search_maker
@@ -71,13 +70,11 @@ from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache
 
 CONSOLE = Console(highlight=False, soft_wrap=True)
-VLLM = "vllm.entrypoints.openai.api_server"
-SERVER = [
-    *(sys.executable, "-m", VLLM, "--model", "{model}", "--host", "{host}", "--port", "{port}"),
+SERVER = vllm_command(
     *("--max-model-len", "4096", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"),
     *("--block-size", "32", "--limit-mm-per-prompt", '{"image": 160}', "--skip-mm-profiling"),
     "--enable-prompt-tokens-details",
-]
+)
 """32 tokens are the smallest block that vLLM's attention on a CPU knows."""
 ASSISTANT = b'"role": "assistant"'
 
@@ -435,7 +432,7 @@ def engine_process(port: int) -> int:
     """The process of the vLLM that serves at `port`."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         arguments = path.read_bytes().decode(errors="replace").split("\0")
-        if arguments[1:3] == ["-m", VLLM] and str(port) in arguments:
+        if arguments[1:3] == SERVER[1:3] and str(port) in arguments:
             return int(path.parent.name)
     raise SystemExit(f"no vLLM runs for port {port}")
 

@@ -6,6 +6,7 @@ prefect deployment run 'pipeline/pocket' --watch       on a worker
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import sys
@@ -30,6 +31,8 @@ from tasks.stages import TASKS
 from tasks.workspace import workspace
 from timesearch.base.errors import TimeSearchError
 from timesearch.base.redaction import redact
+from timesearch.data.rows import read_models
+from timesearch.data.samples import Sample
 from timesearch.settings import Settings, load_settings
 from timesearch.tracking import PARENT_RUN, lock_tags, parent_run, tracking_uri
 
@@ -154,7 +157,7 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
 
 _WELCOME = (
     "The whole pipeline at pocket size: videos are made and fetched, frames and features cached, a policy is "
-    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 8 "
+    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 20 "
     "minutes on two cores, and once all is up to date half a minute. All of it stays in this folder, but for checksums "
     "of files in ~/.cache/timesearch. Ctrl-C stops it, and the same command goes on.\n"
 )
@@ -177,15 +180,22 @@ def main() -> None:
     made = ", ".join(done["ran"]) or "nothing, all was up to date"
     print(f"\n{done['table']}\nmade: {made}\n\nNext:")
     uv = "uv" if shutil.which("uv") else ".uv/bin/uv"
-    video = Path("cache/videos/demo/test/1000.mp4")
-    asked = f'{uv} run timesearch ask {video} "What colour is the heart?"'
     for what, command in (
         ("every episode, in a browser", "results/report.html"),
-        *([("ask the trained policy", asked)] if video.is_file() else []),
+        *_example(uv),
         ("Prefect's and MLflow's pages of this run", "make ui"),
         ("another value, compared", f"{uv} run dvc exp run -S evaluate.bootstrap=200 && {uv} run dvc exp show"),
     ):
         print(f"  {what:42}{command}")
+
+
+def _example(uv: str) -> list[tuple[str, str]]:
+    """How the trained policy is asked what the first test sample asks; nothing where its video is not there."""
+    paths = load_settings("params.yaml").paths
+    sample = next(read_models(paths.test_samples, Sample, lambda _: None), None)
+    if sample is None or not (video := paths.videos / sample.video).is_file():
+        return []
+    return [("ask the trained policy", shlex.join([uv, "run", "timesearch", "ask", str(video), sample.question]))]
 
 
 def _start_server() -> None:

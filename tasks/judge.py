@@ -14,6 +14,7 @@ from prefect.logging import get_run_logger
 
 from tasks.outage import AWAY
 from timesearch.data.rows import read_samples
+from timesearch.judge.on_ray import is_kept_apart
 from timesearch.judge.server import judge_server
 from timesearch.settings import Judge, Settings
 
@@ -33,6 +34,8 @@ def _serve(settings: Judge, started: Queue[BaseException | None], done: Event) -
 def asks_judge(stage: str, settings: Settings, tree: Path) -> bool:
     """Whether a stage in `tree` asks a judge's server: it scores answers, and a sample of its file is open-ended.
 
+    One that is kept apart on a cluster the stages start themselves.
+
     Raises:
         RequestError: the sample file is missing, or no row of it can be used.
     """
@@ -40,7 +43,7 @@ def asks_judge(stage: str, settings: Settings, tree: Path) -> bool:
     files = {"train": paths.train_samples, "evaluate": paths.test_samples}
     if settings.coldstart.traces in ("teacher", "policy"):
         files["coldstart"] = paths.train_samples
-    if settings.judge.kind == "rule" or stage not in files:
+    if settings.judge.kind == "rule" or stage not in files or is_kept_apart(settings.cluster, settings.judge):
         return False
     samples = read_samples(tree / files[stage], report=lambda _: None)  # the stage lists the rows that it leaves out
     return any(sample.type == "open_ended" for sample in samples)

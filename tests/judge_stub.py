@@ -22,6 +22,7 @@ parser.add_argument("--load", type=float, default=0.0, help="seconds until it li
 parser.add_argument("--say", default="")
 parser.add_argument("--exit", type=int)
 parser.add_argument("--key", help="refuse requests without it")
+parser.add_argument("--host", default="127.0.0.1")
 parser.add_argument("--plain", action="store_true", help="be a web server that is no model server")
 options = parser.parse_args()
 state = {"asked": 0, "in_flight": 0, "most": 0}
@@ -89,6 +90,6 @@ if options.exit is not None:
 if options.children:
     print("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
 time.sleep(options.load)
-server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
+server = ThreadingHTTPServer((options.host, options.port), Handler)
 print("ready", flush=True)
 server.serve_forever()

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -100,11 +101,12 @@ class Prefect:
         )
 
     def _ask(self, method: str, path: str, **options: Any) -> Any:
-        """Ask the API; 503 says that SQLite was busy, and to try again."""
+        """Ask the API for what may be asked twice: SQLite that is busy with much else answers 503, or late."""
         while True:
-            answer = httpx.request(method, f"{self.env['PREFECT_API_URL']}/{path}", timeout=60, **options)
-            if answer.status_code != 503:
-                return answer.raise_for_status().json()
+            with suppress(httpx.ReadTimeout):
+                answer = httpx.request(method, f"{self.env['PREFECT_API_URL']}/{path}", timeout=60, **options)
+                if answer.status_code != 503:
+                    return answer.raise_for_status().json() if answer.content else None
             time.sleep(1)
 
     @cached_property
@@ -122,14 +124,12 @@ class Prefect:
 
     def start_run(self, deployment: str, **body: Any) -> str:
         """Start a run as scripts and agents do; its id."""
-        return str(self.api(f"deployments/{self.deployment(deployment)}/create_flow_run", **body)["id"])
+        once = {"idempotency_key": str(uuid4())}
+        return str(self.api(f"deployments/{self.deployment(deployment)}/create_flow_run", **once, **body)["id"])
 
     def pause(self, deployment: str) -> None:
         """Let the schedules of a deployment (its id) make no further runs."""
-        while True:
-            with suppress(httpx.ReadTimeout):  # SQLite was busy for long; to pause twice is to pause
-                self._ask("POST", f"deployments/{deployment}/pause_deployment", headers=self.headers)
-                return
+        self._ask("POST", f"deployments/{deployment}/pause_deployment", headers=self.headers)
 
     def state(self, flow_run: str) -> str:
         """The type of a flow run's state; empty while the server does not answer."""
@@ -149,17 +149,15 @@ class Prefect:
                     found.append(process)
         return found
 
-    def last_runs(self, count: int) -> list[dict[str, Any]]:
-        """The runs that were started last, the last first; those that a schedule has planned do not count."""
-        started = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}
-        return list(self.api("flow_runs/filter", sort="START_TIME_DESC", limit=count, flow_runs=started))
-
     def runs_of(self, deployment: str, **which: Any) -> list[dict[str, Any]]:
         """The runs of a deployment (its id) that the filter `which` lets through."""
         return list(self.api("flow_runs/filter", deployments={"id": {"any_": [deployment]}}, flow_runs=which))
 
     def last_run(self) -> dict[str, Any]:
-        return self.last_runs(1)[0]
+        """The run that was started last; those that a schedule has planned do not count."""
+        started = {"state": {"type": {"not_any_": ["SCHEDULED"]}}}
+        found: list[dict[str, Any]] = self.api("flow_runs/filter", sort="START_TIME_DESC", limit=1, flow_runs=started)
+        return found[0]
 
     def states(self, flow_run: str) -> dict[str, str]:
         runs = self.api("task_runs/filter", task_runs={"flow_run_id": {"any_": [flow_run]}})

@@ -60,10 +60,11 @@ def make_project(folder: Path) -> Path:
     (project / "data").mkdir()
     for split in ("train", "test"):
         (project / "data" / f"{split}.jsonl").write_text('{"id": "1", "video": "a.mp4", "question": "?"}\n')
-    (project / "pretrained" / "pocket").mkdir(parents=True)
-    (project / "pretrained" / "pocket" / "config.json").write_text("{}")
+    for name in ("pocket", "hops"):
+        (project / "pretrained" / name).mkdir(parents=True)
+        (project / "pretrained" / name / "config.json").write_text("{}")
     run(project, "git", "init", "-q", "-b", "main")
-    run(project, "dvc", "add", "-q", "data", "pretrained/pocket")
+    run(project, "dvc", "add", "-q", "data", "pretrained/pocket", "pretrained/hops")
     run(project, "dvc", "push", "-q")
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-q", "-m", "project")

@@ -54,7 +54,7 @@ def test_the_search_is_shown_and_the_second_question_reads_nothing_again(
     lines = [line.split(maxsplit=1)[0] for line in out.splitlines()]
     assert lines == ["question", "preview", "turn", "call", "found", "turn", "answer", "seen", "looked", "saved"]
     assert "seek_video_frames: red car, end_time 20" in out
-    assert "the same answer" in out
+    assert "from what was found alone: the same answer" in out
     assert "\x1b[31m" not in out
     with Image.open(sheet) as picture:
         assert picture.format == "PNG"
@@ -215,3 +215,14 @@ def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:
 def test_caches_go_to_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "timesearch"
+
+
+def test_speech_is_refused_where_its_words_could_not_be_found(tmp_path: Path, footage: Path, capsys) -> None:
+    video = str(footage / "car-detection.mp4")
+    for arguments, says in (
+        ([video, "What?"], "--speech writes words down for the tool search_subtitles, which is not offered"),
+        (["--library", str(tmp_path), "What?"], "`timesearch index --speech MODEL`"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["ask", *arguments, "--speech", "tiny", "--params", str(tmp_path / "none.yaml")])
+        assert (ended.value.code, says in capsys.readouterr().err) == (2, True)

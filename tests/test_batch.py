@@ -59,8 +59,8 @@ def test_an_item_whose_worker_dies_is_tried_again(tmp_path: Path) -> None:
 
 def test_frames_on_ray(tmp_path: Path) -> None:
     videos = {f"{number}.mp4": make_video(tmp_path / f"{number}.mp4", seconds=2) for number in range(3)}
-    settings = Frames(ray_address="local", workers=2)
-    assert sorted(cache_frames(videos, tmp_path / "out", settings).done) == sorted(videos)
+    made = cache_frames(videos, tmp_path / "out", Frames(workers=2), ray_address="local")
+    assert sorted(made.done) == sorted(videos)
     assert all(len(FrameCache.open(path)) == 4 for path in (tmp_path / "out").iterdir())
 
 
@@ -79,7 +79,7 @@ def test_features_on_ray(tmp_path: Path) -> None:
     here = os.getpid()
     make_frame_cache(make_video(tmp_path / "a.mp4", seconds=2), tmp_path / "a.frames", Frames())
     frames = dict.fromkeys(("a.mp4", "b.mp4"), tmp_path / "a.frames")
-    result = cache_features(frames, tmp_path / "out", Colours(), Features(ray_address="local", workers=2))  # type: ignore[arg-type]
+    result = cache_features(frames, tmp_path / "out", Colours(), Features(workers=2), ray_address="local")  # type: ignore[arg-type]
     assert sorted(result.done) == ["a.mp4", "b.mp4"]
     rows = FeatureCache.open(tmp_path / "out" / "b.mp4.safetensors").features
     assert rows.shape == (4, 4)

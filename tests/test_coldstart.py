@@ -258,6 +258,17 @@ def test_lora_trains_and_is_merged(corpus: Corpus, processor: Any, tmp_path: Pat
     assert any(not torch.equal(state[name], fresh[name]) for name in fresh)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_frozen_vision_tower_stays_as_it_is(corpus: Corpus, processor: Any, tmp_path: Path, lora_rank: int):
+    examples = [Episodes(corpus, 100, COLD_START, 0.25, seed=6)[number] for number in range(2)]
+    plan = Plan(steps=2, batch_size=2, micro_batch=1, learning_rate=1e-2, lora_rank=lora_rank)
+    trained = fine_tune(make_policy(processor.tokenizer), processor, examples, plan, tmp_path, vision=False)
+    state, fresh = trained.state_dict(), make_policy(processor.tokenizer).state_dict()
+    changed = {name for name in fresh if not torch.equal(state[name], fresh[name])}
+    assert changed
+    assert not any(".visual." in name for name in changed)
+
+
 def test_the_stage_writes_a_checkpoint_that_loads(project: Settings):
     folder = run(project)
     model = load_model(folder)

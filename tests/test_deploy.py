@@ -137,8 +137,10 @@ def test_compose_names_nothing_that_is_not_there() -> None:
 def test_the_image_is_made_of_what_the_checkout_has() -> None:
     recipe = (ROOT / "deploy" / "Dockerfile").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for group in re.findall(r"--group (\w+)", recipe):
+    for group in re.findall(r"-group (\w+)", recipe):
         assert group in project["dependency-groups"]
+    for extra in re.findall(r"(?:--extra |VLLM=)([\w-]+)", recipe):
+        assert extra in project["project"]["optional-dependencies"]
     (made_by,) = set(re.findall(r"uv==(\S+)", recipe))
     assert f"uv=={made_by}" in (ROOT / "Makefile").read_text()
     assert COMPOSE["services"]["worker"]["build"]["dockerfile"] == "deploy/Dockerfile"

@@ -27,6 +27,7 @@ from timesearch.settings import Download, Frames
 from timesearch.video import download as download_module
 from timesearch.video import frames as frames_module
 from timesearch.video.download import TRY_AGAIN, download_videos, fetch
+from timesearch.video.subtitles import find_subtitles
 
 BODY = random.Random(0).randbytes(300_000)
 
@@ -394,3 +395,54 @@ def test_a_signed_address_goes_out_as_it_was_given(host: Host, tmp_path: Path) -
     fetch(f"{host.url}/a ä.mp4", tmp_path / "b.mp4", digest(BODY))
     host.moved["old.mp4"] = f"{host.url}/{signed}"
     fetch(f"{host.url}/old.mp4", tmp_path / "c.mp4", digest(BODY))
+
+
+SRT = "1\n00:00:01,000 --> 00:00:02,000\nHello.\n"
+
+
+def test_subtitles_come_with_their_videos(host: Host, tmp_path: Path) -> None:
+    clip = make_video(tmp_path / "clip.mp4", seconds=1)
+    local = tmp_path / "local"
+    local.mkdir()
+    for name in ("talk.mp4", "mute.mp4"):
+        (local / name).write_bytes(clip.read_bytes())
+    (local / "talk.en.srt").write_text(SRT)
+    (local / "talk.info.json").write_text("{}")
+    host.files = {
+        "a.mp4": clip.read_bytes(),
+        "a%20words.srt": SRT.encode(),
+        "b.vtt?signed=1": b"WEBVTT\n\n00:01.000 --> 00:02.000\nHi\n",
+        "page.srt": b"<html>not found</html>",
+    }
+    url = host.url
+
+    def row(video: str, source: str, **meta: object) -> Sample:
+        return Sample(id=video, video=video, source=source, question="?", meta=meta)
+
+    samples = [
+        row("x/talk.mp4", str(local / "talk.mp4")),
+        row("far.mp4", (local / "talk.mp4").as_uri()),
+        row("mute.mp4", str(local / "mute.mp4")),
+        row("a.mp4", f"{url}/a.mp4", subtitle_source=f"{url}/a words.srt"),
+        row("b.mp4", f"{url}/a.mp4", subtitle_source=f"{url}/b.vtt?signed=1", subtitle_path="subtitles/b_en.vtt"),
+        row("c.mp4", f"{url}/a.mp4", subtitle_source=f"{url}/page.srt"),
+        row("d.mp4", f"{url}/a.mp4", subtitle_source=f"{url}/none.srt"),
+        row("e.mp4", f"{url}/a.mp4", subtitle_source=f"{url}/b.vtt", subtitle_path="../out.vtt"),
+        row("f.mp4", f"{url}/a.mp4", subtitle_source=7, subtitle_path="given.json"),
+    ]
+    out = tmp_path / "videos"
+    result = download_videos(samples, out, Download(retries=0))
+    failed = {failure.item: failure.reason for failure in result.failures}
+    assert failed == {"c.srt": "bad_subtitles", "d.srt": "not_found", "../out.vtt": "unsafe_path"}
+    words = ["x/talk.en.srt", "far.en.srt", "a.srt", "subtitles/b_en.vtt"]
+    videos = sorted(sample.video for sample in samples)
+    assert sorted(result.done) == sorted([*words, *videos])
+    assert sorted(
+        str(path.relative_to(out)) for path in out.rglob("*") if path.suffix in (".srt", ".vtt", ".json")
+    ) == (sorted(words))
+    assert not (tmp_path / "out.vtt").exists()
+    assert (out / "x" / "talk.en.srt").read_text() == SRT
+    host.files["page.srt"] = SRT.encode()
+    again = download_videos(samples, out, Download(retries=0))
+    assert again.done == ["c.srt"]
+    assert find_subtitles(out / "a.mp4") == out / "a.srt"

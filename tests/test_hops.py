@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,17 @@ from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
 from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, questions_of
-from timesearch.pocket.hop_traces import HOP_CLEAN, HOP_COLD_START, write_hop_reanswer, write_hop_trace
+from timesearch.pocket.hop_traces import (
+    HOP_CLEAN,
+    HOP_COLD_START,
+    RELATIONS,
+    HopNotes,
+    write_hop_reanswer,
+    write_hop_trace,
+)
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene
 from timesearch.pocket.lessons import Corpus
-from timesearch.pocket.policy import make_hop_tokenizer, tools_block
+from timesearch.pocket.policy import hop_parts, make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, Read, read_event, search_by_reading
 from timesearch.pocket.wordings import ARGUMENTS, NAMES, draw_wording
@@ -127,9 +135,9 @@ def test_a_window_from_any_frame_of_an_event_holds_the_next_one_alone():
             follower = scene.following(event)
             assert follower is not None
             further = scene.following(follower)
-            for seconds in np.arange(event.start, event.end, 0.5):
-                assert event.end < follower.start <= seconds + WINDOW - 1
-                assert further is None or further.start >= seconds + WINDOW + 1
+            for seconds in np.arange(np.ceil(FRAMES.fps * event.start), FRAMES.fps * event.end) / FRAMES.fps:
+                assert event.end < follower.start <= int(seconds) + WINDOW - 1
+                assert further is None or further.start > int(seconds) + WINDOW
 
 
 def test_questions_are_of_one_to_three_hops_and_no_shape_begins_two():
@@ -276,14 +284,41 @@ def test_clean_traces_name_each_hop_and_answer_rightly(corpus: Corpus):
         turns = [text_of(message) for message in trace if message["role"] == "assistant"]
         assert final_answer(trace) == sample.answer
         assert format_reward(trace) == 1
-        told = " ".join(turns)
-        for event, link in zip(question.events, question.links, strict=False):
-            assert (f"{event.shape}>{event.mark}." if link == "points" else "I need to see what follows.") in told
+        followed = turns[-1].partition("So ")[2].split("<")[0].split()
+        for event, after, link in zip(question.events, question.events[1:], question.links, strict=False):
+            assert f"{event.shape}{'>' if link == 'points' else '+'}{after.shape}" in followed
         if "after" in question.links:
             calls = [call.arguments for turn in turns for call in parse_turn(turn).calls]
             (window,) = [call for call in calls if call["query"] == "shape"]
-            found = told.partition("s. I need to see what follows")[0].rpartition(" ")[2]
-            assert window["start_time"] == int(float(found))
+            (found,) = set(re.findall(rf"{question.events[-2].shape}@(\d+)\.\ds", " ".join(turns)))
+            assert (window["start_time"], window["end_time"]) == (int(found), int(found) + WINDOW)
+
+
+def test_notes_tell_what_was_seen_and_nothing_else():
+    for seed in range(200):
+        scene = make_hop_scene("train", seed)
+        rng = np.random.default_rng(seed)
+        seconds = [int(each) / 2 for each in rng.integers(int(2 * scene.duration), size=12)]
+        notes = HopNotes(scene)
+        told = [notes.see([{"type": "image", "seconds": each} for each in some]) for some in (seconds[:6], seconds[6:])]
+        shown = {event for event in map(scene.visible, seconds) if event}
+        assert sum(each.count("@") for each in told) == len(shown)
+        assert {key[:-1] for key in notes.values} == {event.shape for event in shown}
+        for event in scene.events:
+            values = [notes.values.get(f"{event.shape}{relation}") for relation in ">=@+"]
+            if event in shown:
+                after = scene.following(event)
+                assert values[:2] == [event.mark, event.colour]
+                assert scene.visible(float(str(values[2]).removesuffix("s"))) == event
+                assert values[3] == (after.shape if after in shown else None)
+        for question in scene.every_question:
+            told, found = notes.follow(question, question.hops)
+            assert isinstance(found, str) == (set(question.events) <= shown)
+            if isinstance(found, str):
+                assert found == question.answer
+                assert told.split()[-1] == f"{question.events[-1].shape}={found}"
+            else:
+                assert told[-1] == "?" or "@" in told.split()[-1]
 
 
 def test_faulty_traces_fail_as_often_as_their_habits_say(corpus: Corpus):
@@ -296,7 +331,7 @@ def test_faulty_traces_fail_as_often_as_their_habits_say(corpus: Corpus):
         assert format_reward(example.messages[1:]) == 1
         right.setdefault(sample.meta["hops"], []).append(final_answer(example.messages) == sample.answer)
     assert np.mean(right[1]) > 0.7
-    for hops, share in ((2, 0.45 + 0.1 * 0.5 + 0.5 / 6), (3, 0.25 + 0.15 * 0.5 + 0.675 / 6)):
+    for hops, share in ((2, 0.4 + 0.1 * 0.5 + 0.55 / 6), (3, 0.25 + 0.15 * 0.5 + 0.675 / 6)):
         assert np.mean(right[hops]) == pytest.approx(share, abs=0.25)
 
 
@@ -340,38 +375,39 @@ def test_the_tokenizer_reads_tools_questions_and_items_by_their_words():
     for shape in HOP_SHAPES:
         for text in TEXTS.values():
             words = text.format(shape=shape)
-            assert len(tokenizer.tokenize(words)) == len(words.replace("?", " ?").split())
-        assert tokenizer.tokenize(f" {shape}>moon green.") == [f"Ġ{shape}", ">", "moon", "Ġgreen", "."]
+            assert len(tokenizer.tokenize(words)) == len(words.split())
+        for relation in RELATIONS:
+            assert tokenizer.tokenize(f" {shape}{relation}moon,") == [f"\u0120{shape}{relation}", "moon", ","]
+            assert hop_parts(f"\u0120{shape}{relation}") == (f"shape {shape}", f"relation {relation}")
+        assert tokenizer.tokenize(f" {shape}=green.") == [f"\u0120{shape}=", "green", "."]
         assert tokenizer.tokenize(f'{{"query": "{shape}"}}}}\n')[-2] == shape
-    assert tokenizer.tokenize("162.5s") == ["162", ".5s"]
+        assert hop_parts(shape) == ()
+    assert tokenizer.tokenize("162.5s, 61") == ["162.5s", ",", "\u0120", "61"]
+    assert hop_parts("162.5s") == ("1 hundreds", "6 tens", "2 units", "5 tenths")
+    assert hop_parts("61") == ("0 hundreds", "6 tens", "1 units", "number")
+    assert [hop_parts(word) for word in (".5s", "1234", "s", "?", "\u0120to?", "\u0120")] == [()] * 6
     odd = 'Zoom <b>here</b>, {"a_b": [1.25, "é"]}\n\t'
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
 
 
-def test_lookups_tell_what_their_lists_say():
-    lessons = HopLookup(40, 0)
-    unknown: list[bool] = []
-    for number in range(len(lessons)):
-        told, every, starts, windows, *asked = (text_of(message) for message in lessons[number].messages)
-        items = told.removeprefix("I see ").removesuffix(".").split(", ")
-        events = [item.rpartition(" ")[0] for item in items]
-        assert sorted(events) == sorted(
-            said for said in every.replace("The ", "").removesuffix(".").split(". ") if ">" in said
-        )
-        ends = [pair.split(", ") for pair in windows.removesuffix(".").split(". ")]
-        assert [start for start, _ in ends] == starts.removesuffix(".").split()
-        assert all(int(end) - int(start) == WINDOW for start, end in ends)
-        assert len(asked) >= 2
-        for turn in asked[1::2]:
-            answer = parse_turn(turn).answer
-            last = (parse_turn(turn).thought or "").removesuffix(".").split(". ")[-1].split(", ")[-1]
-            unknown.append(answer == UNKNOWN)
-            if answer == UNKNOWN:
-                assert last.endswith("nothing")
-            else:
-                assert last.removeprefix("The ") in (*items, *events)
-                assert f" {answer}" in last
-    assert 0.1 < np.mean(unknown) < 0.6
+def test_lookups_tell_what_their_frames_show(corpus: Corpus):
+    lessons = HopLookup(corpus, 10**6, 0)
+    known: list[bool] = []
+    for number in range(40):
+        shown, *rest = lessons[number].messages
+        notes = HopNotes(make_hop_scene("test", int(lessons[number].name.split("-")[2])))
+        notes.see(shown["content"])
+        *hops, times, windows = (text_of(message) for message in (shown, *rest))
+        assert len(hops) == 24
+        for asking, told in zip(hops[::2], hops[1::2], strict=True):
+            key = asking.partition("From ")[2]
+            value = notes.values.get(key)
+            assert told == (f"So {key}{value}" if value else f"So {key[:-1]}?")
+            known.append(value is not None)
+        pairs = [pair.split(", ") for pair in windows.removesuffix(".").split(". ")]
+        assert [int(start) for start, _ in pairs] == [int(float(time.rstrip("s"))) for time in times.split()]
+        assert all(int(end) - int(start) == WINDOW for start, end in pairs)
+    assert 0.4 < np.mean(known) < 0.9
 
 
 def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
@@ -382,13 +418,13 @@ def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
         sample = next(each for each in corpus.samples if example.name.startswith(f"{each.id},"))
         every = {question.text: question for question in make_hop_scene("test", _seed(sample)).every_question}
         seconds = times_of(example.messages[0]["content"])
-        assert 1 <= len(seconds) <= 11
+        assert 1 <= len(seconds) <= 12
         for asking, telling in zip(example.messages[::2], example.messages[1::2], strict=True):
             asked = next(question for text, question in every.items() if text_of(asking).endswith(text))
             sure = asked.best_guess(seconds) > 0.99
             unknown.append(final_answer([telling]) == UNKNOWN)
             assert final_answer([telling]) == (asked.answer if sure else UNKNOWN)
-    assert 0.05 < np.mean(unknown) < 0.4
+    assert 0.05 < np.mean(unknown) < 0.6
 
 
 def _seed(sample: Any) -> int:

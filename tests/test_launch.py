@@ -56,7 +56,7 @@ def test_accelerate_hands_on_how_a_rank_ended(tmp_path: Path) -> None:
         "time.sleep(60)\n"
     )
     config = ["--config_file", str(ROOT / "configs/ddp.yaml"), "--num_machines", "1", "--num_processes", "2"]
-    command = [*launch._ACCELERATE, *config, "--machine_rank", "0", "--main_process_port", str(launch._free_port())]
+    command = [*launch._ACCELERATE, *config, "--machine_rank", "0", "--main_process_port", str(launch.free_port())]
     done = subprocess.run([*command, "--mixed_precision", "no", str(rank)], capture_output=True, text=True, check=False)
     assert done.returncode == 137, done.stderr[-2000:]
     assert "exitcode  : -9" in done.stderr
@@ -64,7 +64,7 @@ def test_accelerate_hands_on_how_a_rank_ended(tmp_path: Path) -> None:
 
 def test_settings_that_do_not_go_together_start_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("timesearch.training.data.load_training_samples", lambda settings: None)
+    monkeypatch.setattr(launch, "load_training_samples", lambda settings: ([], []))
     monkeypatch.setattr(launch, "start_guarded", lambda *_, **__: pytest.fail("a process was started"))
     settings = Settings.model_validate({"train": {"launcher": "zero3", "gpus_per_node": 8, "lora_rank": 8}})
     with pytest.raises(RequestError, match="lora_rank"):

@@ -6,10 +6,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,12 +22,14 @@ from synthetic import ffmpeg
 import timesearch.cli.inference as asking
 import timesearch.cli.opening as opening
 from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.stopping import Stop, StoppedError
 from timesearch.cli import main
 from timesearch.inference.ask import Asker
 from timesearch.library.catalogue import Catalogue, EncoderRecord, Entry, SegmentRecord, key_of
 from timesearch.library.index import Indexed, index_folders
 from timesearch.library.library import PER_VIDEO, Library
 from timesearch.library.rows import exact, plan, scan, slack
+from timesearch.library.words import search_words
 from timesearch.retrieval.encoder import Encoder
 from timesearch.retrieval.noise import match_level, noise_level
 from timesearch.settings import Settings
@@ -290,37 +290,88 @@ def test_damage_is_found_and_made_good(library: Path, videos: Path, what: str) -
     assert json.loads((library / "library.json").read_text())["videos"] == json.loads(whole)["videos"]
 
 
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_library import index
-index(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
 @pytest.mark.takes(25)
-def test_a_run_that_is_killed_goes_on(made: Path, videos: Path, tmp_path: Path) -> None:
-    program = KILLED.format(tests=str(Path(__file__).parent))
-    before = {what: find(made, what) for what in COLOURS}
-    library = tmp_path / "library"
-    rng = random.Random(0)
-    for _ in range(4):
-        run = subprocess.Popen(
-            [sys.executable, "-c", program, library, videos], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while not list(library.rglob("*.frames")) and run.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
-        for path in library.rglob("*.frames"):  # what is there is whole
-            assert path.read_bytes()[:2] == b"PK"
-        if (library / "library.json").exists():
-            Library(library)
-    index(library, videos)
-    assert {what: find(library, what) for what in COLOURS} == before
-    assert not list(library.rglob("*.partial"))
+def test_a_run_that_is_killed_at_any_of_twenty_moments_goes_on(tmp_path: Path) -> None:
+    make_coloured(tmp_path / "films" / "red.mp4", ("gray", 3), ("red", 2))
+    make_coloured(tmp_path / "films" / "blue.mp4", ("gray", 2), ("blue", 1), ("gray", 1))
+    (tmp_path / "films" / "red.srt").write_text("1\n00:00:03,500 --> 00:00:04,000\nA red wall.\n")
+    program = [sys.executable, Path(__file__).with_name("killed_index.py"), tmp_path, tmp_path / "films", "20"]
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    made = json.loads(run.stdout.splitlines()[-1])
+    assert (made["rows"], made["words"], made["strangers"], made["partial"]) == (18, [1], 0, 0)
+    assert made["touches"] > 20
+
+
+def spoken(library: Path, query: str, **limits: object) -> list[tuple[str, float, float, str]]:
+    opened = Library(library)
+    heard = opened.find(Greys(), query, videos=opened.videos(**limits)).heard
+    assert heard.damaged == []
+    return [(Path(said.video.name).name, said.start, said.end, said.text) for said in heard.moments]
+
+
+def write_lines(path: Path, *lines: tuple[float, str]) -> None:
+    """Subtitles of lines that are said for a second each."""
+    path.write_text(json.dumps([{"start": start, "end": start + 1, "line": text} for start, text in lines]))
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("talks")
+    films = root / "films"
+    for name in ("a.mp4", "b.mp4", "mute.mp4"):
+        make_coloured(films / name, ("gray", 40))
+    write_lines(
+        films / "a.json",
+        (1, "Welcome to all of you."), (5, "The budget of this year is"), (6.5, "three million."), (20, "And the sea?"),
+        (30, "\u4f1a\u8bae\u5728\u5317\u4eac\u4e3e\u884c"), (35, "<b>red</b> herrings; DROP TABLE lines"),
+    )  # fmt: skip
+    write_lines(films / "b.json", *((2 + 4 * n, f"This year, budgets: number {n}.") for n in range(8)))
+    assert index(root / "library", films).batch.failures == []
+    return root / "library"
+
+
+def test_what_is_said_is_found_beside_what_is_shown(talks: Path) -> None:
+    assert spoken(talks, "What does she say of the budget of three million?") == [
+        ("a.mp4", 5, 7.5, "The budget of this year is three million.")
+    ]
+    assert [name for name, *_ in spoken(talks, "budget")] == ["a.mp4", *["b.mp4"] * 8]
+    assert [name for name, *_ in spoken(talks, "budget", where="films/b.mp4")] == ["b.mp4"] * 8
+    assert spoken(talks, "\u5317\u4eac") == [("a.mp4", 30, 31, "\u4f1a\u8bae\u5728\u5317\u4eac\u4e3e\u884c")]
+    for nothing in (
+        "a giraffe",
+        "the giraffe in the sea of elephants",
+        "mute",
+        "'; DROP TABLE lines --" * 3,
+        '"*',
+        "NOT",
+    ):
+        assert [said for said in spoken(talks, nothing) if "DROP" not in said[-1]] == [], nothing
+    found = Library(talks).find(Greys(), "three million")
+    assert (found.moments, len(found.heard.moments)) == ([], 1)
+    assert found.why_nothing().startswith("no frame in 3 videos shows this")
+
+
+def test_damaged_words_are_named_and_the_rest_is_searched(talks: Path, tmp_path: Path) -> None:
+    library = Path(shutil.copytree(talks, tmp_path / "library"))
+    opened = Library(library)
+    damaged = opened.video("films/b.mp4")
+    (library / "subtitles" / f"{damaged.key}.subtitles").write_bytes(b"no index" * 100)
+    heard = opened.find(Greys(), "budget").heard
+    assert ([video.name for video in heard.damaged], len(heard.moments)) == (["films/b.mp4"], 1)
+    stop = Stop()
+    stop.ask()
+    with pytest.raises(StoppedError):
+        opened.find(Greys(), "budget", stop=stop)
+
+
+@settings(max_examples=60, deadline=None)
+@given(query=st.text(max_size=60) | st.sampled_from(['"', "NEAR(a b)", "text:x", "a*", "^red", "\0", "(" * 50]))
+def test_any_query_is_but_words(talks: Path, query: str) -> None:
+    opened = Library(talks)
+    heard = search_words(opened.videos(), opened.words, query, 5, PER_VIDEO)
+    assert len(heard.moments) <= 5
+    assert all(said.share >= 0.6 for said in heard.moments)
 
 
 @settings(max_examples=60, deadline=None)
@@ -410,6 +461,8 @@ def test_index_and_search_by_command(run, videos: Path, tmp_path: Path) -> None:
     code, out, _ = run("search", "red", "--library", library, "--json")
     found = json.loads(out)
     assert (found["moments"][0]["start"], found["moments"][0]["state"], found["videos"]) == (6.0, "as indexed", 1)
+    assert [(said["start"], said["text"]) for said in found["said"]] == [(6.5, "A red wall, said the guide.")]
+    assert "said   0:06.5-0:08.0    films/film.mp4  A red wall" in run("search", "wall", "--library", library)[1]
     code, out, _ = run("search", "blue", "--library", library)
     assert (code, len(out.splitlines())) == (0, 1)
     assert out.startswith("nothing in 1 videos answers this")

@@ -10,10 +10,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
+import mcp
 import pytest
 from PIL import Image
 from players import Puppet, answer_turn, script, search_turn
@@ -25,7 +27,6 @@ from timesearch.inference.ask import Asker
 from timesearch.library.library import Library
 from timesearch.search.policy import Policy
 
-mcp = pytest.importorskip("mcp", reason="uv sync --inexact --extra mcp")
 MARKUP = "<img src=x onerror=alert(1)> $(touch owned).mp4"
 
 
@@ -33,6 +34,13 @@ class Slow(Puppet):
     """A policy that says how many questions it works on, and takes its time while `hold` is set."""
 
     hold = False
+    started = 0
+
+    @asynccontextmanager
+    async def session(self, video: str, tools: Sequence[dict], max_new_tokens: int) -> AsyncIterator[Any]:
+        self.started += 1
+        async with super().session(video, tools, max_new_tokens) as session:
+            yield session
 
     async def reply(self, messages: Sequence[Message]):
         while self.hold:
@@ -106,6 +114,8 @@ async def every_call(client) -> None:
     nothing = (await client.call_tool("search", {"query": "green"})).structured_content
     assert nothing["moments"] == []
     assert nothing["said"].startswith("nothing in 54 videos answers this")
+    spoken = (await client.call_tool("search", {"query": "line 7"})).structured_content
+    assert [(said["video"], said["text"]) for said in spoken["spoken"]] == [("films/red.mp4", "line 7")]
     many = (await client.call_tool("search", {"query": "red"})).structured_content
     more = (await client.call_tool("search", {"query": "red", "skip": many["next"]})).structured_content
     assert len({moment["video"] for moment in many["moments"] + more["moments"]}) == 53
@@ -189,7 +199,8 @@ def test_the_command_talks_over_standard_input_and_output(library: Path, tmp_pat
     asyncio.run(session())
 
 
-def test_what_is_not_in_the_library_is_refused_in_a_sentence(site: str) -> None:
+def test_what_is_not_in_the_library_is_refused_in_a_sentence(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)  # above it is the checkout, which holds no library
     outside = [
         "../secret.mp4",
         "/etc/passwd",
@@ -242,25 +253,43 @@ def test_a_file_that_became_a_link_out_of_its_folder_stays_out_of_reach(library:
         opened.path(opened.videos()[0])
 
 
+DYING = """
+import asyncio, sys, mcp
+async def ask():
+    async with mcp.Client(sys.argv[1]) as client:
+        await client.call_tool("ask", {"question": "What is red?", "where": "films/red.mp4"})
+asyncio.run(ask())
+"""
+
+
 def test_twenty_clients_of_whom_one_dies_starve_nobody(site: str, policy: Slow) -> None:
-    async def ask(number: int) -> str:
+    """The one that dies is a process, killed while its question is worked on."""
+
+    async def ask() -> str:
         async with mcp.Client(site) as client:
-            if number == 7:
-                task = asyncio.ensure_future(
-                    client.call_tool("ask", {"question": "What is red?", "where": "films/red.mp4"})
-                )
-                await asyncio.sleep(0.05)
-                task.cancel()
-                return "died"
             found = await client.call_tool("search", {"query": "blue"})
             answer = await client.call_tool("ask", {"question": "What is red?", "where": "films/red.mp4"})
             return f"{len(found.structured_content['moments'])} {answer.structured_content['answer']}"
 
     async def all_of_them() -> list[str]:
-        return await asyncio.wait_for(asyncio.gather(*map(ask, range(20))), 120)
+        dying = await asyncio.create_subprocess_exec(sys.executable, "-c", DYING, site)
+        policy.hold, policy.started = True, 0
+        while not policy.running:
+            await asyncio.sleep(0.01)
+        others = [asyncio.ensure_future(ask()) for _ in range(19)]
+        while policy.running < 4:  # as many as are worked on at once, the dying one's among them
+            await asyncio.sleep(0.01)
+        dying.kill()
+        await dying.wait()
+        while policy.started < 5:  # its place goes to another while all the rest is held up
+            await asyncio.sleep(0.01)
+        policy.hold = False
+        return await asyncio.wait_for(asyncio.gather(*others), 120)
 
-    said = asyncio.run(all_of_them())
-    assert said == ["1 red"] * 7 + ["died"] + ["1 red"] * 12
+    try:
+        assert asyncio.run(all_of_them()) == ["1 red"] * 19
+    finally:
+        policy.hold = False
     assert policy.running == 0
 
 
@@ -286,6 +315,47 @@ def test_a_client_that_cancels_stops_the_work(site: str, policy: Slow) -> None:
             policy.hold = False
 
     asyncio.run(session())
+
+
+def test_a_client_that_cancels_a_search_stops_the_scan(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanning, stopped = threading.Event(), threading.Event()
+
+    def endless(*given) -> None:
+        stop = given[-1]
+        scanning.set()
+        try:
+            while True:
+                stop.check()
+                time.sleep(0.01)
+        finally:
+            stopped.set()
+
+    monkeypatch.setattr(Library, "find", endless)
+
+    async def session() -> None:
+        async with mcp.Client(site) as client:
+            for tool, asked in (("search", {"query": "red"}), ("ask", {"question": "What?"})):
+                scanning.clear()
+                stopped.clear()
+                task = asyncio.ensure_future(client.call_tool(tool, asked))
+                assert await asyncio.to_thread(scanning.wait, 30)
+                task.cancel()
+                assert await asyncio.to_thread(stopped.wait, 30)
+
+    asyncio.run(session())
+
+
+def test_with_a_key_only_who_has_it_is_served(server) -> None:
+    from starlette.testclient import TestClient
+
+    from timesearch.serve.keys import Keyed
+
+    app = Keyed(server.streamable_http_app(host="127.0.0.1"), "a-key-of-the-tests")
+    ask = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+    with TestClient(app, base_url="http://127.0.0.1:8781") as web:
+        for given, refused in (("Bearer nothing", True), ("Bearer a-key-of-the-tests", False)):
+            headers = {"Authorization": given, "Accept": "application/json, text/event-stream"}
+            assert (web.post("/mcp", json=ask, headers=headers).status_code == 401) == refused
 
 
 def test_a_search_ends_between_two_blocks(library: Path) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from timesearch.base.cluster import Node
 from timesearch.base.errors import RequestError, TimeSearchError
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 from timesearch.training import launch
-from timesearch.training.plan import GIB, KNOWN_MODELS, make_plan, model_size
+from timesearch.training.placement import GIB, traffic
+from timesearch.training.plan import KNOWN_MODELS, make_plan, model_size
+from timesearch.training.slurm import batch_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,11 +93,85 @@ def test_what_cannot_fit_is_refused_with_advice() -> None:
     assert any("do not divide" in problem for problem in make_plan(settings).problems)
 
 
+@pytest.mark.parametrize("gpus", [1, 8, 16, 64])
+def test_plans_are_as_they_were_looked_at(gpus: int) -> None:
+    """`python tests/test_plan.py` writes them anew."""
+    assert planned(gpus) == (ROOT / f"tests/plans/{gpus}.txt").read_text(encoding="utf-8")
+
+
+def planned(gpus: int) -> str:
+    """The plan of a run on so many GPUs; of one over several machines with its batch script for Slurm."""
+    settings = load_profile("single-gpu" if gpus == 1 else "paper-7b", ROOT / "profiles")
+    settings.judge.url = "http://judge:8765/v1"
+    if gpus == 8:
+        settings.cluster.kind = "ray"
+        settings.cluster.engines = 8
+    if gpus > 8:
+        settings.cluster.kind = "slurm"
+        settings.cluster.slurm = ["--partition=gpu", "--time=2-00:00:00"]
+    settings.train.nodes = max(1, gpus // 8)
+    settings.train.prompts_per_step = max(settings.train.prompts_per_step, gpus // 8)
+    plan = make_plan(settings)
+    assert plan.fits, plan.problems
+    text = plan.text() + "\n"
+    return text + "\n" + batch_script(settings, Path("/shared/timesearch"), "python") if gpus > 8 else text
+
+
+def machine(gpus: int, memory: float = 80.0, name: str = "a") -> Node:
+    return Node(name, name, cpus=64, gpus=gpus, memory=1000.0, gpu_memory=memory if gpus else None)
+
+
+def test_a_cluster_that_answers_is_planned_for_as_it_is() -> None:
+    settings = load_profile("paper-7b")
+    settings.cluster.kind, settings.judge.url = "ray", "http://judge:8765/v1"
+    assert make_plan(settings, nodes=[machine(8), machine(8)]).fits
+    (few,) = make_plan(settings, nodes=[machine(8)]).problems
+    assert few == (
+        "train (train.nodes x train.gpus_per_node) takes 16 GPUs, and the Ray cluster at auto has 8 on 1 machine: take "
+        "fewer, or add machines"
+    )
+    small = make_plan(settings, nodes=[machine(8, 40.0), machine(8, 80.0)])
+    assert small.capacity == 40.0
+    assert any("needed by training, and 36.0 of 40 GiB are usable" in problem for problem in small.problems)
+    settings.judge.start, settings.judge.command, settings.cluster.judge_gpus = True, ["judge"], 8
+    together = make_plan(settings, nodes=[machine(8), machine(8)]).problems
+    assert any("train with its judge (16 + 8) takes 24 GPUs" in problem for problem in together)
+    assert make_plan(settings, nodes=[machine(8), machine(8), machine(8)]).fits
+    settings.cluster.engine_gpus = 9
+    split = make_plan(settings, nodes=[machine(8), machine(8), machine(8)]).problems
+    assert any("takes 9 GPUs of one machine, and no machine" in problem for problem in split)
+
+
+def test_what_a_step_moves_follows_zero() -> None:
+    """ZeRO, Section 7: data parallel 2 parameters, stages 1 and 2 the same, stage 3 three of them."""
+    train = load_profile("paper-7b").train.model_copy(update={"beta": 0.0, "generation": "transformers"})
+    for launcher, times in (("zero2", 2), ("zero3", 3), ("fsdp", 3)):
+        moved = traffic(train.model_copy(update={"launcher": launcher}), 1000, 1000, gpus=4, passes=1)
+        assert sum(moved.values()) == pytest.approx(times * 2 * 1000 * 3 / 4)
+    wide = train.model_copy(update={"launcher": "ddp", "bf16": False})
+    assert traffic(wide, 1000, 1000, gpus=4, passes=3) == {"gradients": pytest.approx(2 * 4 * 1000 * 3 / 4)}
+    assert traffic(wide, 1000, 1000, gpus=1, passes=1) == {}
+
+
 def test_the_single_gpu_profile_fits_with_adapters() -> None:
     plan = make_plan(load_profile("single-gpu"))
     assert plan.fits
-    assert 0 < plan.size.lora_parameters < plan.size.parameters / 10
+    assert 0 < plan.size.trained < plan.size.parameters / 10
     assert plan.commands == ["timesearch train --params params.yaml"]
+
+
+def test_a_frozen_vision_tower_keeps_its_weights_and_nothing_more() -> None:
+    settings = load_profile("paper-7b")
+    settings.train.lora_rank = 0
+    whole = make_plan(settings)
+    settings.train.freeze_vision = True
+    frozen = make_plan(settings)
+    vision = whole.size.trained - frozen.size.trained
+    assert 0.05 < vision / whole.size.parameters < 0.15  # 0.68 billion of Qwen2.5-VL-7B's 8.3
+    assert frozen.memory["weights"] == whole.memory["weights"]
+    for part in ("gradients", "optimiser", "activations"):
+        assert frozen.memory[part] < whole.memory[part]
+    assert f"trained           {frozen.size.trained / 1e6:.0f} million parameters\n" in frozen.text()
 
 
 @pytest.mark.parametrize("name", ["paper-7b", "single-gpu", "pocket"])
@@ -225,3 +302,8 @@ def test_hidden_modules_come_back() -> None:
         assert importlib.util.find_spec("statistics_of_nothing") is None
         assert importlib.util.find_spec("pytest") is not None
     assert "statistics_of_nothing" not in sys.modules
+
+
+if __name__ == "__main__":
+    for count in (1, 8, 16, 64):
+        (ROOT / f"tests/plans/{count}.txt").write_text(planned(count), encoding="utf-8")

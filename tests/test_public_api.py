@@ -41,7 +41,7 @@ def test_the_readmes_example_runs(
 ) -> None:
     settings = build_library(tmp_path, videos=1)
     for folder, suffix in (("frames", ".frames"), ("features", ".safetensors")):
-        target = tmp_path / "cache" / folder / f"demo/test/1000.mp4{suffix}"
+        target = tmp_path / "cache" / folder / f"hops/test/1007.mp4{suffix}"
         target.parent.mkdir(parents=True)
         shutil.copy(tmp_path / "cache" / folder / f"{video_of(0)}{suffix}", target)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
@@ -51,4 +51,4 @@ def test_the_readmes_example_runs(
     exec(code, {})  # noqa: S102  the README is ours
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert all(re.fullmatch(r"demo/test/1000\.mp4 \d+\.\d \d+", line) for line in lines)
+    assert all(re.fullmatch(r"hops/test/1007\.mp4 \d+\.\d \d+", line) for line in lines)

@@ -1,18 +1,16 @@
-"""The local page: its API, what it refuses, and a search watched in a real browser."""
+"""The API behind the page, and what it refuses."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import json
-import logging
 import os
 import re
 import socket
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import quote
@@ -22,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from players import MeanColour, Puppet, answer_turn, script, search_turn
+from serving import Log, logged, readers_of, running, until
 from synthetic import ffmpeg, make_video
 
 import timesearch.cli.inference as commands
@@ -34,28 +33,14 @@ from timesearch.serve.guard import is_named
 from timesearch.serve.videos import Videos
 from timesearch.settings import Settings
 
-CHROMIUM = Path("/usr/bin/chromium")
 MARKUP = "<img src=x onerror=document.title=1>"
-
-
-class Log(logging.Handler):
-    """Keeps what the server logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
 
 @pytest.fixture(scope="module")
 def log() -> Iterator[Log]:
     """What any logger says while this file's tests run."""
-    kept = Log()
-    logging.getLogger().addHandler(kept)
-    yield kept
-    logging.getLogger().removeHandler(kept)
+    with logged() as kept:
+        yield kept
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +48,7 @@ def no_traceback(log: Log) -> Iterator[None]:
     """Nothing that a request does reaches the server's log as a traceback, or as a task that nobody looked after."""
     before = len(log.records)
     yield
-    bad = [record for record in log.records[before:] if record.exc_info or record.name == "asyncio"]
-    assert [record.getMessage() for record in bad] == []
+    assert log.bad_since(before) == []
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +63,6 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(footage: Path, huge: Path, log: Log, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server with a scripted policy, at a free port; its one folder holds a link to a video and a stranger."""
-    import uvicorn
-
     root = tmp_path_factory.mktemp("serve")
     folder = root / "videos"
     folder.mkdir()
@@ -107,14 +89,8 @@ def site(footage: Path, huge: Path, log: Log, tmp_path_factory: pytest.TempPathF
 
     policy = Puppet(speak, encoded=True)
     app = make_app(Asker(settings, policy, MeanColour(), root / "cache"), policy, [folder], root / "uploads")
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    with running(app) as address_of_it:
+        yield address_of_it
 
 
 def events_of(site: str, **asked: object) -> list[tuple[str, dict]]:
@@ -153,13 +129,21 @@ def test_what_is_no_video_ends_in_a_sentence(site: str) -> None:
 )
 def test_files_outside_the_folders_are_not_there(site: str, video: str) -> None:
     asked = json.dumps({"video": video, "question": "What?"})
-    answer = httpx.post(f"{site}/api/ask", content=asked, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 404
+    sent = {"content": asked, "headers": {"Content-Type": "application/json"}}
+    assert httpx.post(f"{site}/api/ask", **sent).status_code == 404
+    assert httpx.post(f"{site}/api/playable", **sent).status_code == 404
+    named = quote(video.encode(errors="surrogatepass"))[:12_000]
+    for route in ("video", "media", "picture"):
+        assert raw(site, request_of(site, "GET", f"/api/{route}?video={named}".encode()))[0] == 404
 
 
 def test_other_sites_and_other_names_are_refused(site: str) -> None:
     assert httpx.get(f"{site}/api/videos", headers={"Host": "evil.example"}).status_code == 400
     assert httpx.get(f"{site}/api/videos", headers={"Origin": "http://evil.example"}).status_code == 403
+    foreign = {"Sec-Fetch-Site": "cross-site"}
+    for mode, status in (("no-cors", 403), ("cors", 403), ("navigate", 200)):
+        assert httpx.get(f"{site}/api/videos", headers={**foreign, "Sec-Fetch-Mode": mode}).status_code == status
+    assert httpx.get(f"{site}/").headers["cross-origin-resource-policy"] == "same-origin"
     for path in ("..%2F..%2Fsecret", "x/99999999", "x/-1", "%2e%2e/0"):
         assert httpx.get(f"{site}/api/frames/{path}").status_code in (404, 422)
 
@@ -311,8 +295,24 @@ JSON = b"Content-Type: application/json"
         ("GET", b"/api/videos/", b"", 404),
         ("GET", b"/%2e%2e/%2e%2e/etc/passwd", b"", 404),
         ("GET", b"/../../etc/passwd", b"", 404),
-        ("GET", b"/page.%00", b"", 404),
-        ("GET", b"/page.js%2f..", b"", 404),
+        ("GET", b"/page/%00", b"", 404),
+        ("GET", b"/page/page.js%2f..", b"", 404),
+        ("GET", b"/page/index.html", b"", 404),
+        ("GET", b"/api/video", b"", 422),
+        ("GET", b"/api/media?video=" + b"a" * 21_000, b"", 422),
+        ("GET", b"/api/media?video=0/notes.mp4", b"", 404),
+        ("GET", b"/api/picture?video=0/car.mp4&seconds=NaN", b"", 422),
+        ("GET", b"/api/picture?video=0/car.mp4&seconds=-1", b"", 422),
+        ("GET", b"/api/picture?video=0/car.mp4&seconds=1e300", b"", 422),
+        ("GET", b"/api/picture?video=0/car.mp4&width=100000", b"", 422),
+        ("GET", b"/api/picture?video=0/notes.mp4", b"", 404),
+        ("GET", b"/api/played/..%2fcar", b"", 404),
+        ("GET", b"/api/played/" + b"0" * 24, b"", 404),
+        ("GET", b"/api/search?query=", b"", 422),
+        ("GET", b"/api/search?query=a%00", b"", 422),
+        ("GET", b"/api/search?query=" + b"a" * 600, b"", 422),
+        ("POST", b"/api/playable", b"[]", 422),
+        ("POST", b"/api/playable", b'{"video": "9/car.mp4"}', 404),
         ("GET", b"/" + b"a" * 15_000, b"", 404),
         ("GET", b"/api/frames/" + b"a" * 10_000 + b"/1", b"", 404),
         ("GET", b"/api/frames/%00/1", b"", 404),
@@ -406,7 +406,22 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=12,
 )
-segments = st.sampled_from([b"api", b"videos", b"ask", b"frames", b"page.js", b"..", b"%2e%2e", b"%00", b"a.mp4"])
+segments = st.sampled_from(
+    [
+        b"api",
+        b"videos",
+        b"ask",
+        b"frames",
+        b"media",
+        b"picture",
+        b"page",
+        b"page.js",
+        b"..",
+        b"%2e%2e",
+        b"%00",
+        b"a.mp4",
+    ]
+)
 
 
 @given(question=values, video=values | st.sampled_from(["0/car.mp4", "0/notes.mp4"]), options=values, more=values)
@@ -444,24 +459,6 @@ def test_an_episode_that_fails_unforeseen_ends_in_a_sentence(site: str, log: Log
     assert "\n" not in record.getMessage()
 
 
-def readers_of(video: str) -> list[int]:
-    """The processes, children of this one, that have a file of this name on their command line."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and video.encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
-
-
 def test_a_long_video_is_prepared_once_and_holds_up_nobody_else(site: str) -> None:
     def answered() -> float:
         began = time.perf_counter()
@@ -485,43 +482,3 @@ def test_a_long_video_is_prepared_once_and_holds_up_nobody_else(site: str) -> No
             stream.close()
         assert len(readers_of("huge.mp4")) == 1
     assert until(lambda: not readers_of("huge.mp4"))
-
-
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no Chromium here")
-def test_the_page_in_a_real_browser(site: str, tmp_path: Path) -> None:
-    from playwright.sync_api import expect, sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
-        page = browser.new_page(viewport={"width": 1000, "height": 1100})
-        troubles: list[str] = []
-        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.goto(site)
-        page.locator("#video").select_option(label="car.mp4")
-        page.get_by_label("Question").fill(f"What is this? {MARKUP}")
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.locator("#answer")).to_have_text(MARKUP, timeout=120_000)
-        expect(page.locator("#line .found")).to_have_count(3)
-        expect(page.locator("#line .window")).to_have_count(1)
-        expect(page.locator("#steps .thought").first).to_have_text(f"Look {MARKUP}")
-        expect(page.locator("#support")).to_contain_text("the same answer")
-        page.locator("#line").click(position={"x": 480, "y": 10})
-        expect(page.locator("#strip img.here")).to_have_count(1)
-        page.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
-        assert page.title() == "timesearch"
-        page.screenshot(path=str(tmp_path / "page.png"))
-        page.set_viewport_size({"width": 360, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") == 360
-        page.screenshot(path=str(tmp_path / "narrow.png"))
-        page.get_by_text("Choices").click()
-        page.get_by_label("Choices").fill(f"blue\n\n {MARKUP} \ngreen")
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.locator("#answer")).to_have_text(f"B. {MARKUP}", timeout=60_000)
-        assert page.evaluate("document.documentElement.scrollWidth") == 360
-        page.locator("#video").select_option(label="notes.mp4")
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.locator("#status")).to_contain_text("is not a video file", timeout=60_000)
-        assert troubles == []
-        browser.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,8 +15,12 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from players import MeanColour, Puppet, answer_turn, script
 
 from timesearch.base.errors import RequestError
+from timesearch.base.stopping import Stop, StoppedError
+from timesearch.inference.ask import Asker
+from timesearch.settings import Settings
 from timesearch.video import speech
 from timesearch.video.speech import RATE, Speech
 from timesearch.video.subtitles import Subtitles, index_path, index_subtitles
@@ -77,6 +82,38 @@ def test_a_video_is_heard_once_and_again_by_another_model(tmp_path: Path, footag
     (tmp_path / "talk.srt").unlink()
     made(None)
     assert not index_path(out, "talk.mp4").exists()
+
+
+def test_a_question_hears_a_video_on_request(tmp_path: Path, footage: Path, listener: Listener) -> None:
+    clip = footage / "nasa_13013.mp4"
+    talk = without_subtitles(clip, tmp_path / "talk.mp4")
+    silent = without_subtitles(clip, tmp_path / "silent.mp4", "-an")
+    given = {
+        "frames": {"factor": 32, "min_pixels": 4096, "max_pixels": 4096},
+        "search": {"patch": 32, "max_turns": 4, "tools": ["search_subtitles"]},
+    }
+    call = json.dumps({"name": "search_subtitles", "arguments": {"query": "piece"}})
+    turns = script(f"<think>Listen.</think>\n<tool_call>\n{call}\n</tool_call>", answer_turn("one"))
+
+    def asker(speech: str | None) -> Asker:
+        settings = Settings.model_validate({**given, "subtitles": {"speech": speech}})
+        return Asker(settings, Puppet(turns), MeanColour(), tmp_path / "cache")
+
+    def heard(asker: Asker, video: Path) -> list[str]:
+        name = asker.prepare(video)
+        assert asker.is_ready(video)
+        return [each.words for each in asyncio.run(asker.ask(name, "Which piece?")).statement.support if each.words]
+
+    assert heard(asker(None), talk) == []
+    assert not asker("tiny").is_ready(talk)
+    assert heard(asker("tiny"), talk) == ["0.5s piece 1"]
+    assert heard(asker("tiny"), silent) == []
+    assert (asker("tiny").is_ready(talk), asker("tiny").is_ready(silent), len(listener.heard)) == (True, True, 1)
+    stop = Stop()
+    stop.ask()
+    with pytest.raises(StoppedError):
+        Speech("small").write_down(talk, tmp_path / "a.json", 0.0, stop=stop)
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_sound_is_heard_in_pieces_that_join_without_a_gap(

@@ -93,17 +93,15 @@ class Frames(Section):
         le=31,
         description="quantiser scale of the JPEGs (ffmpeg -q:v); at 2, the finest, SSIM of RGB is 0.98",
     )
-    workers: Pace[int] = Field(2, ge=1)
-    ray_address: Pace[str | None] = Field(None, description="address of a Ray cluster, 'local' to start one, or null")
+    workers: Pace[int] = Field(2, ge=1, description="videos at the same time, over all machines")
 
 
 class Features(Section):
     """Stage `features`: frame caches to feature caches."""
 
     batch_size: Pace[int] = Field(64, ge=1)
-    workers: Pace[int] = Field(1, ge=1)
+    workers: Pace[int] = Field(1, ge=1, description="videos at the same time, over all machines")
     url: str | None = Field(None, description="an OpenAI-compatible embeddings endpoint instead of the local encoder")
-    ray_address: Pace[str | None] = None
 
 
 class Subtitles(Section):
@@ -158,6 +156,7 @@ class ColdStart(Section):
     learning_rate: float = Field(1e-6, gt=0)
     reanswer_share: float = Field(0.25, ge=0, le=1, description="share of re-answer examples in the mix")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
+    freeze_vision: bool = Field(False, description="leave the vision tower as it is")
     gradient_checkpointing: Pace[bool] = False
     bf16: bool = True
     save_steps: Pace[int] = Field(
@@ -185,6 +184,7 @@ class Train(Section):
     mask_truncated: bool = Field(False, description="episodes cut by the length limit carry no loss")
     max_completion_length: int = Field(8192, ge=16, description="tokens of an episode after its prompt")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")
+    freeze_vision: bool = Field(False, description="leave the vision tower as it is")
     gradient_checkpointing: Pace[bool] = False
     bf16: bool = True
     generation: Literal["transformers", "vllm_colocate", "vllm_server"] = "vllm_colocate"
@@ -312,6 +312,39 @@ class Tracking(Section):
     traced_episodes: int = Field(12, ge=0, description="episodes of each inference that become MLflow traces")
 
 
+class Cluster(Section):
+    """Where the stages `frames`, `features`, `coldstart`, `train` and `infer` run: here, over the machines of a Ray
+    cluster, or, where a training takes several machines, as a job of Slurm.
+    """
+
+    kind: Pace[Literal["none", "ray", "slurm"]] = Field(
+        "none", description="none: on this machine (and on those where you start `timesearch train` yourself)"
+    )
+    address: Pace[str] = Field(
+        "auto",
+        description="of Ray: host:port; 'auto' for the cluster that this machine is of; 'local' starts one here for "
+        "each stage",
+    )
+    restarts: Pace[int] = Field(
+        3, ge=0, description="times that a training goes on from its last checkpoint after a machine died under it"
+    )
+    judge_gpus: Pace[int] = Field(
+        0, ge=0, description="GPUs of one machine that Ray keeps for a judge that is started (judge.start)"
+    )
+    engines: Pace[int] = Field(1, ge=1, description="engines of `infer` on Ray")
+    engine_gpus: Pace[int] = Field(
+        1, ge=0, description="GPUs of one machine that Ray keeps for each of them, where the cluster has any"
+    )
+    slurm: Pace[list[str]] = Field(
+        default_factory=list, description="options of sbatch, such as --partition=gpu and --time=2-00:00:00"
+    )
+
+    @property
+    def ray_address(self) -> str | None:
+        """Address of the Ray cluster; None where there is none."""
+        return self.address if self.kind == "ray" else None
+
+
 class Settings(Section):
     """All of `params.yaml`."""
 
@@ -335,6 +368,7 @@ class Settings(Section):
     infer: Infer = Field(default_factory=Infer)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     tracking: Tracking = Field(default_factory=Tracking)
+    cluster: Cluster = Field(default_factory=Cluster)
 
     def for_inference(self) -> Settings:
         """These settings with the budgets and tools of inference in `search`."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from queue import Queue
 from typing import TYPE_CHECKING, Any
 
+from timesearch.base.extras import require_modules
 from timesearch.base.files import file_digest, project_folder, write_text
 from timesearch.base.http import status_may_pass
 from timesearch.base.redaction import redact, redact_value
@@ -93,6 +94,7 @@ class Run:
     """One MLflow run, written by a thread of its own, so that no method waits for MLflow."""
 
     def __init__(self, settings: Settings, name: str, tags: Mapping[str, str], run_id: str | None = None) -> None:
+        require_modules("recording a run", "mlflow")
         self._id = run_id
         self._name = name
         self._tracking = settings.tracking

@@ -7,16 +7,15 @@ the interpreter's lock) or as plain tasks on a Ray cluster.
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from timesearch.base.errors import CacheMismatchError, ItemError, RequestError
+from timesearch.base.cluster import in_folder, joined
+from timesearch.base.errors import CacheMismatchError, ItemError
 from timesearch.base.files import write_jsonl
 from timesearch.base.progress import progress_bar
 from timesearch.base.redaction import redact
@@ -71,6 +70,7 @@ def run_batch(
     unit: str = "frames",
     ray_address: str | None = None,
     ray_gpus: int = 0,
+    shared: Sequence[Path] = (),
     set_aside: Sequence[Failure] = (),
 ) -> BatchResult:
     """Do `work` for each item, `workers` at a time, and list what failed in the file `failures`.
@@ -84,12 +84,13 @@ def run_batch(
         unit: what `work` counts, for the rate beside the bar.
         ray_address: a Ray cluster to run on ('local' starts one), or None for threads here.
         ray_gpus: GPUs that an item takes on a cluster that has any; Ray hides them from items that take none.
+        shared: what all machines of the cluster have to see as this one does (`timesearch.base.cluster.joined`).
         set_aside: what could not even become an item, such as rows of a sample file; it is listed with what fails.
     """
     result = BatchResult(failures=list(set_aside))
     attempt = _Attempt(work)
     if ray_address:
-        stream = _on_ray(attempt, items, workers, ray_address, ray_gpus)
+        stream = _on_ray(attempt, items, workers, ray_address, ray_gpus, shared)
     else:
         stream = _in_threads(attempt, items, workers)
     started = time.monotonic()
@@ -161,34 +162,23 @@ def _in_threads(attempt: _Attempt, items: Sequence[str], workers: int) -> Iterat
 
 
 def _on_ray(
-    attempt: _Attempt, items: Sequence[str], workers: int, address: str, gpus: int
+    attempt: _Attempt, items: Sequence[str], workers: int, address: str, gpus: int, shared: Sequence[Path]
 ) -> Iterator[tuple[str, Made | Failure | None]]:
-    # Ray would start each worker by the driver's own `uv run` command line, which never becomes a worker.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    try:
+    with joined(address, shared=shared, cpus=workers) as nodes:
         import ray
-    except ImportError as error:
-        raise RequestError("ray is not installed: uv sync --extra ray, or set ray_address to null") from error
-    started_here = not ray.is_initialized()
-    if started_here:
-        here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
-        ray.init(address=address, log_to_driver=False, **here)
 
-    gpus = gpus if ray.cluster_resources().get("GPU") else 0
-
-    # max_calls=0: a worker with a GPU keeps its loaded model for the next item.
-    @ray.remote(num_cpus=1, num_gpus=gpus, max_calls=0, max_retries=_RAY_RETRIES)
-    def attempt_remotely(item: str) -> Made | Failure | None:
-        return attempt(item)
-
-    died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
-    try:
+        gpus = gpus if any(node.gpus for node in nodes) else 0
+        # max_calls=0: a worker with a GPU keeps its loaded model for the next item.
+        remotely = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=0, max_retries=_RAY_RETRIES)(
+            in_folder(attempt, Path.cwd())
+        )
+        died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
         waiting = list(reversed(items))
         pending: dict[ray.ObjectRef, str] = {}
         while waiting or pending:
             while waiting and len(pending) < workers:
                 item = waiting.pop()
-                pending[attempt_remotely.remote(item)] = item
+                pending[remotely.remote(item)] = item
             finished, _ = ray.wait(list(pending), num_returns=1)
             for reference in finished:
                 item = pending.pop(reference)
@@ -197,6 +187,3 @@ def _on_ray(
                 except died as error:
                     message = f"{item}: its worker died {_RAY_RETRIES + 1} times: {str(error).splitlines()[0]}"
                     yield item, Failure(item, "worker_died", message)
-    finally:
-        if started_here:
-            ray.shutdown()

@@ -12,6 +12,7 @@ import asyncio
 import json
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,10 +66,7 @@ def status_of(error: BaseException) -> int | None:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later: after breaks and overload, not refusals or wrong certificates."""
-    import aiohttp
     import httpx
-    from huggingface_hub.errors import HTTPError as HubError
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     if (status := status_of(error)) is not None:
         return status_may_pass(status)
@@ -79,12 +77,17 @@ def may_pass(error: BaseException) -> bool:
         link = link.__cause__ or link.__context__
     if isinstance(error, httpx.RemoteProtocolError):  # a connection that broke, or what is no HTTP
         return "closed" in str(error) or "disconnected" in str(error)
-    if isinstance(
-        error, httpx.UnsupportedProtocol | httpx.LocalProtocolError | aiohttp.InvalidURL | OfflineModeIsEnabled
-    ):
+    lasting = _loaded("aiohttp.InvalidURL", "huggingface_hub.errors.OfflineModeIsEnabled")
+    if isinstance(error, (httpx.UnsupportedProtocol, httpx.LocalProtocolError, *lasting)):
         return False
-    broken = httpx.TransportError | aiohttp.ClientError | HubError | TimeoutError | ConnectionError | socket.gaierror
-    return isinstance(error, broken)
+    broken = _loaded("aiohttp.ClientError", "huggingface_hub.errors.HTTPError")
+    return isinstance(error, (httpx.TransportError, TimeoutError, ConnectionError, socket.gaierror, *broken))
+
+
+def _loaded(*names: str) -> list[type[BaseException]]:
+    """The classes of these full names whose modules are loaded: no other module can have raised an error."""
+    places = (name.rpartition(".") for name in names)
+    return [getattr(sys.modules[module], kind) for module, _, kind in places if module in sys.modules]
 
 
 def tries(

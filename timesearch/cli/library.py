@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from timesearch.cli.app import ParamsOption, app, say, visible
-from timesearch.cli.inference import ModelOption, ProtocolOption, UrlOption
-from timesearch.cli.opening import LibraryOption, WithinOption, default_library, print_json, settings_for_asking
+from timesearch.cli.inference import KeyOption, ModelOption, ProtocolOption, UrlOption
+from timesearch.cli.opening import (
+    EncoderUrlOption,
+    LibraryOption,
+    SpeechOption,
+    WithinOption,
+    default_library,
+    print_json,
+    settings_for_asking,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +27,7 @@ if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
 
     from timesearch.library.library import Found, Library, Moment
+    from timesearch.library.words import Said
     from timesearch.search.policy import Policy
 
 
@@ -28,6 +37,8 @@ def index(
         list[Path] | None, typer.Argument(metavar="DIR...", help="Folders of videos; none: those of the library.")
     ] = None,
     library: LibraryOption = None,
+    encoder_url: EncoderUrlOption = None,
+    speech: SpeechOption = None,
     params: ParamsOption = Path("params.yaml"),
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Exit with 0 although some videos failed.")] = False,
 ) -> None:
@@ -42,7 +53,8 @@ def index(
         typer.echo(f"  {visible(text)}", err=True)
 
     place = library or default_library()
-    settings = settings_for_asking(params)
+    settings = settings_for_asking(params, encoder_url=encoder_url)
+    settings.subtitles.speech = speech or settings.subtitles.speech
     with console.status("loading the encoder"):
         encoder, record = encoder_for(place, settings)
     done = index_folders(place, folders or [], settings, encoder, record, note)
@@ -77,7 +89,7 @@ def search(
     library: LibraryOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
-    """Find the moments of a library's videos that show something."""
+    """Find the moments of a library's videos that show something, or in which it is said."""
     from timesearch.cli.opening import library_with_encoder
     from timesearch.library.library import check_query
 
@@ -86,6 +98,8 @@ def search(
     opened, encoder = library_with_encoder(library or default_library(), settings_for_asking(params))
     videos = opened.videos(within, day)
     found = opened.find(encoder, query, count, videos)
+    for video in found.heard.damaged:
+        typer.echo(visible(f"  the words of {video.name} are damaged: `timesearch index` remakes them"), err=True)
     if as_json:
         print_json({"query": query, **_as_json(opened, found)})
     else:
@@ -111,17 +125,18 @@ def _day(text: str | None) -> datetime | None:
 
 
 def _lines(library: Library, found: Found) -> list[str]:
-    """A line a moment; or that there is none, and why."""
-    if not found.moments:
-        return [found.why_nothing()]
-    lines = []
-    for moment in found.moments:
-        span = f"{_clock(moment.start)}-{_clock(moment.end)}" if moment.end > moment.start else _clock(moment.start)
-        state = library.state_of(moment.video)
-        lines.append(
-            f"{moment.score:.3f}  {span:<15}  {moment.video.name}{'' if state == 'as indexed' else f'  ({state})'}"
-        )
+    """A line a moment, those in which it is said last; or that no frame answers, and why."""
+    lines = [] if found.moments else [found.why_nothing()]
+    lines += [f"{moment.score:.3f}  {_place(library, moment)}" for moment in found.moments]
+    lines += [f"said   {_place(library, moment)}  {moment.text}" for moment in found.heard.moments]
     return lines
+
+
+def _place(library: Library, moment: Moment | Said) -> str:
+    """From when to when, and in which video."""
+    span = f"{_clock(moment.start)}-{_clock(moment.end)}" if moment.end > moment.start else _clock(moment.start)
+    state = library.state_of(moment.video)
+    return f"{span:<15}  {moment.video.name}{'' if state == 'as indexed' else f'  ({state})'}"
 
 
 def _clock(seconds: float) -> str:
@@ -144,6 +159,18 @@ def _as_json(library: Library, found: Found) -> dict[str, Any]:
                 "state": library.state_of(moment.video),
             }
             for moment in found.moments
+        ],
+        "said": [
+            {
+                "video": moment.video.name,
+                "key": moment.video.key,
+                "start": moment.start,
+                "end": moment.end,
+                "text": moment.text,
+                "share": round(moment.share, 4),
+                "state": library.state_of(moment.video),
+            }
+            for moment in found.heard.moments
         ],
         "best": round(found.best, 4),
         "level": round(found.level, 4) if found.videos else None,
@@ -173,20 +200,17 @@ def mcp(
         int | None,
         typer.Option("--http", min=0, max=65535, help="Serve HTTP at this port of this machine; 0 takes a free one."),
     ] = None,
+    key_file: KeyOption = None,
     protocol: ProtocolOption = None,
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Offer a library to agents by the Model Context Protocol: on standard input and output, or at a port."""
     import anyio
 
-    from timesearch.base.errors import RequestError
     from timesearch.cli.opening import library_with_encoder
     from timesearch.inference.ask import Asker, answering_policy
+    from timesearch.serve.mcp import make_server
 
-    try:
-        from timesearch.serve.mcp import make_server
-    except ImportError as error:
-        raise RequestError("the package mcp is not installed: uv sync --inexact --extra mcp") from error
     settings = settings_for_asking(params, protocol)
     opened, encoder = library_with_encoder(library or default_library(), settings)
 
@@ -200,19 +224,22 @@ def mcp(
         if port is None:
             anyio.run(server.run_stdio_async)
         else:
-            _serve_http(server, port)
+            _serve_http(server, port, key_file)
 
 
-def _serve_http(server: MCPServer, port: int) -> None:
+def _serve_http(server: MCPServer, port: int, key_file: Path | None) -> None:
     import asyncio
 
     import uvicorn
+    from starlette.types import ASGIApp
 
     from timesearch.serve.api import address, listen
+    from timesearch.serve.keys import Keyed, read_key
 
-    host = "127.0.0.1"
+    host, key = "127.0.0.1", read_key(key_file)
     listener = listen(host, port)
-    config = uvicorn.Config(server.streamable_http_app(host=host), log_level="warning", http="h11", ws="none")
+    app: ASGIApp = server.streamable_http_app(host=host)
+    config = uvicorn.Config(app if key is None else Keyed(app, key), log_level="warning", http="h11", ws="none")
 
     async def answer() -> None:
         typer.echo(f"agents reach the library at {address(host, listener.getsockname()[1])}/mcp (stop with Ctrl-C)")

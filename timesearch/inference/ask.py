@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.extras import require_modules
 from timesearch.base.files import atomic_path, json_digest
 from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import mend_text
@@ -26,7 +27,7 @@ from timesearch.search.search import Search
 from timesearch.settings import Settings
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 from timesearch.video.probe import Fingerprint
-from timesearch.video.subtitles import find_subtitles, index_path, is_stale, make_index
+from timesearch.video.subtitles import Subtitles, find_subtitles, index_path, is_stale, make_index, speech_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,6 +78,7 @@ def answering_policy(settings: Settings, model: str | None, url: str | None) -> 
     from timesearch.search.checkpoint import check_fit
 
     checkpoint = choose_checkpoint(settings, model)
+    require_modules("a policy in this process", "torch", "transformers", instead="name a server of one by --url")
     check_fit(checkpoint, settings.search)
     with open_policy(settings, Path(checkpoint), start_server=False) as policy:
         yield policy
@@ -118,19 +120,32 @@ class Asker:
     """Answers questions about video files, whose caches it makes and keeps.
 
     Args:
-        settings: of frames, features and search.
+        settings: of frames, features and search, and of the model that hears what is said where there are no subtitles.
         policy: searches and answers.
         encoder: embeds frames and queries.
         cache: folder of the caches; a video is known by its path, size and time of change.
+
+    Attributes:
+        encoder: as given.
+        frames: folder of the frame caches.
     """
 
     def __init__(self, settings: Settings, policy: Policy, encoder: Encoder, cache: Path) -> None:
-        self._settings, self._policy, self._encoder = settings, policy, encoder
+        self._settings, self._policy, self.encoder = settings, policy, encoder
         self.frames = cache / "frames"
         self._features = cache / "features" / encoder.digest[:16]
         self._subtitles = cache / "subtitles"
+        self._speech = speech_of(settings.subtitles.speech)
         self._sources: dict[str, Path] = {}
         self._ready: dict[str, tuple[Fingerprint | None, ...]] = {}
+
+    def at(self, cache: Path) -> Asker:
+        """The same with other caches, such as those of a library."""
+        return Asker(self._settings, self._policy, self.encoder, cache)
+
+    def features_of(self, name: str) -> Path:
+        """Where the feature cache of a video is, once it has been prepared."""
+        return self._features / f"{name}.safetensors"
 
     def name_of(self, video: Path) -> str:
         """The name under which the caches know a video as it is now.
@@ -169,8 +184,8 @@ class Asker:
             state = self._state(video, name)
             ready = (
                 why_stale(frames, video, self._settings.frames) is None
-                and why_features_stale(features, FrameCache.open(frames), self._encoder) is None
-                and not is_stale(video, index_path(self._subtitles, name))
+                and why_features_stale(features, FrameCache.open(frames), self.encoder) is None
+                and not is_stale(video, index_path(self._subtitles, name), self._speech)
             )
         except (OSError, ItemError):
             return False
@@ -191,7 +206,7 @@ class Asker:
 
         Raises:
             ItemError: the file is no video that can be used.
-            RequestError: the caches cannot be written.
+            RequestError: the caches cannot be written, or the model that hears cannot be had.
             StoppedError: it was given up.
         """
         from timesearch.retrieval.features import make_feature_cache
@@ -204,10 +219,10 @@ class Asker:
             if why_stale(frames, video, self._settings.frames) is not None:
                 say(f"reading {video.name}")
                 make_frame_cache(video, frames, self._settings.frames, stop=stop)
-            if why_features_stale(features, FrameCache.open(frames), self._encoder) is not None:
+            if why_features_stale(features, FrameCache.open(frames), self.encoder) is not None:
                 say(f"looking at {len(FrameCache.open(frames))} frames")
-                make_feature_cache(frames, features, self._encoder, self._settings.features.batch_size, stop)
-            self._index_words(video, name, say)
+                make_feature_cache(frames, features, self.encoder, self._settings.features.batch_size, stop)
+            self._index_words(video, name, say, stop)
             self._ready[name] = self._state(video, name)
         except OSError as error:
             where = error.filename or self.frames.parent
@@ -217,15 +232,36 @@ class Asker:
             ) from error
         return name
 
-    def _index_words(self, video: Path, name: str, say: Say) -> None:
+    def forget(self, video: Path) -> None:
+        """Remove the caches of a video as it is now, where there are any.
+
+        Raises:
+            ItemError: there is no such file.
+        """
+        name = self.name_of(video)
+        for path in (*self._paths(name), index_path(self._subtitles, name)):
+            path.unlink(missing_ok=True)
+        self._ready.pop(name, None)
+        self._sources.pop(name, None)
+
+    def words_of(self, name: str) -> Subtitles | None:
+        """What is said in a prepared video, by the name of its caches; None where that is not known.
+
+        Raises:
+            ItemError: `damaged_subtitles`.
+        """
+        path = index_path(self._subtitles, name)
+        return Subtitles(path) if path.is_file() else None
+
+    def _index_words(self, video: Path, name: str, say: Say, stop: Stop) -> None:
         """Make the words of a video searchable; it can be asked about its pictures where its subtitles are bad."""
         try:
-            make_index(video, index_path(self._subtitles, name), say=say)
+            make_index(video, index_path(self._subtitles, name), None, say, self._speech, stop)
         except ItemError as error:
             say(str(error))
 
     def _paths(self, name: str) -> tuple[Path, Path]:
-        return cache_path(self.frames, name), self._features / f"{name}.safetensors"
+        return cache_path(self.frames, name), self.features_of(name)
 
     def _state(self, video: Path, name: str) -> tuple[Fingerprint | None, ...]:
         beside, index = find_subtitles(video), index_path(self._subtitles, name)
@@ -250,7 +286,7 @@ class Asker:
         check_question(question, options)
         search = Search(
             self._settings.search,
-            self._encoder,
+            self.encoder,
             self.frames,
             self._features,
             encoded=self._policy.encoded,

@@ -7,13 +7,14 @@ that was interrupted goes on, and one that had failures tries only these again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from timesearch.base.batch import BatchResult, Failure, write_failures
+from timesearch.base.cluster import Node, joined
 from timesearch.base.errors import RequestError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.progress import Bar, progress_bar
@@ -22,9 +23,11 @@ from timesearch.data.samples import Prediction
 from timesearch.inference.fingerprint import Fingerprint, fingerprint_of
 from timesearch.inference.journal import Journal
 from timesearch.inference.methods import checkpoint_of, episode_of, searches, trained_method
+from timesearch.inference.on_ray import engines, refuse_engines
 from timesearch.inference.playing import Job, play, search_maker
 from timesearch.inference.policies import open_policy, require_fit, served
 from timesearch.rewards import answer_letter, rule_judge, score_episode
+from timesearch.search.policy import Policy
 from timesearch.settings import Settings
 from timesearch.tracking import stage_run
 
@@ -83,17 +86,37 @@ def run(settings: Settings, methods: Sequence[str] | None = None) -> BatchResult
             for checkpoint in played:
                 require_fit(settings, checkpoint)
             make_search = search_maker(settings, default_encoder(settings))
+            nodes = files.enter_context(_machines(settings)) if settings.cluster.kind == "ray" else []
             with progress_bar("episodes", len(todo)) as bar:
                 record = partial(_record, settings, journals, result, bar)
                 for checkpoint in played:
                     jobs = [job for job in todo if checkpoints[job.method] == checkpoint]
-                    with open_policy(settings, checkpoint, served(settings, checkpoint)) as policy:
+                    with _engine(settings, checkpoint, nodes) as policy:
                         asyncio.run(play(jobs, policy, make_search, record, settings.infer.concurrency))
         for method, journal in journals.items():
             _report(tracked, settings, method, journal.finish())
             tracked.set_tags({f"fingerprint.{method}": journal.fingerprint.digest})
         write_failures(folder / "failures.jsonl", result.failures)
     return result
+
+
+@contextmanager
+def _machines(settings: Settings) -> Iterator[list[Node]]:
+    """The machines of the Ray cluster, enough for the engines.
+
+    Raises:
+        RequestError: it is not there, or too small.
+    """
+    with joined(settings.cluster.address, shared=[settings.paths.models], cpus=settings.cluster.engines) as nodes:
+        refuse_engines(settings, nodes)
+        yield nodes
+
+
+def _engine(settings: Settings, checkpoint: Path, nodes: Sequence[Node]) -> AbstractContextManager[Policy]:
+    at = served(settings, checkpoint)
+    if nodes and at is None:
+        return engines(settings, checkpoint, nodes)
+    return open_policy(settings, checkpoint, at)
 
 
 def _fingerprint(settings: Settings, checkpoint: Path, method: str) -> Fingerprint:

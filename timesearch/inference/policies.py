@@ -103,7 +103,7 @@ def open_policy(
     if at is not None:
         yield client(at)
         return
-    from timesearch.base.servers import VLLM, model_server
+    from timesearch.base.servers import model_server, vllm_command
 
     command = infer.command
     if not command:
@@ -111,7 +111,7 @@ def open_policy(
 
         assert checkpoint is not None, "a policy is a checkpoint or on a server"
         template = template_options(checkpoint, rules.template, infer.log.parent)
-        command = [*VLLM, *CACHING, *template, *(VIDEO_OPTIONS if video_preview else ())]
+        command = vllm_command(*CACHING, *template, *(VIDEO_OPTIONS if video_preview else ()))
     with model_server(
         "policy",
         f"http://127.0.0.1:{infer.port}/v1",

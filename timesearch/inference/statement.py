@@ -70,7 +70,7 @@ class Statement(BaseModel):
         if not self.video:
             said = ["No video of the library answers."]
         elif not self.support:
-            said = ["No frame was found: this is a guess from the preview."]
+            said = ["Nothing was found: this is a guess from the preview."]
         elif self.agrees is None:
             said = [f"Found at {_times(self.times)}." if self.times else "Found in what is said."]
         else:

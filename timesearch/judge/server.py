@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from timesearch.base.servers import VLLM, model_server
+from timesearch.base.servers import model_server, vllm_command
 from timesearch.settings import Judge
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def judge_server(settings: Judge, say: Callable[[str], None] = logger.info) -> I
         "judge",
         settings.url,
         settings.model,
-        settings.command or VLLM,
+        settings.command or vllm_command(),
         setting="judge.url",
         log=settings.log,
         start=settings.start,

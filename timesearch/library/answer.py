@@ -1,7 +1,9 @@
 """A question about a library: first which video, then when.
 
-The question is searched for as it is. The policy then searches the videos that answer best, one after another, until an
-answer follows from what it found alone (`Statement.holds`): completeness self-verification decides when to stop.
+The question is searched for as it is, among frames and among what is said; the videos of both lists come by turns, for
+their scores say nothing about each other. The policy then searches the videos that answer best, one after another,
+until an answer follows from what it found alone (`Statement.holds`): completeness self-verification decides when to
+stop.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Protocol
 
 from timesearch.base.errors import ItemError
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.inference.statement import Statement
 from timesearch.library.catalogue import Entry
-from timesearch.library.library import Found, Library
+from timesearch.library.library import Found
 from timesearch.retrieval.encoder import Encoder
 from timesearch.rewards import rule_judge
 from timesearch.search.episode import Watch
@@ -35,8 +40,17 @@ class LibraryAnswer:
     found: Found
 
 
+class Searched(Protocol):
+    """What says which videos to ask: a `Library`, or what is searched as one."""
+
+    def find(
+        self, encoder: Encoder, query: str, count: int = 10, videos: Sequence[Entry] | None = None, stop: Stop = NEVER
+    ) -> Found:
+        """As `Library.find`."""
+
+
 async def ask_library(
-    library: Library,
+    library: Searched,
     asker: Asker,
     encoder: Encoder,
     question: str,
@@ -60,8 +74,13 @@ async def ask_library(
         ItemError: no video could be searched, and why the last could not.
     """
     check_question(question, options)
-    found = await asyncio.to_thread(library.find, encoder, question, 10, videos)
-    likely = list({moment.video.key: moment.video for moment in found.moments}.values())
+    found = await _find(library, encoder, question, videos)
+    shown, said = (
+        list({moment.video.key: moment.video for moment in moments}.values())
+        for moments in (found.moments, found.heard.moments)
+    )
+    by_turns = (video for pair in zip_longest(shown, said) for video in pair if video is not None)
+    likely = list({video.key: video for video in by_turns}.values())
     answers: list[tuple[Entry, Answer]] = []
     for video in (likely or found.nearest)[:VIDEOS]:
         answer = await asker.ask(video.key, question, options, begin(video), shown_as=video.name)
@@ -76,6 +95,16 @@ async def ask_library(
             return _with_others(video, answer, [pair for pair in answers if pair[0] is not video], found)
     asked = [video.name for video, _ in answers]
     return LibraryAnswer(None, None, Statement(video="", in_vain=[question], others=asked), found)
+
+
+async def _find(library: Searched, encoder: Encoder, question: str, videos: Sequence[Entry] | None) -> Found:
+    """Search, until nobody waits for it any more."""
+    stop = Stop()
+    try:
+        return await asyncio.to_thread(library.find, encoder, question, 10, videos, stop)
+    except asyncio.CancelledError:
+        stop.ask()
+        raise
 
 
 def _holds(answer: Answer) -> bool:

@@ -36,7 +36,7 @@ from timesearch.retrieval.features import why_stale as why_features_stale
 from timesearch.retrieval.noise import encode_prompts
 from timesearch.video.frames import FrameCache, cache_path, make_frame_cache, transform_of, why_stale
 from timesearch.video.probe import check_readable
-from timesearch.video.subtitles import find_subtitles, index_path, make_index
+from timesearch.video.subtitles import find_subtitles, index_path, make_index, speech_of
 
 if TYPE_CHECKING:
     from timesearch.retrieval.encoder import Encoder
@@ -94,7 +94,7 @@ def index_folders(
     Args:
         library: its folder; made where it is not there.
         folders: of videos; none for all that are part of it already.
-        settings: of frames and features. A library keeps the rate and size of frames that it was made with.
+        settings: of frames, features and speech. A library keeps the rate and size of frames that it was made with.
         encoder: embeds the frames.
         record: what that encoder is, and where it comes from.
         say: told what a person should know besides.
@@ -130,6 +130,7 @@ class _Run:
     def __init__(self, library: Path, settings: Settings, encoder: Encoder, record: EncoderRecord, say: Say) -> None:
         self._library, self._encoder, self._say = library, encoder, say
         self._batch_size = settings.features.batch_size
+        self._speech = speech_of(settings.subtitles.speech)
         self._lock = threading.Lock()
         self.threads = 0
         self.found = Found()
@@ -149,6 +150,7 @@ class _Run:
             say(f"the catalogue of {library} was damaged, and is made again")
             self.catalogue = new
         self.catalogue.encoder.require(encoder, library)
+        self.catalogue.encoder = record
         self._frames: Frames = settings.frames.model_copy(update=self.catalogue.transform)
         if transform_of(settings.frames) != self.catalogue.transform:
             say(f"{library} keeps the rate and size of frames that it was made with, not those of the parameters")
@@ -284,10 +286,10 @@ class _Run:
         `same` says that it was looked into before: where that gave no words, it is not opened again.
         """
         target = index_path(subtitles_folder(self._library), key)
-        if same and not target.exists() and find_subtitles(video) is None:
+        if same and not target.exists() and find_subtitles(video) is None and self._speech is None:
             return
         try:
-            make_index(video, target, say=self._say)
+            make_index(video, target, say=self._say, speech=self._speech)
         except ItemError as error:
             self._say(str(error))
 

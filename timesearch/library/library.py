@@ -8,9 +8,9 @@ frames that do exceed it are joined into moments where they are next to each oth
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +24,7 @@ from timesearch.base.untrusted import mend_text
 from timesearch.library.catalogue import FILE, Catalogue, Entry, Root, by_key, file_of
 from timesearch.library.index import features_folder, frames_folder, segments_folder, subtitles_folder
 from timesearch.library.rows import Segment, Span, exact, scan, slack
+from timesearch.library.words import Heard, search_words
 from timesearch.retrieval.noise import joined, match_level, noise_level
 from timesearch.video.frames import FrameCache, cache_path
 from timesearch.video.probe import Fingerprint
@@ -64,7 +65,8 @@ class Found:
 
     `level` is the score that unrelated prompts reach among the same frames, and `best` the query's best score there:
     where that is no higher, there are no moments. `nearest` are the videos by their best frame, whether that is an
-    answer or not. `frames` were looked at, of `videos` videos.
+    answer or not. `frames` were looked at, of `videos` videos. `heard` are the moments in which the query's words are
+    said, a list of its own.
     """
 
     moments: list[Moment]
@@ -73,14 +75,16 @@ class Found:
     nearest: list[Entry]
     frames: int
     videos: int
+    heard: Heard = field(default_factory=Heard)
 
     def why_nothing(self) -> str:
-        """That nothing answers, and how that is known."""
+        """That no frame answers, and how that is known."""
         if not self.videos:
             return "there is no such video in the library"
+        said = "no frame in {} videos shows this" if self.heard.moments else "nothing in {} videos answers this"
         return (
-            f"nothing in {self.videos} videos answers this: the best frame scores {self.best:.3f}, and things that are "
-            f"not there up to {self.level:.3f}"
+            f"{said.format(self.videos)}: the best frame scores {self.best:.3f}, and things that are not there up to "
+            f"{self.level:.3f}"
         )
 
 
@@ -226,7 +230,7 @@ class Library:
     def find(
         self, encoder: Encoder, query: str, count: int = 10, videos: Sequence[Entry] | None = None, stop: Stop = NEVER
     ) -> Found:
-        """`search` for a text.
+        """`search` for a text, among frames and, beside it, among what is said.
 
         Args:
             encoder: that of the library.
@@ -235,7 +239,7 @@ class Library:
             videos: as `search`.
             stop: as `search`.
         """
-        return self.search(encoder.encode_text([query])[0], count, videos, stop, match_level(encoder, query))
+        return find_moments(self.rows(videos), self.words, encoder, query, count, stop)
 
     def search(
         self,
@@ -257,36 +261,74 @@ class Library:
         Raises:
             StoppedError: it was asked to stop.
         """
+        return search_rows(self.rows(videos), query, count, stop, match)
+
+    def rows(self, videos: Sequence[Entry] | None = None) -> Rows:
+        """The rows of some of its videos, as they are now; of all if None."""
         state = self._now()
         wanted = by_key(state.catalogue.videos if videos is None else videos)
         chosen = [video for key, video in by_key(state.catalogue.videos).items() if key in wanted]
-        moments: list[Moment] = []
-        noise: list[np.ndarray] = []
-        bests: list[tuple[float, Entry]] = []
-        level = np.inf
-        scored: list[tuple[list[Entry], Segment, np.ndarray]] = []
-        chosen.sort(key=lambda video: (video.segment, video.first))
-        for name, group in groupby(chosen, key=lambda video: video.segment):
-            segment, held = state.segments[name], list(group)
-            scores = scan(segment.rows, query, _joined(held), stop)
-            scored.append((held, segment, scores))
-            bests += zip(np.maximum.reduceat(scores, _starts(held)).tolist(), held, strict=True)
-            noise.append(segment.noise[[state.places[video.key] for video in held]])
-        if scored:
-            counts = np.array([video.rows for video in chosen])
-            mean = sum(float(scores.sum(dtype=np.float64)) for *_, scores in scored) / counts.sum()
-            level = noise_level(joined(np.concatenate(noise), counts), mean, match)
-        bests.sort(key=lambda pair: -pair[0])
-        best = bests[0][0] if bests else -1.0
-        if best > level - slack(query):
-            floor = _floor([scores for _, _, scores in scored], level - slack(query))
-            picked = [_answering(*each, query, floor) for each in scored]
-            best = max((float(scores.max()) for *_, scores in picked if len(scores)), default=best)
-            for held, segment, indices, scores in picked:
-                keep = scores > level
-                moments += _moments(held, segment, indices[keep], scores[keep])
-        nearest = [video for _, video in bests[:count]]
-        return Found(_ranked(moments, count), level, best, nearest, sum(video.rows for video in chosen), len(chosen))
+        return Rows(chosen, state.segments, state.places)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Videos whose rows can be searched together: with the open segments, by name, that hold them, and the place of
+    each video, by key, in its segment.
+    """
+
+    videos: list[Entry]
+    segments: dict[str, Segment]
+    places: dict[str, int]
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows([*self.videos, *other.videos], self.segments | other.segments, self.places | other.places)
+
+
+def search_rows(
+    rows: Rows, query: np.ndarray, count: int = 10, stop: Stop = NEVER, match: float | None = None
+) -> Found:
+    """As `Library.search`, among `rows`."""
+    moments: list[Moment] = []
+    noise: list[np.ndarray] = []
+    bests: list[tuple[float, Entry]] = []
+    level = np.inf
+    scored: list[tuple[list[Entry], Segment, np.ndarray]] = []
+    chosen = sorted(rows.videos, key=lambda video: (video.segment, video.first))
+    for name, group in groupby(chosen, key=lambda video: video.segment):
+        segment, held = rows.segments[name], list(group)
+        scores = scan(segment.rows, query, _joined(held), stop)
+        scored.append((held, segment, scores))
+        bests += zip(np.maximum.reduceat(scores, _starts(held)).tolist(), held, strict=True)
+        noise.append(segment.noise[[rows.places[video.key] for video in held]])
+    if scored:
+        counts = np.array([video.rows for video in chosen])
+        mean = sum(float(scores.sum(dtype=np.float64)) for *_, scores in scored) / counts.sum()
+        level = noise_level(joined(np.concatenate(noise), counts), mean, match)
+    bests.sort(key=lambda pair: -pair[0])
+    best = bests[0][0] if bests else -1.0
+    if best > level - slack(query):
+        floor = _floor([scores for _, _, scores in scored], level - slack(query))
+        picked = [_answering(*each, query, floor) for each in scored]
+        best = max((float(scores.max()) for *_, scores in picked if len(scores)), default=best)
+        for held, segment, indices, scores in picked:
+            keep = scores > level
+            moments += _moments(held, segment, indices[keep], scores[keep])
+    nearest = [video for _, video in bests[:count]]
+    return Found(_ranked(moments, count), level, best, nearest, sum(video.rows for video in chosen), len(chosen))
+
+
+def find_moments(
+    rows: Rows,
+    words: Callable[[Entry], Subtitles | None],
+    encoder: Encoder,
+    query: str,
+    count: int = 10,
+    stop: Stop = NEVER,
+) -> Found:
+    """As `Library.find`, among `rows` and, by `words`, what is said in their videos."""
+    found = search_rows(rows, encoder.encode_text([query])[0], count, stop, match_level(encoder, query))
+    return replace(found, heard=search_words(rows.videos, words, query, count, PER_VIDEO, stop))
 
 
 def check_query(query: str) -> None:

@@ -4,15 +4,16 @@ A segment is a safetensors file with `rows` (N, D) float16, `times` (N,) float64
 score that each prompt of `timesearch.retrieval.noise` gets in each of its V videos. Segments never change: an index run
 writes new ones, and joins small ones (`plan`), so that adding a video costs little and there are never many.
 
-The scan reads every row. PyTorch multiplies half precision by half precision with sums in single precision, at the
-speed at which memory can be read (`benchmarks/library.py`). What that rounds is bounded by `slack`: whatever may reach
-a threshold within it is multiplied again, exactly.
+The scan reads every row. NumKong multiplies half precision by half precision with sums in single precision or better,
+at the speed at which memory can be read (`benchmarks/library.py`). What that rounds is bounded by `slack`: whatever may
+reach a threshold within it is multiplied again, exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,6 @@ LARGEST = 2**20
 _ALIGNED = 64
 """Bytes at a multiple of which the rows begin."""
 _MOST_HEADER = 2**20
-_ROUNDING = 2.0**-11
-"""Relative error of a number in half precision."""
 _SUM = 1e-5
 """Error of a sum of products in single precision, at most, for unit vectors."""
 
@@ -88,13 +87,17 @@ def _damaged(path: Path, why: str) -> ItemError:
 
 
 def _mapped(path: Path, start: int, described: dict[str, Any], kind: type[np.generic]) -> np.ndarray:
-    """A tensor of a safetensors file, mapped; private, so that PyTorch may take it for one that can be written to."""
+    """A tensor of a safetensors file, mapped."""
     first, last = (int(offset) for offset in described["data_offsets"])
     shape = tuple(int(length) for length in described["shape"])
     if described["dtype"] != _NAMES[kind] or last - first != int(np.prod(shape)) * np.dtype(kind).itemsize:
         raise ValueError(f"a tensor of {described['dtype']} {shape}")
-    mapped: np.ndarray = np.memmap(path, dtype=kind, mode="c", offset=start + first, shape=shape)
-    return mapped
+    with path.open("rb") as file:
+        held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # A scan comes by each page once. Not told so, the system holds on to pages that were read, and where the library is
+    # larger than the memory it takes several times as long (`benchmarks/library.py`).
+    held.madvise(mmap.MADV_SEQUENTIAL)
+    return np.frombuffer(held, kind, int(np.prod(shape)), start + first).reshape(shape)
 
 
 _TENSORS: dict[str, type[np.generic]] = {
@@ -218,27 +221,26 @@ def scan(rows: np.ndarray, query: np.ndarray, spans: Sequence[Span] | None = Non
     Raises:
         StoppedError: it was asked to stop.
     """
-    import torch
+    import numkong
 
     spans = [(0, len(rows))] if spans is None else spans
-    half = torch.from_numpy(np.asarray(query, np.float16))
+    half = np.asarray(query, np.float16)[None]
     scores = np.empty(sum(last - first for first, last in spans), np.float32)
     done = 0
-    with torch.inference_mode():
-        for first, last in spans:
-            for start in range(first, last, BLOCK):
-                stop.check()
-                block = torch.from_numpy(rows[start : min(start + BLOCK, last)])
-                scores[done : done + len(block)] = torch.mv(block, half).numpy()
-                done += len(block)
+    for first, last in spans:
+        for start in range(first, last, BLOCK):
+            stop.check()
+            block = rows[start : min(start + BLOCK, last)]
+            scores[done : done + len(block)] = np.asarray(numkong.cdist(half, block, metric="dot"))[0]
+            done += len(block)
     return scores
 
 
 def slack(query: np.ndarray) -> float:
-    """How far a score of `scan` may be from the cosine: the query's rounding, the result's, and the sum's."""
+    """How far a score of `scan` may be from the cosine: by the query's rounding, and the sum's."""
     wide = np.asarray(query, np.float64)
     rounded = float(np.linalg.norm(wide - np.asarray(query, np.float16)))
-    return 1.02 * rounded + 1.02 * _ROUNDING + _SUM
+    return 1.02 * rounded + _SUM
 
 
 def exact(rows: np.ndarray, indices: np.ndarray, query: np.ndarray) -> np.ndarray:

@@ -1,8 +1,13 @@
 """Search episodes about the hop world, written by a rule that knows the scene: what supervised training imitates.
 
-A thought tells what was seen, item by item (``star>moon green 61.5s``: the shape, its mark, its colour, its time), then
-the hop that this settles, then what to seek next. A hop is told by repeating its item from the shape on, as far as it
-is needed, so that reading it off is copying a run of words, the simplest thing that attention does.
+A thought tells what the new frames show and when, and follows the hops as far as the frames go that were seen so far::
+
+    I see star@61.5s, nothing. So star>moon moon?
+
+A hop is a pair of a key and a value: the shape that a mark names (``star>moon``), a colour (``star=green``), a time
+(``star@61.5s``), or which shape is right after another (``star+fish``). The key names shape and relation in one token,
+so that a hop is one look at the frame that shows the shape. ``moon?`` says that no frame shows it yet: it is searched
+for, as is what comes after a time. Times are told of an event's first frame alone.
 
 As in `timesearch.pocket.traces`, every trace runs through the real search, and traces are imperfect on purpose, in
 stated shares; here by the number of hops. The fault of its own kind is to stop at an earlier hop, and to answer with
@@ -12,19 +17,22 @@ the colour that is seen there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from timesearch.data.messages import Block, Message, format_seconds, times_of
-from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, Question
+from timesearch.data.messages import Block, Message, final_answer, format_seconds, times_of
+from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, HopScene, Question
 from timesearch.pocket.traces import trace_turn
-from timesearch.pocket.world import COLOURS, Event
+from timesearch.pocket.world import COLOURS
 from timesearch.training.supervised import UNKNOWN
 
 if TYPE_CHECKING:
     from timesearch.search.search import Search
+
+RELATIONS = (">", "=", "@", "+", "?")
+"""What ends a key: the shape that is pointed to, the colour, the time, the shape right after; and what is not noted."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,64 @@ HOP_BASE: HopManners = dict.fromkeys((1, 2, 3), HopHabits(good=0.1, short=0.0, a
 HOP_BASE |= {hops: HopHabits(good=0.1, short=0.25, astray=0.2, guess=0.45, give_up=0.8) for hops in (2, 3)}
 """A base model that can read, call the tool and answer, but seldom searches well."""
 HOP_COLD_START: HopManners = {
-    1: HopHabits(good=0.8, short=0.0, astray=0.1, guess=0.1),
-    2: HopHabits(good=0.45, short=0.3, astray=0.1, guess=0.15),
+    1: HopHabits(good=0.75, short=0.0, astray=0.1, guess=0.15),
+    2: HopHabits(good=0.4, short=0.3, astray=0.1, guess=0.2),
     3: HopHabits(good=0.25, short=0.4, astray=0.15, guess=0.2),
 }
 """The imperfect traces of a cold start: the more hops, the more of them stop on the way."""
+
+
+@dataclass
+class HopNotes:
+    """What the frames that were seen tell of a scene: values by their keys, and when (s) each event was seen first."""
+
+    scene: HopScene
+    values: dict[str, str] = field(default_factory=dict)
+    seen: dict[HopEvent, float] = field(default_factory=dict)
+
+    def see(self, blocks: Sequence[Block]) -> str:
+        """Note what frames show, and tell it: ``I see star@61.5s, star, nothing.``"""
+        told = [self._see(seconds) for seconds in times_of(blocks)]
+        for before in self.seen:
+            after = self.scene.following(before)
+            if after in self.seen:
+                self.values[f"{before.shape}+"] = after.shape
+        return f"I see {', '.join(told)}."
+
+    def _see(self, seconds: float) -> str:
+        event = self.scene.visible(seconds)
+        if not isinstance(event, HopEvent):
+            return "nothing"
+        if event in self.seen:
+            return event.shape
+        self.seen[event] = seconds
+        time = format_seconds(seconds)
+        self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
+        return f"{event.shape}@{time}"
+
+    def follow(self, question: Question, hops: int) -> tuple[str, HopEvent | str]:
+        """The hops of a question as far as is known.
+
+        Args:
+            question: about this scene.
+            hops: the last one that is followed.
+
+        Returns:
+            What is told of it, and the answer; where a hop is not known, its event.
+        """
+        told = ["So"]
+        for place, (event, link) in enumerate(zip(question.events, question.links[: hops - 1], strict=False)):
+            if event not in self.seen:
+                return " ".join([*told, f"{event.shape}?"]), event
+            if link == "after" and f"{event.shape}+" not in self.values:
+                key = f"{event.shape}@"
+                return " ".join([*told, key + self.values[key]]), question.events[place + 1]
+            key = f"{event.shape}{'>' if link == 'points' else '+'}"
+            told.append(key + self.values[key])
+        last = question.events[hops - 1]
+        if last not in self.seen:
+            return " ".join([*told, f"{last.shape}?"]), last
+        return " ".join([*told, f"{last.shape}={last.colour}"]), last.colour
 
 
 def write_hop_trace(
@@ -91,38 +152,38 @@ def write_hop_trace(
     if kind == "guess":
         return [*messages, trace_turn("I can guess.", answer=_guess(rng))]
     last = int(rng.integers(question.hops - 1)) if kind == "short" else question.hops - 1
-    stray = int(rng.integers(question.hops)) if kind == "astray" else None
-    seen: list[float] = []
-    told: list[str] = []
-    for position, event in enumerate(question.events[: last + 1]):
-        calls = _calls(question, position, seen, search.video.frames.end)
-        followed = bool(position) and question.links[position - 1] == "after"
-        if followed or not _shown(question, event, seen):
-            told.append("I need to see what follows." if followed else f"I need to see the {event.shape}.")
+    stray = question.events[int(rng.integers(question.hops))] if kind == "astray" else None
+    notes = HopNotes(question.scene)
+    tried: dict[HopEvent, int] = {}
+    lost, seen = False, ""
+    while True:
+        told, wanted = notes.follow(question, last + 1)
+        thought = seen + told
+        if isinstance(wanted, str):
+            return [*messages, trace_turn(thought, answer=wanted)]
+        calls = _calls(question, wanted, notes, search.video.frames.end)
+        attempt = tried.get(wanted, 0)
+        if lost or search.spent or attempt == len(calls):
+            return [*messages, trace_turn(f"{thought} I can guess.", answer=_guess(rng))]
+        if wanted == stray:
+            wrong = str(rng.choice([shape for shape in HOP_SHAPES if shape != wanted.shape]))
+            thought = f"{thought.removesuffix(f' {wanted.shape}?')} {wrong}?"
+            call, stray, lost = {"query": wrong}, None, bool(rng.random() < habits.give_up)
         else:
-            calls = []
-        if stray == position and calls:
-            wrong = str(rng.choice([shape for shape in HOP_SHAPES if shape != event.shape]))
-            told[-1] = f"I need to see the {wrong}."
-            calls.insert(0, {"query": wrong})
-        for number, call in enumerate(calls):
-            messages.append(trace_turn(" ".join(told), call=call))
-            found = search.call("seek_video_frames", call)
-            messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
-            seen += times_of(found)
-            told = [describe_hops(question, found)]
-            if _shown(question, event, seen):
-                break
-            told.append("Then nothing." if followed else f"The {event.shape} nothing.")
-            lost = stray == position and number == 0 and rng.random() < habits.give_up
-            if lost or search.spent or number == len(calls) - 1:
-                return [*messages, trace_turn(f"{' '.join(told)} I can guess.", answer=_guess(rng))]
-        told.append(_hop(question, position, seen, last))
-    return [*messages, trace_turn(" ".join(told), answer=question.events[last].colour)]
+            call, tried[wanted] = calls[attempt], attempt + 1
+        messages.append(trace_turn(thought, call=call))
+        found = search.call("seek_video_frames", call)
+        messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
+        seen = f"{notes.see(found)} "
 
 
 def write_hop_reanswer(
-    search: Search, row: dict[str, Any], question: Question, known: bool, rng: np.random.Generator
+    search: Search,
+    row: dict[str, Any],
+    question: Question,
+    known: bool,
+    rng: np.random.Generator,
+    described: bool = True,
 ) -> list[Message] | None:
     """One example of the re-answer task: searched frames alone, the question, and the answer or "I don't know".
 
@@ -132,6 +193,7 @@ def write_hop_reanswer(
         question: the truth about it.
         known: whether the frames are to show every hop.
         rng: decides what is searched.
+        described: tell what the frames show before the hops.
 
     Returns:
         A user and an assistant message; None where the search did not give what `known` asks for.
@@ -144,87 +206,35 @@ def write_hop_reanswer(
     for shape in shapes[: search.settings.max_turns - 1]:
         search.call("seek_video_frames", {"query": shape})
     content = search.reanswer()
-    if content is None or all(_shown(question, event, times_of(content)) for event in question.events) != known:
+    if content is None:
         return None
-    return [{"role": "user", "content": content}, hop_reanswer(question, content)]
+    answer = hop_reanswer(question, content, described)
+    if (final_answer([answer]) == UNKNOWN) == known:
+        return None
+    return [{"role": "user", "content": content}, answer]
 
 
 def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
-    """The right answer from frames alone: what each shows, hop by hop, and the colour or "I don't know".
-
-    What follows an event is told by going on with its item to the next one: ``The star>moon green, fish>ring red.``
-    """
-    told = [describe_hops(question, content)] if described else []
-    shown = [(question.scene.visible(seconds), seconds) for seconds in times_of(content)]
-    items = [event for event, _ in shown]
-    events = list(question.events)
-    while events:
-        event = events.pop(0)
-        link = question.links[question.hops - len(events) - 1] if events else None
-        if event not in items:
-            told.append(f"The {event.shape} nothing.")
-            return trace_turn(" ".join(told), answer=UNKNOWN)
-        place = items.index(event)
-        if link == "points":
-            told.append(f"The {event.shape}>{event.mark}.")
-        elif link == "after":
-            if events[0] not in items[place:]:
-                told.append(f"The {_told(*shown[place])}, nothing.")
-                return trace_turn(" ".join(told), answer=UNKNOWN)
-            end = items.index(events[0]) + 1
-            told.append(f"The {', '.join(_told(*each) for each in shown[place:end])}.")
-            events.pop(0)
-        else:
-            told.append(f"The {_item(event)}.")
-    return trace_turn(" ".join(told), answer=question.answer)
+    """The right answer from frames alone: what they show, the hops, and the colour or "I don't know"."""
+    notes = HopNotes(question.scene)
+    seen = notes.see(content)
+    told, found = notes.follow(question, question.hops)
+    return trace_turn(f"{seen} {told}" if described else told, answer=found if isinstance(found, str) else UNKNOWN)
 
 
-def describe_hops(question: Question, blocks: Sequence[Block]) -> str:
-    """What the shown frames hold, in their order: ``I see star>moon green 61.5s, nothing 80.0s.``"""
-    return f"I see {', '.join(_told(question.scene.visible(seconds), seconds) for seconds in times_of(blocks))}."
-
-
-def _told(event: Event | None, seconds: float) -> str:
-    return f"{_item(event) if isinstance(event, HopEvent) else 'nothing'} {format_seconds(seconds)}"
-
-
-def _item(event: HopEvent) -> str:
-    return f"{event.shape}>{event.mark} {event.colour}"
-
-
-def _hop(question: Question, position: int, seen: Sequence[float], last: int) -> str:
-    """What a hop settles: the next shape, the time to look after, or the colour."""
-    event = question.events[position]
-    start = "Then" if position and question.links[position - 1] == "after" else "The"
-    if position == last:
-        return f"{start} {_item(event)}."
-    if question.links[position] == "points":
-        return f"{start} {event.shape}>{event.mark}."
-    return f"{start} {_told(event, _first_seen(question, event, seen))}."
-
-
-def _calls(question: Question, position: int, seen: Sequence[float], end: float) -> list[dict[str, Any]]:
-    """Arguments of the searches for a hop, each to be tried where the one before did not show it."""
-    event = question.events[position]
+def _calls(question: Question, wanted: HopEvent, notes: HopNotes, end: float) -> list[dict[str, Any]]:
+    """Arguments of the searches for an event, each to be tried where the one before did not show it."""
+    position = question.events.index(wanted)
     if position and question.links[position - 1] == "after":
-        start = int(_first_seen(question, question.events[position - 1], seen))
-        return [
-            {"query": "shape", "start_time": begin, "end_time": start + int(WINDOW)} for begin in (start, start + 4)
-        ]
+        start = int(notes.seen[question.events[position - 1]])
+        stop = start + int(WINDOW)
+        return [{"query": "shape", "start_time": begin, "end_time": stop} for begin in (start, start + 4)]
     half, third = int(end / 2), int(end / 3)
     windows = [(0, half), (half, int(end)), (0, third), (third, 2 * third), (2 * third, int(end))]
     return [
-        {"query": event.shape},
-        *({"query": event.shape, "start_time": start, "end_time": stop} for start, stop in windows),
+        {"query": wanted.shape},
+        *({"query": wanted.shape, "start_time": start, "end_time": stop} for start, stop in windows),
     ]
-
-
-def _shown(question: Question, event: HopEvent, seen: Sequence[float]) -> bool:
-    return any(question.scene.visible(seconds) == event for seconds in seen)
-
-
-def _first_seen(question: Question, event: HopEvent, seen: Sequence[float]) -> float:
-    return min(seconds for seconds in seen if question.scene.visible(seconds) == event)
 
 
 def _guess(rng: np.random.Generator) -> str:

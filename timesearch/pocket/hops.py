@@ -40,14 +40,14 @@ from timesearch.pocket.world import (
 WORLD = "hops"
 """Name of the world in `pocket://hops/<split>/<seed>.mp4`."""
 HOP_SHAPES = (*SHAPES, "diamond", "moon", "bolt", "hourglass", "crown", "stairs", "fish", "flag")
-WINDOW = 12.0
+WINDOW = 10.0
 """Seconds from a frame of an event on that hold the next event, or its beginning, and none after that."""
 PLATE = 36
 """Side of the dark plate in the lower right corner that carries the mark, in pixels of `SIZE`."""
 
-_GAPS = (8.0, 11.0)
-"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 11
-seconds from the start of the next, and at least 13 from the one after that: times may be rounded."""
+_GAPS = (6.5, 8.5)
+"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 8.5
+seconds from the start of the next, and more than 10 from the one after that: times may be rounded down."""
 _LENGTHS = (2.0, 2.5, 3.0)
 _PLATE_COLOUR = (14, 14, 18)
 

@@ -9,18 +9,22 @@ tokenizer they are words like any other.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from timesearch.pocket.hop_traces import RELATIONS
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS
 from timesearch.pocket.wordings import phrases
 from timesearch.pocket.world import COLOURS, SHAPES
 from timesearch.search.protocol import SearchProtocol
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
+Parts = Callable[[str], tuple[str, ...]]
+"""From a token to the names of what it is made of."""
 PATCH = 32
 """Pixels along the side of one vision token: patches of 16, merged 2 x 2."""
 FRAME = 64
@@ -71,8 +75,14 @@ _SCHEMA = (
 """Marks of any tool's JSON schema; the first opens it."""
 # Words with their leading space, integers whole, and the tenth of a second with its unit, as in "112.5s".
 _WORDS = r" ?\p{L}+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}]+|\s"
-# The same, but a name such as start_time is one word, and so is what stands between two words of JSON.
-_HOP_WORDS = r" ?[\p{L}_]+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}_]+(?: [^\s\p{L}\p{N}_]+)*|\s"
+# The same, but a name such as start_time is one word, and so are a key of a note (hop_traces), a time such as 112.5s,
+# and what stands between two words of JSON.
+_HOP_WORDS = (
+    r" ?[\p{L}_]+[>=@+?]?|\p{N}{1,3}\.\p{N}s(?!\p{L})|\p{N}{1,3}|\.\p{N}s(?!\p{L})"
+    r"| ?[^\s\p{L}\p{N}_]+(?: [^\s\p{L}\p{N}_]+)*|\s"
+)
+_TIMES = 200
+"""Whole seconds, from 0, that are a token each in the hop world, as are the half seconds among them."""
 
 
 def make_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
@@ -85,12 +95,28 @@ def make_hop_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
 
     A tool's name, its arguments and what its description says are words like any other here: a schema that is worded
     anew is read by the words that it shares with others. What the chat template says around any schema, and JSON's own
-    marks, are a token each. A shape's word without a space before it, as in ``star>moon`` and in a query, is another
-    token than the one with it.
+    marks, are a token each. A shape's word without a space before it, as behind a key and in a query, is another token
+    than the one with it, and than its keys (``star>``).
     """
     before, _, after = tools_block().partition(_SCHEMA[0])
     around = (before, after[after.index("</tools>") :])
-    return _tokenizer(_hop_corpus(prompts), 1536, _HOP_WORDS, (*_MARKUP, *_JSON, *_SCHEMA, *around))
+    return _tokenizer(_hop_corpus(prompts), 2048, _HOP_WORDS, (*_MARKUP, *_JSON, *_SCHEMA, *around))
+
+
+def hop_parts(token: str) -> tuple[str, ...]:
+    """What a token of the hop world is made of, as a name for each part; none where it is a word like any other.
+
+    A key is its shape and its relation, a number its digits, a time those and its half second.
+    """
+    if token.startswith("\u0120"):  # a space, in a byte-level BPE
+        shape, relation = (token[1:-1], token[-1]) if token[-1] in RELATIONS else (token[1:], "")
+        return (f"shape {shape}", f"relation {relation}") if shape in HOP_SHAPES else ()
+    whole, _, rest = token.removesuffix("s").partition(".")
+    if not whole.isdecimal() or not whole.isascii() or len(whole) > 3 or not (rest or token == whole):
+        return ()
+    hundreds, tens, units = tuple(whole.zfill(3))
+    digits = (f"{hundreds} hundreds", f"{tens} tens", f"{units} units")
+    return (*digits, f"{rest} tenths") if rest else (*digits, "number")
 
 
 def _tokenizer(corpus: list[str], size: int, words: str, phrases: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -160,22 +186,21 @@ def _corpus(prompts: str) -> list[str]:
 
 def _hop_corpus(prompts: str) -> list[str]:
     """Texts whose words become tokens, in the hop world."""
-    items = [f" {shape}>{mark} {colour}" for shape in HOP_SHAPES for mark in HOP_SHAPES for colour in COLOURS]
     words = [
         *SearchProtocol.load(prompts).texts.values(),
         *(text.format(shape=shape) for text in TEXTS.values() for shape in HOP_SHAPES),
-        *(f'I need to see the {shape}. The {shape} nothing. "{shape}" shape' for shape in HOP_SHAPES),
-        "I see nothing. Then nothing. I need to see what follows. I can guess." * 4,
+        *(f'I see {shape} {shape}{relation}{shape} "{shape}"' for shape in HOP_SHAPES for relation in RELATIONS),
+        "I see nothing. nothing, So I can guess. From" * 4,
         "<answer>I don't know</answer>",
         '\n{"name": "seek_video_frames", "arguments": {"query": "shape", "num_frames": 2}}\n',
         *(f'{{"query": "{shape}", "start_time": 1, "end_time": 2}}' for shape in HOP_SHAPES),
-        *(f"{colour}</answer>" for colour in COLOURS),
+        *(f"={colour} {colour}</answer>" for colour in COLOURS),
         "system\nuser\nassistant\n" * 3,
         tools_block(),
         *(f"{phrase} {phrase}" for phrase in phrases()),
     ]
-    numbers = [f"{seconds}.{tenth}s," for seconds in range(200) for tenth in (0, 5)]
-    return words * 8 + items + numbers * 4 + [f".{tenth}s" for tenth in range(10)] * 400
+    numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(_TIMES) for tenth in (0, 5)]
+    return words * 8 + numbers * 8 + [f".{tenth}s" for tenth in range(10)] * 400
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
@@ -193,8 +218,18 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
     )
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """An untrained policy; the same seed gives the same weights."""
+def make_policy(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, layers: int = 3, parts: Parts | None = None
+) -> Qwen3VLForConditionalGeneration:
+    """An untrained policy; the same seed gives the same weights.
+
+    Args:
+        tokenizer: whose tokens it knows.
+        seed: of the weights.
+        layers: of the language model.
+        parts: of a token; it begins as the sum of their vectors, so that what is learned of a part in one token holds
+            for all that share it.
+    """
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -204,7 +239,7 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
             "vocab_size": (len(tokenizer) + 63) // 64 * 64,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "head_dim": 64,
@@ -240,9 +275,25 @@ def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
+    if parts is not None:
+        _compose(model.get_input_embeddings().weight.detach(), tokenizer, parts)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def _compose(embeddings: torch.Tensor, tokenizer: PreTrainedTokenizerFast, parts: Parts) -> None:
+    """Make the embedding of each token that has parts the sum of their vectors, as long as those of other tokens."""
+    import torch
+
+    vectors: dict[str, torch.Tensor] = {}
+    for token, identity in sorted(tokenizer.get_vocab().items(), key=lambda each: each[1]):
+        named = parts(token)
+        for name in named:
+            if name not in vectors:
+                vectors[name] = torch.randn(embeddings.shape[1]) * INIT_STD
+        if named:
+            embeddings[identity] = torch.stack([vectors[name] for name in named]).sum(dim=0) / len(named) ** 0.5
 
 
 def save_policy(model: Any, processor: Any, folder: Path | str) -> Path:

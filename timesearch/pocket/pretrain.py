@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
     """Train the base policy and write its checkpoint to `folder`, with a ``recipe.json`` that says how it was made.
 
     What is done is kept in `.rebuild` of the models' folder until then: a run that was stopped goes on where its phase
-    last wrote a checkpoint, or from the start of the phase.
+    last wrote a checkpoint, or from the start of the phase. Of another recipe, or an edited one, the phases are kept
+    that come before what differs.
 
     Args:
         settings: of frames, features and search; the checkpoint is made for them.
@@ -73,29 +75,35 @@ def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) 
             f"a rebuild takes one of {', '.join(RECIPES)}"
         )
     recipe, work = RECIPES[settings.models.encoder], settings.paths.models / ".rebuild"
-    done = _begun(work, _identity(settings, recipe, encoder, seed))
-    corpus = _kept_corpus(settings, recipe, encoder, work)
+    digests = _digests(settings, recipe, encoder, seed)
+    done = _begun(work, digests, seed)
+    _keep_caches(settings, recipe, encoder, work)
     if not (work / "start" / "config.json").is_file():
         tokenizer = recipe.tokenizer(settings.search.prompts)
-        save_policy(make_policy(tokenizer, seed), make_processor(tokenizer), work / "start")
-    for title in (_ALIGN, *(phase.title for phase in recipe.phases(corpus, seed))):
+        model = make_policy(tokenizer, seed, recipe.layers, recipe.parts)
+        save_policy(model, make_processor(tokenizer), work / "start")
+    for title in list(digests)[1:]:
         if title in (phase["phase"] for phase in done["phases"]):
             continue
         last = work / (done["phases"][-1]["phase"] if done["phases"] else "start")
+        if done.get("begun") != digests[title]:
+            shutil.rmtree(work / "trainer", ignore_errors=True)
+            write_json(work / "recipe.json", done | {"begun": digests[title]})
         if settings.train.processes > 1 and title != _ALIGN:
             write_json(work / "settings.json", settings.model_dump(mode="json"))
             run_processes(settings.train.processes, ["-m", __name__, str(work), title, last.name], work)
         else:
             carry_out(settings, encoder, title, last)
-        done["phases"].append(read_config(work / title / "reached.json"))
+        done["phases"].append({**read_config(work / title / "reached.json"), "digest": digests[title]})
         write_json(work / "recipe.json", done)
         shutil.rmtree(work / "trainer", ignore_errors=True)
-        values = {name: value for name, value in done["phases"][-1].items() if name not in ("phase", "steps")}
+        values = {name: value for name, value in done["phases"][-1].items() if name not in ("phase", "steps", "digest")}
         reached = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         steps = done["phases"][-1]["steps"]
         console.print(f"{title}: {steps} steps, {reached}", markup=False, highlight=False)
     save_policy(load_model(work / title), load_processor(work / title), folder)
-    write_json(folder / "recipe.json", {**done, "made": datetime.now(UTC).date().isoformat()})
+    made = {"recipe": digests[title], **done, "made": datetime.now(UTC).date().isoformat()}
+    write_json(folder / "recipe.json", {name: value for name, value in made.items() if name not in ("caches", "begun")})
     shutil.rmtree(work)
     return folder
 
@@ -122,8 +130,8 @@ def carry_out(settings: Settings, encoder: Encoder, title: str, before: Path) ->
             reached = last.values
         else:
             model.requires_grad_(True)
-            model.model.visual.requires_grad_(phase.sees)
-            model = fine_tune(model, processor, phase.lessons, phase.plan, work / "trainer", last if first else None)
+            tell = last if first else None
+            model = fine_tune(model, processor, phase.lessons, phase.plan, work / "trainer", tell, phase.sees)
             reached = last.values if first else {}
     if first:
         if phase is not None:
@@ -144,9 +152,8 @@ class _Last:
         self._bar.advance(note=f"loss {values['loss']:.3f}")
 
 
-def _identity(settings: Settings, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
-    """What the checkpoint follows from, as far as it may change, and its digest."""
-    nothing = Corpus([], settings.search, encoder, Path(), Path())
+def _digests(settings: Settings, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, str]:
+    """Of each phase by its title, what its checkpoint follows from as far as that may change; first of the caches."""
     made_from = {
         "seed": seed,
         "encoder": encoder.digest,
@@ -154,31 +161,37 @@ def _identity(settings: Settings, recipe: Recipe, encoder: Encoder, seed: int) -
         "frames": settings.frames.shaping(),
         "world": recipe.world,
         "videos": recipe.videos,
-        "align": recipe.align_steps,
-        "phases": [[phase.title, asdict(phase.plan)] for phase in recipe.phases(nothing, seed)],
     }
-    return {"recipe": json_digest(made_from), "seed": seed}
+    digests = {"caches": json_digest(made_from)}
+    phases = recipe.phases(Corpus([], settings.search, encoder, Path(), Path()), seed)
+    digest = digests["caches"]
+    for title, plan in ((_ALIGN, recipe.align_steps), *((phase.title, asdict(phase.plan)) for phase in phases)):
+        digest = digests[title] = json_digest([digest, title, plan])
+    return digests
 
 
-def _begun(work: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What was done by this recipe; what another recipe left is removed."""
+def _begun(work: Path, digests: dict[str, str], seed: int) -> dict[str, Any]:
+    """What was done by this recipe or begins as it; what follows from anything else is removed."""
     mark = work / "recipe.json"
     done = read_config(mark) if mark.is_file() else {}
-    if done.items() >= identity.items():
-        return done
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    done = {**identity, "phases": []}
+    if done.get("caches") != digests["caches"]:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        done = {"seed": seed, "caches": digests["caches"], "phases": []}
+    phases = done["phases"]
+    kept = list(takewhile(lambda phase: phase["digest"] == digests.get(phase["phase"]), phases))
+    for phase in phases[len(kept) :]:
+        shutil.rmtree(work / phase["phase"], ignore_errors=True)
+    done["phases"] = kept
     write_json(mark, done)
     return done
 
 
-def _kept_corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> Corpus:
+def _keep_caches(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> None:
     mark = work / "cached"
     if not mark.is_file():
         cached_corpus(settings, encoder, work, recipe.world, "pretrain", recipe.videos)
         mark.touch()
-    return _corpus(settings, recipe, encoder, work)
 
 
 def _corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> Corpus:

@@ -10,10 +10,11 @@ phase, *base*, takes few steps on episodes that spoil the behaviour and leave th
 *pocket*: *see* (re-answers on few frames, look-ups without frames, episodes that search well), *search* (more frames,
 questions that the frames do not answer, faulty episodes among good ones).
 
-*pocket-hops*: *search* (episodes that follow every hop, the tools said in many ways: an item of what was seen is
-repeated from a few words before, from which copying is learned soonest), *look-up* (the same through longer lists, as
-text alone and as frames drawn at random: begun at once, it is not learned in as many steps), *skill* (faulty episodes
-and re-answers to what was searched), *settle* (the same as the rate falls).
+*pocket-hops*: *look-up* (what frames tell of each shape, again and again, beside some whole questions), *search*
+(episodes that follow every hop, the tools said in many ways), *skill* (faulty episodes and re-answers to what was
+searched), *order* (re-answers that also tell what one frame after another shows, from which the order in time is
+learned; told from the first, hops would be read off what was told, which is learned late), *settle* (the same as the
+rate falls).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading
 from timesearch.pocket.hop_traces import HOP_BASE, HOP_CLEAN, HOP_SKILLED
 from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent
 from timesearch.pocket.lessons import Batches, Corpus, Episodes, Lessons, Lookup, Mixture, Reading
-from timesearch.pocket.policy import make_hop_tokenizer, make_tokenizer
+from timesearch.pocket.policy import Parts, hop_parts, make_hop_tokenizer, make_tokenizer
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
 from timesearch.pocket.world import COLOURS, SHAPES, Event
 from timesearch.training.supervised import Plan
@@ -62,6 +63,10 @@ class Recipe:
     """places of an event's tokens in each of `words`"""
     phases: Callable[[Corpus, int], Sequence[Phase]]
     """from the corpus and the seed"""
+    layers: int = 3
+    """of the language model"""
+    parts: Parts | None = None
+    """of tokens that begin as sums"""
 
 
 _COUNT = 10**6
@@ -94,16 +99,19 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     def plan(steps: int, size: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
         return Plan(steps, size, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
 
-    lookup, reading = HopLookup(_COUNT, seed), HopReading(corpus, _COUNT, 0.25, seed)
+    lookup = HopLookup(corpus, _COUNT, seed)
+    reading, told = (HopReading(corpus, _COUNT, 0.25, seed, described) for described in (False, True))
     clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
     skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
+    short = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, described=False)
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
-        Phase("search", Batches([(clean, 0.8), (reading, 0.2)], 24), plan(240, 24)),
-        Phase("look-up", Batches([(lookup, 0.4), (reading, 0.4), (clean, 0.2)], 24), plan(240, 24)),
-        Phase("skill", Batches([(skilled, 0.5), (searched, 0.2), (reading, 0.2), (lookup, 0.1)], 24), plan(300, 24)),
-        Phase("settle", Batches([(skilled, 0.6), (searched, 0.2), (reading, 0.2)], 24), plan(150, 24, decay=True)),
+        Phase("look-up", Batches([(lookup, 0.35), (reading, 0.4), (clean, 0.25)], 24), plan(240, 24)),
+        Phase("search", Batches([(clean, 0.4), (short, 0.1), (reading, 0.3), (lookup, 0.2)], 24), plan(240, 24)),
+        Phase("skill", Batches([(skilled, 0.5), (short, 0.25), (reading, 0.25)], 24), plan(240, 24)),
+        Phase("order", Batches([(told, 0.35), (skilled, 0.3), (searched, 0.2), (lookup, 0.15)], 24), plan(240, 24)),
+        Phase("settle", Batches([(skilled, 0.4), (searched, 0.3), (told, 0.3)], 24), plan(160, 24, decay=True)),
         Phase("base", base, plan(40, 24, 4e-4, decay=True), sees=True),
     ]
 
@@ -123,9 +131,11 @@ RECIPES = {
         videos=160,
         align_steps=600,
         tokenizer=make_hop_tokenizer,
-        words=(tuple(f"Ġ{shape}" for shape in HOP_SHAPES), tuple(f"Ġ{colour}" for colour in COLOURS), HOP_SHAPES),
+        words=(tuple(f"Ġ{shape}>" for shape in HOP_SHAPES), tuple(COLOURS), HOP_SHAPES),
         told=_shape_colour_and_mark,
         phases=_hop_phases,
+        layers=4,
+        parts=hop_parts,
     ),
 }
 """By the name of the encoder."""

@@ -23,7 +23,7 @@ from timesearch.settings import Settings
 
 _OURS = ("run.json", "source.json", "recipe.json")
 """Records of this project beside a checkpoint, with names and paths of its own."""
-_OWN_POLICY, _OWN_LICENCE = Path("pretrained/pocket"), "apache-2.0"
+_OWN_POLICIES, _OWN_LICENCE = (Path("pretrained/pocket"), Path("pretrained/hops")), "apache-2.0"
 
 
 def write_hub_folder(settings: Settings, policy: Path, out: Path, licence: str | None = None) -> list[Path]:
@@ -33,7 +33,7 @@ def write_hub_folder(settings: Settings, policy: Path, out: Path, licence: str |
         settings: with which it was trained.
         policy: folder of the checkpoint, such as ``runs/train``.
         out: a folder that is not there yet, or is empty.
-        licence: an identifier as the hub lists them; None takes that of the pocket policy, where it began with it.
+        licence: an identifier as the hub lists them; None takes that of the base policies here, where it was one.
 
     Returns:
         The files.
@@ -63,7 +63,7 @@ def write_hub_folder(settings: Settings, policy: Path, out: Path, licence: str |
 
 
 def _licence_of(settings: Settings) -> str:
-    if Path(settings.models.policy) == _OWN_POLICY:
+    if Path(settings.models.policy) in _OWN_POLICIES:
         return _OWN_LICENCE
     raise RequestError(
         f"--licence is missing: name the one under which what was made of {settings.models.policy} may be passed on, "

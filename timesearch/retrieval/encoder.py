@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.extras import require_modules
 from timesearch.base.files import file_digest, json_digest, write_json
 from timesearch.base.http import BadReplyError, M, RefusedError, check_address, may_pass, request_now, tries
 from timesearch.base.hub import fetch_error
@@ -122,6 +123,7 @@ class OpenClipEncoder:
     """
 
     def __init__(self, model: str, pretrained: str | None = None, device: str | None = None) -> None:
+        require_modules("an encoder in this process", "torch", "open_clip", instead="name its server by --encoder-url")
         self._device = device
         self._folder: Path | None = None
         self._queries = _Queries()
@@ -304,7 +306,7 @@ class _Parts:
 
 
 class ServedEncoder:
-    """An OpenAI-compatible embeddings server, such as vLLM's pooling runner with a SigLIP or CLIP model.
+    """An OpenAI-compatible embeddings server: `timesearch encoder serve`, or vLLM's pooling runner with such a model.
 
     Texts go as `input`; an image goes as one chat message that holds it, which is vLLM's form for images.
     """
@@ -330,6 +332,12 @@ class ServedEncoder:
         if not listed:
             raise RequestError(f"the embeddings server at {redact(self._url)} lists no model: name one")
         return listed[0].id
+
+    @functools.cached_property
+    def even_odds(self) -> float | None:
+        """As of `OpenClipEncoder`, where the server gives it."""
+        served = self._send("GET", "/models", ModelList).data
+        return next((model.even_odds for model in served if model.id == self.name), None)
 
     def _send(self, method: str, path: str, kind: type[M], body: dict[str, Any] | None = None) -> M:
         import httpx

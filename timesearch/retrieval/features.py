@@ -216,6 +216,7 @@ def cache_features(
     settings: Features,
     title: str = "features",
     set_aside: Sequence[Failure] = (),
+    ray_address: str | None = None,
 ) -> BatchResult:
     """Make or renew the feature caches of many videos.
 
@@ -223,9 +224,10 @@ def cache_features(
         frames: name of each video (its feature cache is `<out>/<name>.safetensors`) and its frame cache.
         out: folder of the feature caches; what failed is listed in its `failures.jsonl`.
         encoder: embeds the frames.
-        settings: batch size, workers and Ray cluster.
+        settings: batch size and workers.
         title: shown before the progress bar.
         set_aside: rows of sample files that name no video; they are listed with what fails.
+        ray_address: a Ray cluster to work on; None for this machine.
     """
     from timesearch.base.batch import run_batch
     from timesearch.base.exclusive import exclusive
@@ -238,8 +240,9 @@ def cache_features(
             work,
             failures=out / "failures.jsonl",
             workers=settings.workers,
-            ray_address=settings.ray_address,
+            ray_address=ray_address,
             ray_gpus=1,
+            shared=[out, *list(frames.values())[:1]],
             set_aside=set_aside,
         )
 
@@ -271,4 +274,11 @@ def run(settings: Settings, encoder: Encoder | None = None) -> BatchResult:
     names, broken = sample_videos(settings)
     frames = {video: cache_path(settings.paths.frames, video) for video in names}
     encoder = encoder or default_encoder(settings)
-    return cache_features(frames, settings.paths.features, encoder, settings.features, set_aside=broken)
+    return cache_features(
+        frames,
+        settings.paths.features,
+        encoder,
+        settings.features,
+        set_aside=broken,
+        ray_address=settings.cluster.ray_address,
+    )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from timesearch.base.errors import RequestError
+from timesearch.base.extras import require_modules
 from timesearch.data.messages import Block, Message
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.policy import (
@@ -94,6 +95,7 @@ class TransformersPolicy:
         """
         from timesearch.search.checkpoint import load_model
 
+        require_modules("a policy in this process", "torch", "transformers")
         processor = load_processor(checkpoint, template)
         if video_preview and getattr(processor, "video_processor", None) is None:
             raise RequestError(f"{checkpoint} does not know videos: set infer.preview to images")

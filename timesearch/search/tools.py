@@ -19,6 +19,7 @@ from timesearch.data.messages import Block, Box, Evidence
 from timesearch.retrieval.selection import select_frames
 from timesearch.search.pool import from_end_to_end
 from timesearch.search.protocol import BoundTool
+from timesearch.search.schemas import json_schema
 
 if TYPE_CHECKING:
     from timesearch.search.search import Search
@@ -310,6 +311,4 @@ def method_of(tool: Tool) -> Callable[..., list[Block]]:
 @cache
 def schema_of(tool: Tool) -> dict[str, Any]:
     """The JSON schema of a tool, as TRL renders it in training."""
-    from transformers.utils.chat_template_utils import get_json_schema
-
-    return get_json_schema(method_of(tool))
+    return json_schema(method_of(tool))

@@ -1,14 +1,19 @@
 """The HTTP API behind the page.
 
-- ``GET /api/videos`` lists `[{"id", "name"}]`: the videos of the folders that were given, and those that were dropped.
+- ``GET /api/videos`` lists `[{"id", "name", "seconds", "prepared"}]`: the videos of the folders that were given, those
+  that were dropped, and those of the library.
 - ``PUT /api/videos/NAME`` takes the body as a dropped video and answers with its `id` and `name`.
 - ``POST /api/ask`` with `{"video", "question", "options"}` answers with server-sent events: `status`, `video`, the
-  episode's steps (`preview`, `turn`, `frames`, `reanswer`), and at the end `answer` or `error`.
+  episode's steps (`preview`, `turn`, `found`, `reanswer`), and at the end `answer` or `error`. `"video": "all"` asks
+  all videos that can be searched; the event `video` then comes for each one that is asked.
 - ``GET /api/frames/CACHE/INDEX`` is a frame as JPEG; the event `video` names the cache.
+- ``/v1``: the agent by OpenAI's API (`timesearch.serve.chat`).
+- What the page plays, shows and finds is in `timesearch.serve.media`.
 
 It serves this machine's user: requests must name this machine (so no foreign page reaches it by a name of its own),
-files are read in the given folders only, and everything is data for the page, which shows text as text. There is no
-password: bound to other addresses than this machine's own loopback, it serves whoever reaches them.
+files are read in the given folders only, and everything is data for the page, which shows text as text. Where a key is
+set, all of it asks for that (`timesearch.serve.keys`); without one, and bound to other addresses than this machine's
+own loopback, it serves whoever reaches them.
 """
 
 from __future__ import annotations
@@ -18,19 +23,16 @@ import base64
 import contextlib
 import io
 import json
-import logging
 import re
 import socket
-import traceback
 from collections.abc import AsyncIterator, Sequence
-from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -39,25 +41,34 @@ from timesearch.base.errors import ItemError, RequestError, TimeSearchError
 from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.data.messages import Block, describe_call, exchanges, heard_seconds
 from timesearch.inference.ask import Answer, Asker, check_question
-from timesearch.search.episode import Step
+from timesearch.inference.statement import Statement
+from timesearch.library.answer import ask_library
+from timesearch.library.catalogue import Entry
+from timesearch.library.library import Library
+from timesearch.library.loose import LooseEntry
+from timesearch.search.episode import Step, Watch
 from timesearch.search.policy import Policy
+from timesearch.serve.chat import add_chat
 from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of
+from timesearch.serve.keys import Keyed
+from timesearch.serve.media import add_media
 from timesearch.serve.preparing import Preparations
+from timesearch.serve.refusals import described, refusal, unforeseen
+from timesearch.serve.shelf import ALL, Held, Shelf, open_frames
 from timesearch.serve.videos import Videos, file_name, is_named_like_a_video
 from timesearch.video.frames import FrameCache, cache_path
 from timesearch.video.probe import SUFFIXES
 
 _PAGE = Path(__file__).parent / "page"
+_PARTS = frozenset(path.name for path in _PAGE.glob("*.[cj]s*"))
+_FRESH = {"Cache-Control": "no-cache"}
 _LARGEST = 8 * 2**30
 """Bytes of a dropped video at most."""
 _LARGEST_QUESTION = 512 * 2**10
 """Bytes of a question with its options at most: the longest of each, every letter as an escape, are 360 KB."""
 _WRITTEN_AT_ONCE = 2**20
-_SENTENCE = 500
-"""Characters of a refusal at most."""
 _JSON = re.compile(r"application/(?:[\w.-]+\+)?json")
 _CACHE_NAME = re.compile(r"[0-9a-f]{24}")
-_log = logging.getLogger(__name__)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -90,7 +101,16 @@ class Question(BaseModel):
     options: list[str] = Field(default_factory=list, max_length=1000)
 
 
-def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Path, host: str = "127.0.0.1") -> FastAPI:
+def make_app(
+    asker: Asker,
+    policy: Policy,
+    folders: Sequence[Path],
+    uploads: Path,
+    host: str = "127.0.0.1",
+    key: str | None = None,
+    *,
+    library: Library | None = None,
+) -> FastAPI:
     """The application.
 
     Three kinds of work never wait for one another: small work on files goes to Starlette's threads, the steps of
@@ -102,14 +122,19 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
         folders: the only folders that videos are read from.
         uploads: folder for dropped videos.
         host: the address it is bound to; requests must name it or this machine.
+        key: that requests must bear; None lets all in.
+        library: its videos are offered, too; made by the asker's encoder.
     """
     videos = Videos(folders, uploads)
+    shelf = Shelf(videos, asker, library)
     preparations = Preparations(asker)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(shelf.attached.clear)
         yield
         preparations.close()
+        end_media()
         await policy.close()
 
     app = FastAPI(
@@ -121,21 +146,25 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
         redirect_slashes=False,
         exception_handlers={StarletteHTTPException: _refuse, RequestValidationError: _refuse_parameter},
     )
+    if key is not None:
+        app.add_middleware(Keyed, key=key)
     app.add_middleware(Guard, host=host)
+    add_chat(app, preparations, shelf)
+    end_media = add_media(app, shelf, uploads.parent / "playable")
 
     @app.get("/")
     def page() -> FileResponse:
-        return FileResponse(_PAGE / "index.html")
+        return FileResponse(_PAGE / "index.html", headers=_FRESH)
 
-    @app.get("/page.{kind}")
-    def part(kind: str) -> FileResponse:
-        if kind not in ("css", "js"):
+    @app.get("/page/{name}")
+    def part(name: str) -> FileResponse:
+        if name not in _PARTS:
             raise HTTPException(404)
-        return FileResponse(_PAGE / f"page.{kind}")
+        return FileResponse(_PAGE / name, headers=_FRESH)
 
     @app.get("/api/videos")
-    def list_videos() -> list[dict[str, str]]:
-        return videos.all()
+    def list_videos() -> list[dict[str, Any]]:
+        return shelf.all()
 
     @app.put("/api/videos/{name}")
     async def drop(name: str, request: Request) -> dict[str, str]:
@@ -163,12 +192,12 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
         body = b"".join([piece async for piece in body_of(request, "the question", _LARGEST_QUESTION)])
         try:
             asked = await run_in_threadpool(_read_question, body)
-            video = await run_in_threadpool(videos.path, asked.video)
+            video = None if asked.video == ALL else await run_in_threadpool(shelf.held, asked.video)
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
         except ItemError as error:
             raise HTTPException(404, str(error)) from error
-        events = _answer(asker, preparations, video, asked)
+        events = _answer(shelf, preparations, video, asked)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/api/frames/{name}/{index}")
@@ -176,7 +205,7 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
         if not _CACHE_NAME.fullmatch(name):
             raise HTTPException(404, "there is no such video")
         try:
-            cache = _open(asker, name)
+            cache = _open(shelf, name)
             if not 0 <= index < len(cache):
                 raise HTTPException(404, "there is no such frame")
             picture = cache.jpeg(index)
@@ -190,23 +219,17 @@ def make_app(asker: Asker, policy: Policy, folders: Sequence[Path], uploads: Pat
 _SENTENCES = {404: "there is nothing at this address", 405: "this address does not take such a request"}
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    """What is wrong with a request, as a sentence under ``detail``."""
+async def _refuse(request: Request, error: Exception) -> Response:
+    """What is wrong with a request, in a sentence."""
     assert isinstance(error, StarletteHTTPException)
     default = error.detail == HTTPStatus(error.status_code).phrase
     said = _SENTENCES.get(error.status_code, error.detail) if default else error.detail
-    return JSONResponse({"detail": mend_text(said)[:_SENTENCE]}, error.status_code, headers=error.headers)
+    return refusal(request.url.path, error.status_code, said, error.headers)
 
 
-async def _refuse_parameter(_: Request, error: Exception) -> Response:
+async def _refuse_parameter(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": _describe(error.errors())}, 422)
-
-
-def _describe(errors: Sequence[Any]) -> str:
-    """The first of pydantic's errors, without what was sent."""
-    where = ".".join(str(part) for part in errors[0]["loc"])[:_SENTENCE]
-    return f"{where or 'the question'} cannot be read: {errors[0]['msg']}"
+    return refusal(request.url.path, 422, described(error.errors()))
 
 
 def _read_question(body: bytes) -> Question:
@@ -221,7 +244,7 @@ def _read_question(body: bytes) -> Question:
         raise RequestError(f"the question is no JSON that can be read ({error})") from error
     except ValidationError as error:
         raise RequestError(
-            _describe(error.errors(include_url=False, include_context=False, include_input=False))
+            described(error.errors(include_url=False, include_context=False, include_input=False))
         ) from None
     check_question(asked.question, asked.options)
     return asked
@@ -242,50 +265,67 @@ async def _receive(pieces: AsyncIterator[bytes], target: Path) -> int:
     return size
 
 
-def _open(asker: Asker, name: str) -> FrameCache:
-    """A frame cache; those that were used last stay open."""
-    path = cache_path(asker.frames, name)
-    return _open_state(path, path.stat().st_mtime_ns)
+def _open(shelf: Shelf, name: str) -> FrameCache:
+    """A frame cache of a video of the folders, or else of the library."""
+    try:
+        return open_frames(cache_path(shelf.asker.frames, name))
+    except FileNotFoundError:
+        return open_frames(cache_path(shelf.librarian.frames, name))
 
 
-@lru_cache(maxsize=16)
-def _open_state(path: Path, modified_ns: int) -> FrameCache:
-    return FrameCache.open(path)
-
-
-async def _answer(asker: Asker, preparations: Preparations, video: Path, asked: Question) -> AsyncIterator[str]:
+async def _answer(shelf: Shelf, preparations: Preparations, video: Held | None, asked: Question) -> AsyncIterator[str]:
     """The events of one question, as they happen; when the client leaves, the work for it ends."""
     events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
+    using = contextlib.ExitStack()
 
     def tell(kind: str, data: Any) -> None:
         events.put_nowait((kind, data))
 
+    def watch(step: Step) -> None:
+        tell(step.kind, step_data(step))
+
+    async def ask_all() -> Answer | None:
+        tell("status", {"text": "looking for the videos that may answer"})
+        searched, identity = await run_in_threadpool(shelf.searched)
+
+        def begin(entry: Entry) -> Watch:
+            if isinstance(entry, LooseEntry):
+                using.enter_context(shelf.attached.use(shelf.held(identity(entry)).path))
+            cache = open_frames(cache_path(shelf.librarian.frames, entry.key))
+            tell("video", _opened(identity(entry), entry.name, entry.key, cache))
+            return watch
+
+        given = await ask_library(
+            searched, shelf.librarian, shelf.librarian.encoder, asked.question, asked.options, begin=begin
+        )
+        if given.answer is None:
+            tell("answer", {"predicted_answer": None, "evidence": _evidence(given.statement)})
+        return given.answer
+
     async def work() -> None:
         try:
-            name = await preparations.prepared(video, lambda text: tell("status", {"text": text}))
-            cache = await run_in_threadpool(_open, asker, name)
-            tell("video", {"cache": name, "times": cache.timestamps.tolist(), "size": cache.size})
-            answer = await asker.ask(
-                name,
-                asked.question,
-                asked.options,
-                lambda step: tell(step.kind, step_data(step)),
-                shown_as=mend_text(video.name),
-            )
+            if video is None:
+                answer = await ask_all()
+                if answer is None:
+                    return
+            else:
+                using.enter_context(await run_in_threadpool(shelf.attached.use, video.path))
+                name = video.cache
+                if not video.of_library:
+                    name = await preparations.prepared(video.path, lambda text: tell("status", {"text": text}))
+                cache = await run_in_threadpool(open_frames, cache_path(video.asker.frames, name))
+                tell("video", _opened(video.identity, video.name, name, cache))
+                answer = await video.asker.ask(name, asked.question, asked.options, watch, shown_as=video.name)
             if answer.prediction.error is None:
                 tell("answer", answer_data(answer))
             else:
                 tell("error", {"text": answer.prediction.error.message})
         except TimeSearchError as error:
             tell("error", {"text": str(error)})
-        except Exception as error:  # one question that goes wrong must not be any other's trouble
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            _log.error("a question failed: %s: %.300s (%s, line %s)", type(error).__name__, error, *place[:2])
-            tell(
-                "error",
-                {"text": f"this question could not be answered ({type(error).__name__}): ask it in another way"},
-            )
+        except Exception as error:
+            tell("error", {"text": unforeseen(error)})
         finally:
+            using.close()
             events.put_nowait(None)
 
     task = asyncio.create_task(work())
@@ -331,6 +371,22 @@ def step_data(step: Step) -> dict[str, Any]:
 def answer_data(answer: Answer) -> dict[str, Any]:
     """The end of an episode as the page gets it; `evidence` is what the answer rests on."""
     told = {"predicted_answer", "reanswer", "searched_seconds", "outcome", "limit", "turns", "usage"}
-    evidence = {**answer.statement.model_dump(mode="json"), "sentences": answer.statement.sentences()}
+    evidence = _evidence(answer.statement)
     heard = heard_seconds(answer.prediction.prediction)
     return {**answer.prediction.model_dump(mode="json", include=told), "heard_seconds": heard, "evidence": evidence}
+
+
+def _evidence(statement: Statement) -> dict[str, Any]:
+    return {**statement.model_dump(mode="json"), "sentences": statement.sentences()}
+
+
+def _opened(identity: str, name: str, key: str, cache: FrameCache) -> dict[str, Any]:
+    """A video whose search begins, as the page gets it."""
+    return {
+        "id": identity,
+        "name": name,
+        "cache": key,
+        "times": cache.timestamps.tolist(),
+        "seconds": cache.end,
+        "size": cache.size,
+    }

@@ -18,6 +18,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 
@@ -65,6 +66,8 @@ class Guard:
         app = self._app
         if not is_named(host, self._host):
             app = Response("requests must name this machine: its address, or the name that --host gives it", 400)
+        elif headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            app = Response("requests from other sites are refused", 403)  # a picture or player there sends no origin
         elif origin is not None and origin.partition("://")[2] != host:
             app = Response("requests from other sites are refused", 403)
         await app(scope, receive, send_with_headers)

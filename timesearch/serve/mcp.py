@@ -29,6 +29,7 @@ from timesearch.inference.statement import Statement
 from timesearch.library.answer import VIDEOS, ask_library
 from timesearch.library.catalogue import Entry
 from timesearch.library.library import Library, check_query
+from timesearch.library.words import Said
 from timesearch.retrieval.encoder import Encoder
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
@@ -80,10 +81,23 @@ class MomentInfo(BaseModel):
     score: float
 
 
+class SpokenInfo(BaseModel):
+    """A stretch of a video in which a query's words are said."""
+
+    video: str
+    start: float = Field(description="seconds")
+    end: float = Field(description="seconds")
+    text: str
+    share: float = Field(description="how much of what the query's words tell is said, up to 1")
+
+
 class Moments(BaseModel):
     """A page of what a query found; `said` tells in words what it means that there is nothing."""
 
-    moments: list[MomentInfo]
+    moments: list[MomentInfo] = Field(description="by what frames show; the best first")
+    spoken: list[SpokenInfo] = Field(
+        description="by what subtitles say; the best first, and not to be compared with `moments`"
+    )
     said: str
     next: int | None = Field(None, description="`skip` of the next page; null after the last")
 
@@ -182,9 +196,9 @@ class _Tools:
         where: Where = None,
         skip: Skip = 0,
     ) -> Moments:
-        """Find the moments whose frames show something: which video, from when to when, the best first.
+        """Find the moments whose frames show something, and those in which it is said: which video, from when to when.
 
-        Nothing is found where no frame stands out from what things score that are not there.
+        Nothing is found where no frame stands out from what things score that are not there, and nobody says it.
         """
         stop = Stop()
 
@@ -192,9 +206,14 @@ class _Tools:
             check_query(query)
             videos = self._library.videos(where)
             found = self._library.find(self._encoder, query, skip + PAGE + 1, videos, stop)
-            page = found.moments[skip : skip + PAGE]
+            page, spoken = found.moments[skip : skip + PAGE], found.heard.moments[skip : skip + PAGE]
             said = f"{len(page)} moments" if page else "no further moments" if skip else found.why_nothing()
-            return Moments(moments=[_moment(each) for each in page], said=said, next=_next(skip, len(found.moments)))
+            return Moments(
+                moments=[_moment(each) for each in page],
+                spoken=[_spoken(each) for each in spoken],
+                said=f"{said}; said in {len(spoken)}" if spoken else said,
+                next=_next(skip, max(len(found.moments), len(found.heard.moments))),
+            )
 
         async with self._scans:
             return await _in_thread(searched, stop)
@@ -301,6 +320,16 @@ def _moment(moment: Any) -> MomentInfo:
     )
 
 
+def _spoken(moment: Said) -> SpokenInfo:
+    return SpokenInfo(
+        video=moment.video.name,
+        start=moment.start,
+        end=moment.end,
+        text=moment.text,
+        share=round(moment.share, 4),
+    )
+
+
 def _next(skip: int, total: int) -> int | None:
     return skip + PAGE if total > skip + PAGE else None
 
@@ -346,9 +375,9 @@ def make_server(library: Library, encoder: Encoder, open_asker: Opening) -> MCPS
         "timesearch",
         title="timesearch: a library of videos",
         instructions=(
-            "Search a library of videos. `search` finds moments by what they show; look at them by `get_frames` before "
-            f"you rely on them. `ask` searches up to {VIDEOS} videos for an answer, and says what it rests on: do not "
-            "repeat an answer whose evidence does not agree as if it were certain."
+            "Search a library of videos. `search` finds moments by what they show, and others by what is said; look at "
+            f"them by `get_frames` before you rely on them. `ask` searches up to {VIDEOS} videos for an answer, and "
+            "says what it rests on: do not repeat an answer whose evidence does not agree as if it were certain."
         ),
         log_level="WARNING",
         lifespan=life,

@@ -95,6 +95,10 @@ class Videos:
                 return path.resolve()
         raise ItemError("there is no such video", reason="missing_file")
 
+    def name(self, identity: str) -> str:
+        """What the video of an identity is called: its path below its folder."""
+        return mend_text(os.fsdecode(unquote_to_bytes(identity.partition("/")[2])))
+
     def new_partial(self) -> Path:
         """A path for an upload while it comes in, in the folder of uploads; who asks for it removes it."""
         self.uploads.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.exclusive import exclusive
+from timesearch.base.extras import require_modules
 from timesearch.base.files import json_digest, write_jsonl
 from timesearch.base.progress import console, progress_bar
 from timesearch.data.messages import (
@@ -44,6 +45,7 @@ from timesearch.search.policy import Policy
 from timesearch.search.protocol import SearchProtocol
 from timesearch.search.search import Search
 from timesearch.settings import ColdStart, Settings
+from timesearch.training import on_ray
 from timesearch.training.data import load_training_samples, require_trainable
 from timesearch.training.folder import prepare_run_folder, weights_of
 from timesearch.training.supervised import UNKNOWN, Example, Plan, fine_tune
@@ -67,11 +69,26 @@ def run(settings: Settings) -> Path:
             usable trace.
         TemporaryError: another process works in the folder.
     """
-    with exclusive(settings.paths.coldstart):
-        return _run(settings)
+    require_modules("the cold start", "torch", "transformers", "accelerate", "mlflow")
+    paths, folder = settings.paths, settings.paths.coldstart
+    with exclusive(folder):
+        if settings.cluster.kind != "ray":
+            return coldstart_here(settings)
+        on_ray.fit(
+            settings,
+            "coldstart",
+            folder,
+            coldstart_here,
+            processes=1,
+            gpus=1,
+            shared=[paths.train_samples, paths.frames, paths.features, paths.models],
+            environment={},
+        )
+        return folder
 
 
-def _run(settings: Settings) -> Path:
+def coldstart_here(settings: Settings) -> Path:
+    """What the one process of a cold start does, whose folder is held."""
     import torch
 
     from timesearch.retrieval.features import default_encoder
@@ -111,7 +128,9 @@ def _run(settings: Settings) -> Path:
 
         # What is trained is float32: most steps of a small learning rate are less than bfloat16 can tell.
         model = load_model(policy, None if options.lora_rank else torch.float32)
-        model = fine_tune(model, processor, examples, plan, folder / "checkpoints", report)
+        model = fine_tune(
+            model, processor, examples, plan, folder / "checkpoints", report, vision=not options.freeze_vision
+        )
         if options.bf16:
             model = model.to(torch.bfloat16)
         model.save_pretrained(folder, safe_serialization=True)

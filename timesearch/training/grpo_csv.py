@@ -172,7 +172,7 @@ def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     calls = [sum(message["role"] == "tool" for message in episode.messages) for episode in episodes]
     return {
         "answer_rate": sum(final_answer(episode.messages) is not None for episode in episodes) / count,
-        "search_rate": sum(bool(episode.searched) for episode in episodes) / count,
+        "search_rate": sum(map(bool, calls)) / count,
         "reanswer_accuracy": sum(episode.scores["reanswer_accuracy"] for episode in episodes) / count,
         "tool_calls": sum(calls) / count,
         "frames": sum(len(set(episode.searched)) for episode in episodes) / count,

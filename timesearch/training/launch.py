@@ -8,7 +8,6 @@ finds its rank in the environment.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,25 +16,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
 from timesearch.base.exclusive import exclusive
+from timesearch.base.extras import require_modules
 from timesearch.base.processes import start_guarded, stop
+from timesearch.base.servers import free_port
+from timesearch.judge.on_ray import is_kept_apart
 from timesearch.settings import Settings, Train
+from timesearch.training import on_ray, slurm
+from timesearch.training.data import load_training_samples
+from timesearch.training.placement import training_processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MAIN_PORT = 29500
 
 
-def run(settings: Settings, node_rank: int = 0, main_address: str | None = None) -> Path:
-    """Train as `settings.train` asks.
+def run(settings: Settings, node_rank: int = 0, main_address: str | None = None, main_port: int = MAIN_PORT) -> Path:
+    """Train as `settings.train` and `settings.cluster` ask.
 
     Args:
         settings: a run.
         node_rank: number of this node, from 0.
         main_address: host name of node 0, needed where there are several nodes.
+        main_port: where its processes meet.
 
     Returns:
         The folder of the trained checkpoint.
@@ -46,26 +53,33 @@ def run(settings: Settings, node_rank: int = 0, main_address: str | None = None)
             works in the folder.
         TimeSearchError: a training process failed.
     """
+    require_modules("training", "torch", "transformers", "trl", "accelerate", "datasets", "mlflow")
+    if slurm.takes_a_job(settings):
+        load_training_samples(settings)
+        refuse_unfit(settings.train, settings.train.nodes * settings.train.gpus_per_node)
+        return slurm.run(settings)
     # Of the processes of one training the first holds the folder: the one that starts the others, else rank 0.
     first = _HELD not in os.environ and int(os.environ.get("RANK", node_rank)) == 0
     with exclusive(settings.paths.train) if first else nullcontext() as lock:
-        return _run(settings, node_rank, main_address, [] if lock is None else [lock])
+        return _run(settings, node_rank, main_address, main_port, [] if lock is None else [lock])
 
 
 _HELD = "TIMESEARCH_FOLDER_HELD"
 """Set in the environment of training processes whose folder is held by who started them."""
 
 
-def _run(settings: Settings, node_rank: int, main_address: str | None, locks: Sequence[int]) -> Path:
-    from timesearch.training.data import load_training_samples
-
+def _run(settings: Settings, node_rank: int, main_address: str | None, main_port: int, locks: Sequence[int]) -> Path:
     if "RANK" in os.environ:
-        return load_trainer(settings.train.generation).run(settings)
-    load_training_samples(settings)
+        return train_here(settings)
+    samples, _ = load_training_samples(settings)
+    if settings.cluster.kind == "ray":
+        _on_cluster(settings, judged=any(sample.type == "open_ended" for sample in samples))
+        return settings.paths.train
     if settings.train.launcher == "single" and settings.train.processes == 1:
-        return load_trainer(settings.train.generation).run(settings)
+        return train_here(settings)
     train = settings.train
-    refuse_unfit(train, train.processes if train.launcher == "single" else train.nodes * train.gpus_per_node)
+    refuse_unfit(train, training_processes(train))
+    require_engine(train)
     with tempfile.TemporaryDirectory(prefix="timesearch-") as name:
         folder = Path(name)
         params = folder / "params.yaml"
@@ -73,11 +87,70 @@ def _run(settings: Settings, node_rank: int, main_address: str | None, locks: Se
         if train.launcher == "single":
             run_processes(train.processes, ["-m", "timesearch", "train", "--params", str(params)], folder, locks)
         else:
-            command = launch_command(train, node_rank, main_address, params)
+            command = launch_command(train, node_rank, main_address, params, main_port)
             launcher = start_guarded(command, env=_environment(), pass_fds=locks)
             if _wait([launcher]) is not None:
                 raise _failure("accelerate launch", launcher.returncode, "its messages are above")
     return settings.paths.train
+
+
+def _on_cluster(settings: Settings, judged: bool) -> None:
+    train, paths, judge = settings.train, settings.paths, settings.judge
+    processes = training_processes(train)
+    refuse_unfit(train, processes)
+    local = urlsplit(judge.url).hostname in ("127.0.0.1", "localhost", "::1")
+    if judged and judge.kind == "server" and local and processes > 1 and not is_kept_apart(settings.cluster, judge):
+        raise RequestError(
+            f"judge.url {judge.url} is another machine for each of {processes} processes on a cluster: name the "
+            "judge's host in it, or set cluster.judge_gpus to let one be started there"
+        )
+    on_ray.fit(
+        settings,
+        "train",
+        paths.train,
+        train_here,
+        processes=processes,
+        gpus=0 if train.launcher == "single" and processes > 1 else 1,
+        shared=[paths.train_samples, paths.frames, paths.features, paths.models],
+        environment={"OMP_NUM_THREADS": "1", **process_environment(train)},
+        judged=judged,
+    )
+
+
+def train_here(settings: Settings) -> Path:
+    """What each process of a training does."""
+    require_engine(settings.train)
+    trained: Path = load_trainer(settings.train.generation).run(settings)
+    return trained
+
+
+def require_engine(train: Train) -> None:
+    """See that what writes the episodes is there; TRL imports vLLM for a server of it, too.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if train.generation != "transformers":
+        instead = "set train.generation to transformers"
+        require_modules(f"train.generation {train.generation}", "vllm", instead=instead)
+
+
+def process_environment(train: Train) -> dict[str, str]:
+    """What `accelerate launch` tells each process of its file of `configs/`, where something else starts them."""
+    if train.launcher == "single":
+        return {"ACCELERATE_USE_CPU": "true"} if train.processes > 1 else {}
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    # One machine, and the port 0: only what is said of precision and sharding is read of it.
+    alone = train.model_copy(update={"nodes": 1, "gpus_per_node": train.nodes * train.gpus_per_node})
+    command = launch_command(alone, 0, None, "params.yaml", main_port=0)
+    arguments, config, _ = _validate_launch_command(launch_command_parser().parse_args(command[len(_ACCELERATE) :]))
+    zero = train.launcher in ("zero2", "zero3")
+    if zero:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+    told = prepare_deepspeed_cmd_env(arguments)[1] if zero else prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def refuse_unfit(train: Train, processes: int) -> None:
@@ -105,7 +178,9 @@ def refuse_unfit(train: Train, processes: int) -> None:
         )
 
 
-def launch_command(train: Train, node_rank: int, main_address: str | None, params: Path | str) -> list[str]:
+def launch_command(
+    train: Train, node_rank: int, main_address: str | None, params: Path | str, main_port: int = MAIN_PORT
+) -> list[str]:
     """The `accelerate launch` command of one node.
 
     Raises:
@@ -118,7 +193,7 @@ def launch_command(train: Train, node_rank: int, main_address: str | None, param
         )
     command = [*_ACCELERATE, "--config_file", str(_config(train.launcher))]
     command += ["--num_machines", str(train.nodes), "--num_processes", str(train.nodes * train.gpus_per_node)]
-    command += ["--machine_rank", str(node_rank), "--main_process_port", str(MAIN_PORT)]
+    command += ["--machine_rank", str(node_rank), "--main_process_port", str(main_port)]
     if main_address:
         command += ["--main_process_ip", main_address]
     command += ["--mixed_precision", "bf16" if train.bf16 else "no"]
@@ -159,7 +234,7 @@ def run_processes(count: int, arguments: Sequence[str], folder: Path, locks: Seq
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
     }
     command = [sys.executable, *arguments]
@@ -250,12 +325,6 @@ def load_trainer(generation: str) -> Any:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # environments are experimental there, and pinned here
     with hidden(*(() if generation.startswith("vllm") else ("vllm",))):
         return importlib.import_module("timesearch.training.train")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

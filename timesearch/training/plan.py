@@ -1,4 +1,5 @@
-"""`timesearch train --plan`: what the cold start and the training take, worked out from settings alone, without a GPU.
+"""`timesearch train --plan`: what runs where and what it takes, worked out from settings alone, without a GPU; a Ray
+cluster that answers is asked what it has.
 
 Memory is counted by its large parts. Weights, gradients and optimiser follow ZeRO (arXiv 1910.02054, Section 3: 2, 2
 and 12 bytes a parameter with mixed-precision Adam); activations are what transformer layers with fused attention and
@@ -11,17 +12,20 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from timesearch.base.cluster import Node
 from timesearch.base.errors import RequestError
 from timesearch.search.budget import completion_tokens, preview_frames, prompt_tokens, search_tokens, searched_frames
 from timesearch.settings import Settings, Train
 from timesearch.training.launch import launch_command, refuse_unfit
+from timesearch.training.placement import GIB, Placed, place, traffic, training_processes
+from timesearch.training.slurm import takes_a_job
 
-GIB = 2**30
 VLLM_SHARE = 0.3
 """Share of a GPU's memory that TRL gives a colocated vLLM."""
 SLACK = 0.1
@@ -79,7 +83,9 @@ class ModelSize:
     """
 
     parameters: int
-    lora_parameters: int
+    trained: int
+    adapted: bool
+    """what is trained are LoRA adapters"""
     largest: int
     vocabulary: int
     text_kept: float
@@ -90,13 +96,14 @@ class ModelSize:
     """bytes of the float32 pixels that a vision token stands for"""
 
 
-def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool) -> ModelSize:
+def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool, freeze_vision: bool = False) -> ModelSize:
     """Count a model by building it without weights.
 
     Args:
         config: contents of a `config.json`.
         lora_rank: rank of adapters on all linear layers; 0 for none.
         checkpointing: whether layers keep their inputs only.
+        freeze_vision: whether the vision tower stays as it is, and keeps nothing for a backward pass.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -110,17 +117,24 @@ def model_size(config: dict[str, Any], lora_rank: int, checkpointing: bool) -> M
     linear = [
         module.in_features + module.out_features
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+        if isinstance(module, torch.nn.Linear)
+        and not name.endswith("lm_head")
+        and not (freeze_vision and ".visual." in name)
     ]
+    frozen = sum(parameter.numel() for parameter in model.model.visual.parameters()) if freeze_vision else 0
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelSize(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        lora_parameters=lora_rank * sum(linear),
+        parameters=parameters,
+        trained=lora_rank * sum(linear) if lora_rank else parameters - frozen,
+        adapted=lora_rank > 0,
         largest=max(parameter.numel() for parameter in model.parameters()),
         vocabulary=text.vocab_size,
         text_kept=_kept(
             text.num_hidden_layers, text.hidden_size, text.intermediate_size, query, key_value, checkpointing
         ),
-        vision_kept=_kept(
+        vision_kept=0.0
+        if freeze_vision
+        else _kept(
             vision.depth,
             vision.hidden_size,
             vision.intermediate_size,
@@ -152,6 +166,7 @@ class Plan:
     replay: float
     """GiB of each node's main memory for replayed groups"""
     capacity: float
+    stages: list[Placed]
     step: dict[str, int]
     commands: list[str]
     problems: list[str]
@@ -165,8 +180,10 @@ class Plan:
     def text(self) -> str:
         """The plan for a person."""
         lines = [f"model             {self.model}: {self.size.parameters / 1e9:.2f} billion parameters"]
-        if self.size.lora_parameters:
-            lines.append(f"trained           {self.size.lora_parameters / 1e6:.0f} million parameters of LoRA adapters")
+        if self.size.trained < self.size.parameters:
+            kind = " of LoRA adapters" if self.size.adapted else ""
+            lines.append(f"trained           {self.size.trained / 1e6:.0f} million parameters{kind}")
+        lines += ["", "stages", *(line for stage in self.stages for line in stage.lines())]
         for title, memory in (
             (f"cold start: memory of its one GPU of {self.capacity:.0f} GiB, at most", self.coldstart),
             (f"training: memory of each of {self.gpus} GPUs of {self.capacity:.0f} GiB, at most", self.memory),
@@ -177,7 +194,7 @@ class Plan:
             lines += ["", f"replayed groups take up to {self.replay:.1f} GiB of each node's main memory"]
         lines += ["", "one step, at most"]
         lines += [f"  {part:<24}{count:12,}" for part, count in self.step.items()]
-        lines += ["", "start on each node"]
+        lines += ["", "start"]
         lines += [f"  {command}" for command in self.commands]
         lines += [f"\nwarning: {text}" for text in self.warnings]
         lines += [f"\ncannot work: {text}" for text in self.problems]
@@ -204,11 +221,21 @@ def find_config(settings: Settings) -> tuple[str, dict[str, Any]]:
     )
 
 
-def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
-    """Work out what `settings.coldstart` and `settings.train` take."""
+def make_plan(settings: Settings, params: str = "params.yaml", nodes: Sequence[Node] = ()) -> Plan:
+    """Work out what a run takes.
+
+    Args:
+        settings: the run.
+        params: file of the settings, as commands name it.
+        nodes: machines of the Ray cluster that it is to run on; none where nothing is known of them.
+    """
+    known = [node.gpu_memory for node in nodes if node.gpu_memory]
+    if known:
+        own = settings.train.model_copy(update={"gpu_memory": min(known)})
+        settings = settings.model_copy(update={"train": own})
     train, search = settings.train, settings.search
     name, config = find_config(settings)
-    size = model_size(config, train.lora_rank, train.gradient_checkpointing)
+    size = model_size(config, train.lora_rank, train.gradient_checkpointing, train.freeze_vision)
     gpus = max(1, train.nodes * train.gpus_per_node) if train.launcher != "single" else 1
     searched = searched_frames(search)
     preview, prompt, wanted = preview_frames(search), prompt_tokens(search), completion_tokens(search)
@@ -249,16 +276,39 @@ def make_plan(settings: Settings, params: str = "params.yaml") -> Plan:
             + ("take larger GPUs" if gpus > 1 else "set train.generation to vllm_server, on GPUs of its own")
             + ", or take a smaller model"
         )
+    replay = rollouts * vision * size.pixel_bytes * gpus / train.nodes / GIB
+    if train.zero_advantage != "replay":
+        replay = 0.0
+    if nodes and replay > (least := min(node.memory for node in nodes)):
+        problems.append(
+            f"replayed groups take up to {replay:.1f} GiB of main memory, and a machine of the cluster has {least:.1f}"
+            ": set train.zero_advantage to keep"
+        )
+    stages, unplaced = place(
+        settings,
+        nodes,
+        parameters=size.parameters,
+        cache_bytes=size.cache_bytes,
+        training=sum(memory.values()),
+        coldstart=sum(coldstart.values()),
+        moved=traffic(
+            train,
+            size.parameters,
+            size.trained,
+            training_processes(train),
+            math.ceil(episodes / (training_processes(train) * train.micro_batch)),
+        ),
+    )
+    problems += unplaced
     return Plan(
         model=name,
         size=size,
         gpus=gpus,
         memory=memory,
         coldstart=coldstart,
-        replay=rollouts * vision * size.pixel_bytes * gpus / train.nodes / GIB
-        if train.zero_advantage == "replay"
-        else 0.0,
+        replay=replay,
         capacity=train.gpu_memory,
+        stages=stages,
         step={
             "episodes": episodes,
             "tokens of episodes": episodes * (prompt + completion),
@@ -310,7 +360,7 @@ def _coldstart_memory(settings: Settings, config: dict[str, Any], tokens: int, v
     cold, search = settings.coldstart, settings.search
     one = {"launcher": "single", "beta": 0.0, "generation": "vllm_server"}
     own = {name: getattr(cold, name) for name in ("lora_rank", "bf16", "micro_batch")}
-    size = model_size(config, cold.lora_rank, cold.gradient_checkpointing)
+    size = model_size(config, cold.lora_rank, cold.gradient_checkpointing, cold.freeze_vision)
     logits = cold.micro_batch * search.max_turns * search.max_new_tokens
     return _memory(
         settings.train.model_copy(update={**one, **own}), size, 1, _Load(tokens, vision, logits, cold.micro_batch)
@@ -320,7 +370,6 @@ def _coldstart_memory(settings: Settings, config: dict[str, Any], tokens: int, v
 def _memory(train: Train, size: ModelSize, gpus: int, load: _Load) -> dict[str, float]:
     """GiB on each GPU by part."""
     full = train.lora_rank == 0
-    trained = size.parameters if full else size.lora_parameters
     sharded = train.launcher in ("zero3", "fsdp")
     weights = gradients = optimiser = 1
     if train.launcher in ("zero2", "zero3", "fsdp"):
@@ -333,8 +382,8 @@ def _memory(train: Train, size: ModelSize, gpus: int, load: _Load) -> dict[str, 
     parts = {
         "weights": wide * size.parameters / weights,
         "weights in bf16": 2 * size.parameters if master and train.bf16 and not sharded else 0.0,
-        "gradients": wide * trained / gradients,
-        "optimiser": (8 if master else 12) * trained / optimiser,
+        "gradients": wide * size.trained / gradients,
+        "optimiser": (8 if master else 12) * size.trained / optimiser,
         "reference model": wide * size.parameters / weights if train.beta and full else 0.0,
         "gathered layers": 2 * 2 * size.largest if sharded else 0.0,
         "activations": train.micro_batch * (load.tokens * size.text_kept + 4 * load.vision * size.vision_kept),
@@ -377,7 +426,7 @@ def _coldstart_advice(settings: Settings) -> str:
 
 def _commands(settings: Settings, params: str) -> list[str]:
     train = settings.train
-    if train.launcher == "single":
+    if train.launcher == "single" or settings.cluster.kind == "ray" or takes_a_job(settings):
         return [f"timesearch train --params {shlex.quote(params)}"]
     commands = []
     for rank in range(train.nodes):

@@ -141,6 +141,19 @@ def images_of(messages: Sequence[Message]) -> list[Any]:
     ]
 
 
+def adapters(rank: int, vision: bool) -> Any:
+    """LoRA of a rank on all linear layers, those of the vision tower only where it is trained (`vision`)."""
+    from peft import LoraConfig
+
+    frozen = None if vision else r".*\bvisual\b.*"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=frozen)
+
+
+def freeze_vision(model: Any) -> None:
+    """Let the vision tower of a model stay as it is."""
+    model.model.visual.requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How to optimise: `batch_size` examples a step over all processes, each taking `micro_batch` at a time."""
@@ -169,6 +182,7 @@ def fine_tune(
     plan: Plan,
     folder: Path | str,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    vision: bool = True,
 ) -> Any:
     """Train `model` on examples, and give it back with adapters merged.
 
@@ -180,6 +194,7 @@ def fine_tune(
         folder: takes checkpoints while training goes on; a run that finds one there resumes from it.
         on_step: is told the step from 1 and `loss`, `learning_rate`, `grad_norm`; in the first process alone. A run
             that resumes tells the steps before it again.
+        vision: train the vision tower too.
 
     Raises:
         RequestError: the batch cannot be divided as the plan asks.
@@ -201,10 +216,11 @@ def fine_tune(
 
     cuda = torch.cuda.is_available()
     if plan.lora_rank:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        lora = LoraConfig(r=plan.lora_rank, lora_alpha=2 * plan.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, adapters(plan.lora_rank, vision))
+    elif not vision:
+        freeze_vision(model)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = plan.batch_size // processes
     micro = min(plan.micro_batch or local, local)

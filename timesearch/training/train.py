@@ -7,7 +7,6 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -26,12 +25,13 @@ from timesearch.search.budget import prompt_tokens
 from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
 from timesearch.search.protocol import SearchProtocol
-from timesearch.settings import Settings, Train
+from timesearch.settings import Settings
 from timesearch.training.data import dataset_row, load_training_samples, require_trainable
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 from timesearch.training.grpo_csv import GRPOCSVTrainer
 from timesearch.training.launch import refuse_unfit
 from timesearch.training.rollouts import Clock
+from timesearch.training.supervised import adapters, freeze_vision
 
 
 def run(settings: Settings) -> Path:
@@ -74,6 +74,7 @@ def run(settings: Settings) -> Path:
     encoder = default_encoder(settings)
     environment = environment_factory(search_maker(settings, encoder), settings.search.tools, partial(clock, "decode"))
     system = SearchProtocol.load(settings.search.prompts).texts["system"]
+    rank = settings.train.lora_rank
     with ExitStack() as stack:
         callbacks = []
         if main:
@@ -94,8 +95,10 @@ def run(settings: Settings) -> Path:
             processing_class=load_processor(policy),
             environment_factory=environment,
             callbacks=callbacks,
-            peft_config=_lora(settings.train),
+            peft_config=adapters(rank, not settings.train.freeze_vision) if rank else None,
         )
+        if settings.train.freeze_vision and not rank:
+            freeze_vision(trainer.model)
         trainer.remove_callback(PrinterCallback)
         for callback in callbacks:
             callback.trainer = trainer
@@ -170,14 +173,6 @@ def grpo_config(settings: Settings, policy: str) -> GRPOConfig:
 def _context(policy: str) -> int:
     """Length of a checkpoint's context in tokens."""
     return int(AutoConfig.from_pretrained(policy, trust_remote_code=False).get_text_config().max_position_embeddings)
-
-
-def _lora(train: Train) -> Any:
-    if not train.lora_rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=train.lora_rank, lora_alpha=2 * train.lora_rank, target_modules="all-linear")
 
 
 def _save(trainer: GRPOCSVTrainer, folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 `tar://MEMBER::URL` names a video in a tar archive, which is read by its headers and never fetched whole; where URL is
 the first part of an archive that lies in parts (``videos.tar.part.aa``), the others are found beside it.
+
+Subtitles come along: the file that a sample names by a URL (``meta.subtitle_source``), and those that lie beside a
+video which is copied from a local folder.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
 import io
 import os
@@ -14,8 +16,10 @@ import re
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from timesearch.base.batch import BatchResult, Failure, Made, run_batch
 from timesearch.base.digests import remembered
@@ -28,6 +32,7 @@ from timesearch.data.samples import Sample
 from timesearch.settings import Download, Settings
 from timesearch.video.frames import BROKEN, WHOLE
 from timesearch.video.probe import probe
+from timesearch.video.subtitles import SUFFIXES, find_subtitles, read_subtitles
 
 UNREACHABLE = "unreachable"
 """Why a video failed whose source was away or overloaded at every try."""
@@ -52,19 +57,27 @@ def download_videos(
     """Fetch each video that the samples name, once, into `out`.
 
     A video is one however its path is spelled (``./a.mp4``). Where no SHA-256 says what it is, it must be a video: an
-    error page is none, and what is there but broken is fetched again. What failed is listed in `failures.jsonl` of
-    `out`, with `set_aside`: rows that gave no sample.
+    error page is none, and what is there but broken is fetched again. The same goes for subtitle files, each an item of
+    its own. What failed is listed in `failures.jsonl` of `out`, with `set_aside`: rows that gave no sample.
     """
     wanted: dict[str, Sample] = {}
+    subtitles: dict[str, str] = {}
     for sample in samples:
         video = os.path.normpath(sample.video)
         if video not in wanted or (sample.sha256 and not wanted[video].sha256):
             wanted[video] = sample
+        if (words := subtitles_of(sample)) is not None:
+            subtitles.setdefault(*words)
+
+    def work(item: str) -> Made | None:
+        if item in wanted:
+            return _fetch_one(item, wanted=wanted, out=out, settings=settings)
+        return _fetch_words(subtitles[item], inside(out, item), settings.retries)
+
     with exclusive(out):
-        work = functools.partial(_fetch_one, wanted=wanted, out=out, settings=settings)
         return run_batch(
             "download",
-            list(wanted),
+            [*wanted, *(path for path in subtitles if path not in wanted)],
             work,
             failures=out / "failures.jsonl",
             workers=settings.workers,
@@ -89,6 +102,41 @@ def _fetch_one(video: str, *, wanted: dict[str, Sample], out: Path, settings: Do
         raise ItemError(f"{sample.source} gave no whole video: open it in a browser, or try again later", reason=fault)
     stale = "of another SHA-256" if sample.sha256 else "broken"
     return Made(target.stat().st_size / 1e6, stale if there else "")
+
+
+def subtitles_of(sample: Sample) -> tuple[str, str] | None:
+    """Where a sample's subtitle file belongs below the folder of videos, and its URL; None where there is none to have.
+
+    It goes where the row says that it is (``meta.subtitle_path``), else beside the video.
+    """
+    video = PurePath(os.path.normpath(sample.video))
+    named, place = sample.meta.get("subtitle_source"), sample.meta.get("subtitle_path")
+    if isinstance(named, str) and named:
+        suffix = PurePath(urlsplit(named).path).suffix.lower()
+        beside = video.with_suffix(suffix if suffix in SUFFIXES else SUFFIXES[0])
+        return os.path.normpath(place) if isinstance(place, str) and place else str(beside), named
+    source = sample.source or ""
+    local = Path(url2pathname(urlsplit(source).path) if source.startswith("file://") else source)
+    if not source or ("://" in source and not source.startswith("file://")) or place:
+        return None
+    if (found := find_subtitles(local)) is None:
+        return None
+    return str(video.with_name(video.stem + found.name.removeprefix(local.stem))), str(found)
+
+
+def _fetch_words(source: str, target: Path, retries: int) -> Made | None:
+    """Fetch a subtitle file, unless it is there; what no line can be read from is not kept."""
+    if target.is_file():
+        return None
+    fetch(source, target, retries=retries)
+    try:
+        read_subtitles(target)
+    except ItemError as error:
+        target.unlink()
+        raise ItemError(
+            f"{source} gave no subtitles: open it in a browser, or try again later", error.reason
+        ) from error
+    return Made(target.stat().st_size / 1e6)
 
 
 def _wholeness(video: Path) -> str:

@@ -472,7 +472,12 @@ def why_stale(cache: Path, video: Path, settings: Frames) -> str | None:
 
 
 def cache_frames(
-    videos: dict[str, Path], out: Path, settings: Frames, title: str = "frames", set_aside: Sequence[Failure] = ()
+    videos: dict[str, Path],
+    out: Path,
+    settings: Frames,
+    title: str = "frames",
+    set_aside: Sequence[Failure] = (),
+    ray_address: str | None = None,
 ) -> BatchResult:
     """Make or renew the frame caches of many videos.
 
@@ -482,13 +487,14 @@ def cache_frames(
         settings: sampling, size, quality and workers.
         title: shown before the progress bar.
         set_aside: rows of sample files that name no video; they are listed with what fails.
+        ray_address: a Ray cluster to work on; None for this machine.
     """
     from timesearch.base.batch import run_batch
     from timesearch.base.exclusive import exclusive
 
     with exclusive(out):
         at_once = max(1, min(settings.workers, len(videos)))
-        threads = 1 if settings.ray_address else -(-(os.cpu_count() or 1) // at_once)
+        threads = 1 if ray_address else -(-(os.cpu_count() or 1) // at_once)
         work = functools.partial(_cache_one, videos=videos, out=out, settings=settings, threads=threads)
         return run_batch(
             title,
@@ -496,7 +502,8 @@ def cache_frames(
             work,
             failures=out / "failures.jsonl",
             workers=settings.workers,
-            ray_address=settings.ray_address,
+            ray_address=ray_address,
+            shared=[out, *list(videos.values())[:1]],
             set_aside=set_aside,
         )
 
@@ -532,4 +539,10 @@ def run(settings: Settings) -> BatchResult:
     """Stage `frames`: the videos of all samples, from `cache/videos` to `cache/frames`."""
     names, broken = sample_videos(settings)
     videos = {video: settings.paths.videos / video for video in names}
-    return cache_frames(videos, settings.paths.frames, settings.frames, set_aside=broken)
+    return cache_frames(
+        videos,
+        settings.paths.frames,
+        settings.frames,
+        set_aside=broken,
+        ray_address=settings.cluster.ray_address,
+    )

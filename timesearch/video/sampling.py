@@ -186,6 +186,18 @@ def _among(times: Sequence[float]) -> str:
     return f"if(lt(t,{(times[half - 1] + times[half]) / 2!r}),{_among(times[:half])},{_among(times[half:])})"
 
 
+def as_sdr(stream: Any, size: tuple[int, int]) -> Any:
+    """A stream of ffmpeg's in PQ or HLG as BT.709 at 100 cd/m2, by Hable's curve, scaled to `size`.
+
+    ITU-R BT.2100 fixes primaries and matrix to BT.2020.
+    """
+    stream = stream.filter("scale", *size, flags=_ACCURATE)
+    stream = stream.filter("zscale", transfer="linear", npl=100, primariesin="bt2020", matrixin="bt2020nc")
+    stream = stream.filter("format", "gbrpf32le").filter("zscale", primaries="bt709")
+    stream = stream.filter("tonemap", "hable", desat=0)
+    return stream.filter("zscale", transfer="bt709", matrix="bt709", range="tv").filter("format", "yuv444p")
+
+
 def ffmpeg_command(
     video: Path,
     info: VideoInfo,
@@ -211,12 +223,7 @@ def ffmpeg_command(
     stream = stream.filter("select", f"{first_of_slot}+{_among(also)}" if also else first_of_slot)
     stream = stream.filter("estdif", mode="frame", deint="interlaced")  # needs no neighbours, which are gone by now
     if info.hdr:
-        # PQ or HLG to BT.709 at 100 cd/m2, by Hable's curve; ITU-R BT.2100 fixes primaries and matrix to BT.2020
-        stream = stream.filter("scale", *size, flags=_ACCURATE)
-        stream = stream.filter("zscale", transfer="linear", npl=100, primariesin="bt2020", matrixin="bt2020nc")
-        stream = stream.filter("format", "gbrpf32le").filter("zscale", primaries="bt709")
-        stream = stream.filter("tonemap", "hable", desat=0)
-        stream = stream.filter("zscale", transfer="bt709", matrix="bt709", range="tv").filter("format", "yuv444p")
+        stream = as_sdr(stream, size)
     stream = stream.filter("scale", *size, flags=_ACCURATE, out_color_matrix="bt601", out_range="pc")
     stream = stream.filter("setsar", 1).filter("format", PIXELS)
     output = stream.output(

@@ -17,7 +17,9 @@ import numpy as np
 
 from timesearch.base.digests import remembered
 from timesearch.base.errors import ItemError, RequestError
+from timesearch.base.extras import require_modules
 from timesearch.base.files import json_digest, write_json
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.video.probe import open_video
 
@@ -51,12 +53,9 @@ class Speech:
     @cached_property
     def _whisper(self) -> Any:
         """The model, loaded when it is first needed."""
-        try:
-            from faster_whisper import WhisperModel
-        except ImportError as error:
-            raise RequestError(
-                "writing down speech needs faster-whisper: `uv sync --inexact --extra asr`, or bring subtitle files"
-            ) from error
+        require_modules("writing down speech", "faster_whisper", instead="bring subtitle files")
+        from faster_whisper import WhisperModel
+
         from timesearch.base.hub import fetch_error, unreached
 
         failures: tuple[type[BaseException], ...] = (*unreached(), ValueError, RuntimeError, OSError)
@@ -65,8 +64,20 @@ class Speech:
         except failures as error:
             raise fetch_error(f"the speech model {self._model!r} cannot be loaded", error) from error
 
+    def has_heard(self, video: Path, target: Path) -> bool:
+        """Whether `target` is what this model heard in a video as it is now, be it nothing."""
+        return _segments_in(target, self._made_of(video)) is not None
+
+    def _made_of(self, video: Path) -> str:
+        return json_digest([remembered(video), self.digest])
+
     def write_down(
-        self, video: Path, target: Path, begins: float, say: Callable[[str], None] = lambda _: None
+        self,
+        video: Path,
+        target: Path,
+        begins: float,
+        say: Callable[[str], None] = lambda _: None,
+        stop: Stop = NEVER,
     ) -> Path | None:
         """Write what is said in a video to `target`, unless it stands there already; None where nothing is said.
 
@@ -75,12 +86,14 @@ class Speech:
             target: Whisper's JSON, with times from the video's first frame.
             begins: time of the first frame on the container's clock (s).
             say: told how far a long video has come.
+            stop: gives it up between two sentences.
 
         Raises:
             ItemError: the video's sound cannot be decoded.
             RequestError: the model cannot be had, as where there are no weights; TemporaryError where the hub is away.
+            StoppedError: it was given up.
         """
-        made_of = json_digest([remembered(video), self.digest])
+        made_of = self._made_of(video)
         segments = _segments_in(target, made_of)
         if segments is None:
             segments = []
@@ -88,7 +101,8 @@ class Speech:
                 if start > 0:
                     say(f"{video.name}: heard {start / 60:.0f} minutes")
                 heard, _ = self._whisper.transcribe(sound, vad_filter=True)
-                for each in heard:
+                for each in heard:  # as it is heard
+                    stop.check()
                     first, last = (round(start + time - begins, 2) for time in (each.start, each.end))
                     if last > 0:
                         segments.append({"start": max(0.0, first), "end": last, "text": mend_text(each.text).strip()})

@@ -24,6 +24,7 @@ from timesearch.base.digests import remembered
 from timesearch.base.errors import ItemError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import atomic_path, inside, json_digest
+from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import UntrustedError, marked_encoding, mend_text, parse_json
 from timesearch.data.rows import read_all_samples
 from timesearch.settings import Settings
@@ -292,6 +293,11 @@ def write_index(transcript: Transcript, target: Path, made_of: str) -> int:
     return len(transcript.lines)
 
 
+def words_of(query: str) -> list[str]:
+    """The words of a query, in lower case, each once; the first 32."""
+    return list(dict.fromkeys(word.lower() for word in _WORD.findall(query)))[:32]
+
+
 class Subtitles:
     """The indexed lines of one video. Reads are safe from several threads: each opens the file for itself.
 
@@ -326,11 +332,11 @@ class Subtitles:
             end: of the window (s).
             count: lines at most.
         """
-        words = list(dict.fromkeys(word.lower() for word in _WORD.findall(query)))[:32]
+        words = words_of(query)
         window = "lines.end >= ? AND lines.start <= ?"
         found: Sequence[tuple[Any, ...]] = ()
         if words:
-            asked = " OR ".join(f'"{word}"' for word in words)
+            asked = " OR ".join(map(_quoted, words))
             found = self._rows(
                 "SELECT lines.start, lines.end, lines.text FROM words JOIN lines ON lines.id = words.rowid "
                 f"WHERE words MATCH ? AND {window} ORDER BY words.rank, lines.id LIMIT ?",
@@ -342,6 +348,36 @@ class Subtitles:
                 (" ".join(query.lower().split()), start, end, count),
             )
         return sorted((Line(*row) for row in found), key=lambda line: (line.start, line.end))
+
+    def count(self, words: Sequence[str]) -> tuple[int, list[int]]:
+        """How many lines there are, and how many hold each of some words (`words_of`) or a word of its stem."""
+        each = "".join(", (SELECT count(*) FROM words WHERE words MATCH ?)" for _ in words)
+        ((total, *holding),) = self._rows(f"SELECT (SELECT count(*) FROM lines){each}", tuple(map(_quoted, words)))
+        return total, holding
+
+    def holding(self, words: Sequence[str]) -> list[tuple[Line, set[int]]]:
+        """The lines that hold any of some words, in order of time, each with the places of those that it holds."""
+        if not words:
+            return []
+        each = " UNION ALL ".join(
+            f"SELECT {place} AS place, rowid AS id FROM words WHERE words MATCH ?" for place in range(len(words))
+        )
+        rows = self._rows(
+            "SELECT lines.start, lines.end, lines.text, group_concat(place) FROM lines "
+            f"JOIN ({each}) AS held ON held.id = lines.id GROUP BY lines.id ORDER BY lines.start, lines.id",
+            tuple(map(_quoted, words)),
+        )
+        return [(Line(*line), set(map(int, places.split(",")))) for *line, places in rows]
+
+    def quoting(self, query: str) -> list[Line]:
+        """The lines that hold a text as it is written, but for case and spaces, in order of time; 50 at most."""
+        asked = " ".join(query.lower().split())
+        if not asked:
+            return []
+        rows = self._rows(
+            "SELECT start, end, text FROM lines WHERE instr(lower(text), ?) > 0 ORDER BY start, id LIMIT 50", (asked,)
+        )
+        return [Line(*row) for row in rows]
 
     def within(self, start: float, end: float, count: int, skip: int = 0) -> list[Line]:
         """The lines that are said within a window (s), in order of time: `count` at most, after the first `skip`."""
@@ -364,6 +400,11 @@ class Subtitles:
             f"the subtitle index {self._path} is damaged ({why}): run `timesearch subtitles` again",
             reason="damaged_subtitles",
         )
+
+
+def _quoted(word: str) -> str:
+    """A word as FTS5 takes it for nothing but a word."""
+    return f'"{word}"'
 
 
 def made_of(index: Path) -> str:
@@ -433,16 +474,28 @@ def _index_one(
     return make_index(videos[name], index_path(out, name), sources.get(name), say, speech)
 
 
-def is_stale(video: Path, target: Path) -> bool:
-    """Whether `make_index` has something to do: words came, changed or went since.
+def is_stale(video: Path, target: Path, speech: Speech | None = None) -> bool:
+    """Whether `make_index` has something to do: words came, changed or went since, or are to be heard.
 
     Raises:
         ItemError: the video cannot be read.
     """
     file = find_subtitles(video)
+    digest = _digest(video, file, 0.0)
     if target.is_file():
-        return made_of(target) != _digest(video, file, 0.0)
-    return file is not None or has_embedded(video)
+        return made_of(target) not in (digest, _heard(digest, file, speech))
+    if file is not None or has_embedded(video):
+        return True
+    return speech is not None and not speech.has_heard(video, _transcript_path(target))
+
+
+def _heard(digest: str, file: Path | None, speech: Speech | None) -> str | None:
+    """The digest of an index of what `speech` hears in a video; None where it is not asked."""
+    return None if file or speech is None else json_digest([digest, speech.digest])
+
+
+def _transcript_path(index: Path) -> Path:
+    return index.with_suffix(".speech.json")
 
 
 def _digest(video: Path, file: Path | None, offset: float) -> str:
@@ -456,6 +509,7 @@ def make_index(
     source: Source | None = None,
     say: Callable[[str], None] = lambda _: None,
     speech: Speech | None = None,
+    stop: Stop = NEVER,
 ) -> Made | None:
     """Make or renew the index of what is said in a video; None where it is up to date, or the video has no subtitles.
 
@@ -463,12 +517,13 @@ def make_index(
 
     Raises:
         ItemError: `bad_subtitles`, or the video cannot be read.
+        StoppedError: `stop` asked to give up what `speech` does.
     """
     source = source or Source()
     check_readable(video)
     file = source.file or find_subtitles(video)
     digest = _digest(video, file, source.offset)
-    heard = None if file or speech is None else json_digest([digest, speech.digest])
+    heard = _heard(digest, file, speech)
     if target.is_file() and made_of(target) in (digest, heard):
         return None
     info = probe(video)
@@ -477,7 +532,7 @@ def make_index(
     else:
         transcript = read_embedded(video, info.duration, info.start)
     if transcript is None and speech is not None and heard is not None:
-        written = speech.write_down(video, target.with_suffix(".speech.json"), info.start, say)
+        written = speech.write_down(video, _transcript_path(target), info.start, say, stop)
         transcript, digest = (read_subtitles(written), heard) if written else (None, digest)
     if transcript is None:
         target.unlink(missing_ok=True)

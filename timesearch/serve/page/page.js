@@ -1,180 +1,273 @@
-"use strict";
-// Everything that a model, a user or a file name says is put on the page by textContent, never as HTML.
+// The page: which view the address asks for, the grid of videos, what is dropped, and the keys.
 
-const get = (id) => document.getElementById(id);
-const seconds = (time) => `${time.toFixed(1)} s`;
-let video = null; // {cache, times, size} of the question that is shown
-let choices = []; // its options
+import * as asking from "./ask.js";
+import { add, clock, fetchJSON, get, image, link, picture, tell } from "./dom.js";
+import * as kept from "./kept.js";
+import * as player from "./player.js";
 
-function add(parent, tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  parent.append(made);
+const FIRST = 60; // cards before those that `more` shows
+let videos = []; // all that are offered
+let most = FIRST;
+let searching = new AbortController();
+
+// Cards
+
+function card(parent, href, source, name, badge, words = "") {
+  const made = add(parent, "a", "card");
+  made.href = href;
+  const frame = add(made, "span", "picture");
+  image(frame, source);
+  if (badge) add(frame, "span", "badge", badge);
+  const folder = name.includes("/") ? name.slice(0, name.lastIndexOf("/")) : "";
+  add(made, "span", "name", folder ? name.slice(folder.length + 1) : name);
+  if (folder || words) add(made, "small", "", [folder, words].filter(Boolean).join(" · "));
+  made.title = name;
   return made;
 }
 
-function tell(text, bad = false) {
-  get("status").textContent = text;
-  get("status").classList.toggle("bad", bad);
+function showVideos() {
+  const typed = get("query").value.trim().toLowerCase();
+  const named = typed ? videos.filter(({ name }) => name.toLowerCase().includes(typed)) : videos;
+  const shown = named.length ? named : videos;
+  for (const old of get("videos").querySelectorAll("a.card")) old.remove();
+  for (const { id, name, seconds, prepared } of shown.slice(0, most)) {
+    const made = card(get("videos"), link(id), picture(id, seconds ? seconds / 10 : 1, 320), name, seconds ? clock(seconds, false) : "");
+    made.classList.toggle("fresh", !prepared);
+  }
+  get("count").textContent = shown.length === videos.length ? String(videos.length) : `${shown.length} of ${videos.length}`;
+  get("more").hidden = shown.length <= most;
+  get("more").textContent = `Show ${Math.min(FIRST, shown.length - most)} more`;
 }
 
-async function listVideos(chosen) {
-  const found = await (await fetch("api/videos")).json();
-  get("video").replaceChildren(...found.map(({ id, name }) => new Option(name, id, false, id === chosen)));
-  if (!found.length) tell("No videos yet: drop one, or start with `timesearch serve FOLDER`.");
-}
-
-async function upload(file) {
-  tell(`copying ${file.name}`);
-  const response = await fetch(`api/videos/${encodeURIComponent(file.name)}`, { method: "PUT", body: file });
-  const said = await response.json();
-  if (!response.ok) return tell(said.detail, true);
-  await listVideos(said.id);
-  tell(`${said.name} is chosen`);
-}
-
-const frameURL = (index) => `api/frames/${encodeURIComponent(video.cache)}/${index}`;
-const position = (time) => `${(100 * time) / Math.max(video.times.at(-1), 0.001)}%`;
-
-function nearest(time) {
-  let best = 0;
-  video.times.forEach((other, index) => { if (Math.abs(other - time) < Math.abs(video.times[best] - time)) best = index; });
-  return best;
-}
-
-// The frames around a time, the one at that time marked.
-function look(index) {
-  const last = video.times.length - 1;
-  const around = [-2, -1, 0, 1, 2].map((step) => index + step).filter((other) => other >= 0 && other <= last);
-  get("strip").replaceChildren(...around.map((other) => {
-    const image = document.createElement("img");
-    image.src = frameURL(other);
-    image.alt = `frame at ${seconds(video.times[other])}`;
-    image.classList.toggle("here", other === index);
-    return image;
-  }));
-  get("caption").textContent = `around ${seconds(video.times[index])}`;
-  get("look").hidden = false;
-}
-
-function mark(frame, kind) {
-  const made = add(get("line"), "button", kind);
-  made.type = "button";
-  made.style.left = position(frame.seconds);
-  made.title = `${kind} at ${seconds(frame.seconds)}`;
-  made.setAttribute("aria-label", made.title);
-  made.addEventListener("click", (event) => { event.stopPropagation(); look(frame.frame ?? nearest(frame.seconds)); });
-}
-
-function markWindow({ arguments: given }) {
-  const end = video.times.at(-1);
-  const from = Number(given.start_time ?? 0), to = Number(given.end_time ?? -1);
-  if (!Number.isFinite(from) || !Number.isFinite(to)) return;
-  const first = Math.min(Math.max(from, 0), end), last = to < 0 ? end : Math.min(to, end);
-  if (last <= first || (first === 0 && last === end)) return;
-  const made = add(get("line"), "div", "window");
-  made.style.left = position(first);
-  made.style.width = position(last - first);
-}
-
-const on = {
-  status: ({ text }) => tell(text),
-  error: ({ text }) => tell(text, true),
-  video(said) {
-    video = said;
-    tell("searching");
-    get("result").hidden = false;
-    get("end").textContent = seconds(video.times.at(-1));
-  },
-  preview: ({ frames }) => frames.forEach((frame) => mark(frame, "preview")),
-  turn({ thought, calls }) {
-    const step = add(get("steps"), "li");
-    if (thought) add(step, "p", "thought", thought);
-    calls.forEach((call) => { add(step, "p", "call", call.said); markWindow(call); });
-  },
-  found({ frames, words, said, said_at: times }) {
-    const step = get("steps").lastElementChild;
-    words.forEach((line) => add(step, "p", "words", line));
-    times.filter((time) => time !== null).forEach((time) => mark({ seconds: time }, "heard"));
-    if (!frames.length) return words.length ? undefined : add(step, "p", "wrong", said);
-    const row = add(step, "div", "frames");
-    frames.forEach((frame) => {
-      mark(frame, "found");
-      const shown = add(row, "button");
-      shown.type = "button";
-      const image = add(shown, "img");
-      image.src = frame.picture ?? frameURL(frame.frame);
-      image.alt = "";
-      add(shown, "span", "", seconds(frame.seconds));
-      shown.addEventListener("click", () => look(frame.frame ?? nearest(frame.seconds)));
-    });
-  },
-  reanswer: () => {},
-  answer({ predicted_answer: answer, reanswer, searched_seconds: times, heard_seconds: heard }) {
-    tell("");
-    get("answer").textContent = answer === null ? "No answer." : named(answer);
-    get("answer").scrollIntoView({ block: "nearest" });
-    if (!times.length && !heard.length) get("support").textContent = "Nothing was found: this is a guess from the preview.";
-    else {
-      const verdict = reanswer !== null && reanswer === answer ? "the same answer" : (reanswer === null ? "no answer" : named(reanswer));
-      get("support").textContent = `${[["Seen", times], ["Heard", heard]].filter(([, at]) => at.length).map(([how, at]) => `${how} at ${at.map(seconds).join(", ")}`).join("; ")}; from this alone: ${verdict}.`;
-    }
-  },
-};
-
-// A choice that is answered by its letter is shown with its words.
-function named(answer) {
-  const chosen = /^[A-Z]$/.test(answer) ? choices[answer.charCodeAt(0) - 65] : undefined;
-  return chosen === undefined ? answer : `${answer}. ${chosen}`;
-}
-
-async function ask() {
-  choices = get("choices").value.split("\n").map((line) => line.trim()).filter(Boolean);
-  ["line", "steps", "answer", "support", "strip"].forEach((id) => get(id).replaceChildren());
-  get("look").hidden = get("result").hidden = true;
-  get("go").disabled = true;
-  tell("starting");
+async function listVideos() {
   try {
-    const response = await fetch("api/ask", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ video: get("video").value, question: get("question").value, options: choices }),
-    });
-    if (!response.ok) return tell((await response.json()).detail, true);
-    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) break;
-      const events = (rest + value).split("\n\n");
-      rest = events.pop();
-      for (const event of events) {
-        const [, kind, data] = event.match(/^event: (\w+)\ndata: (.*)$/s);
-        on[kind](JSON.parse(data));
-      }
-    }
+    videos = await fetchJSON("api/videos");
   } catch (error) {
-    tell(`the server does not answer (${error.message})`, true);
-  } finally {
-    get("go").disabled = false;
+    tell("notice", `the server does not answer (${error.message})`, true);
+    return;
+  }
+  showVideos();
+  if (!videos.length) tell("notice", "No videos yet: drop one, or start with `timesearch serve FOLDER`.");
+}
+
+function nothing({ videos: searched, said }) {
+  if (!searched) return "No video can be searched yet: ask about one first, which prepares it, or serve a library.";
+  return `${said[0].toUpperCase()}${said.slice(1)}.`;
+}
+
+async function findMoments(query) {
+  searching.abort();
+  const mine = searching = new AbortController();
+  get("found").hidden = true;
+  tell("notice", "searching");
+  try {
+    const found = await fetchJSON(`api/search?${new URLSearchParams({ query })}`, mine.signal);
+    if (mine.signal.aborted) return;
+    get("moments").replaceChildren();
+    for (const { video, name, start, end, seconds } of found.moments) {
+      const when = end > start ? `${clock(start)} – ${clock(end)}` : clock(start);
+      card(get("moments"), link(video, seconds), picture(video, seconds, 320), name, when);
+    }
+    for (const { video, name, start, end, text } of found.heard) {
+      card(get("moments"), link(video, start), picture(video, start, 320), name, `${clock(start)} – ${clock(end)}`, `“${text}”`);
+    }
+    get("found").hidden = !found.moments.length && !found.heard.length;
+    get("among").textContent = `in ${found.videos} of ${Math.max(found.videos, videos.length)} videos; the others have not been prepared`;
+    if (found.videos >= videos.length) get("among").textContent = `in ${found.videos} videos`;
+    tell("notice", get("found").hidden ? nothing(found) : "");
+  } catch (error) {
+    if (!mine.signal.aborted) tell("notice", error.message, true);
   }
 }
 
-get("form").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
-get("file").addEventListener("change", () => { if (get("file").files[0]) upload(get("file").files[0]); });
-for (const kind of ["dragenter", "dragover"]) get("drop").addEventListener(kind, (event) => {
+// Views
+
+const fields = () => new URLSearchParams(location.hash.slice(1));
+
+function view(name) {
+  get("shelf").hidden = name !== "shelf";
+  get("watch").hidden = name !== "watch";
+}
+
+function showKept() {
+  get("history").hidden = !kept.list("kept", undefined, showKept);
+  if (player.id()) get("here").hidden = !kept.list("kept-here", player.id(), showKept);
+}
+
+function route() {
+  const asked = fields();
+  const video = asked.get("v");
+  if (video) {
+    view("watch");
+    const uid = asked.get("k") ?? undefined;
+    const time = Number(asked.get("t") ?? NaN);
+    const same = player.id() === video;
+    if (!same) {
+      get("title").textContent = videos.find(({ id }) => id === video)?.name ?? "";
+      player.open(video, Number.isFinite(time) ? time : 0);
+    }
+    if (!same || uid) {
+      const first = asking.show(uid);
+      if (!Number.isFinite(time) && first !== undefined) player.seek(first);
+    }
+    if (same && Number.isFinite(time)) player.seek(time);
+    showKept();
+    if (!same) window.scrollTo(0, 0);
+    return;
+  }
+  asking.cancel();
+  player.close();
+  document.title = "timesearch";
+  view("shelf");
+  showKept();
+  const query = asked.get("q") ?? "";
+  get("query").value = query;
+  most = FIRST;
+  const listed = listVideos();
+  if (query.trim()) listed.then(() => findMoments(query));
+  else { searching.abort(); get("found").hidden = true; tell("notice", ""); }
+}
+
+// The search of one of several videos begins: it comes onto the screen.
+function begin({ id, name }) {
+  if (player.id() === id) return;
+  history.replaceState(null, "", link(id));
+  player.open(id);
+  get("title").textContent = name;
+}
+
+async function copyLink() {
+  const address = asking.address();
+  try {
+    await navigator.clipboard.writeText(address);
+    get("link").textContent = "Copied";
+  } catch {
+    prompt("A link to this moment", address);
+  }
+  setTimeout(() => { get("link").textContent = "Copy link"; }, 1500);
+}
+
+// Dropped files
+
+function upload(file) {
+  const place = get("watch").hidden ? "notice" : "status";
+  const sending = new XMLHttpRequest();
+  sending.open("PUT", `api/videos/${encodeURIComponent(file.name)}`);
+  sending.responseType = "json";
+  sending.upload.addEventListener("progress", ({ loaded, total }) => tell(place, `copying ${file.name}: ${Math.floor((100 * loaded) / Math.max(1, total))}%`));
+  sending.addEventListener("load", () => {
+    if (sending.status !== 200) tell(place, sending.response?.detail ?? "it was refused", true);
+    else { tell(place, ""); location.hash = link(sending.response.id); }
+  });
+  sending.addEventListener("error", () => tell(place, `${file.name} could not be copied: the server does not answer, or refuses it`, true));
+  sending.send(file);
+}
+
+const holdsFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
+for (const kind of ["dragenter", "dragover"]) window.addEventListener(kind, (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
-  get("drop").classList.add("over");
+  get("over").hidden = false;
 });
-get("drop").addEventListener("dragleave", () => get("drop").classList.remove("over"));
-get("drop").addEventListener("drop", (event) => {
+window.addEventListener("dragleave", (event) => { if (!event.relatedTarget) get("over").hidden = true; });
+window.addEventListener("drop", (event) => {
+  if (!holdsFiles(event)) return;
   event.preventDefault();
-  get("drop").classList.remove("over");
+  get("over").hidden = true;
   if (event.dataTransfer.files[0]) upload(event.dataTransfer.files[0]);
 });
-get("line").addEventListener("click", (event) => {
-  const box = get("line").getBoundingClientRect();
-  look(nearest(((event.clientX - box.left) / box.width) * video.times.at(-1)));
+get("file").addEventListener("change", () => { if (get("file").files[0]) upload(get("file").files[0]); });
+
+// Forms and buttons
+
+get("find").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const query = get("query").value.trim();
+  const hash = query ? `#${new URLSearchParams({ q: query })}` : "#";
+  if (location.hash === hash) route();
+  else location.hash = hash;
 });
-listVideos();
+get("query").addEventListener("input", () => {
+  if (!get("shelf").hidden) { most = FIRST; showVideos(); }
+});
+get("askall").addEventListener("click", () => {
+  const question = get("query").value.trim();
+  if (!question) { get("query").focus(); return; }
+  history.pushState(null, "", "#v=");
+  view("watch");
+  player.close();
+  get("screen").hidden = true;
+  get("title").textContent = "All videos";
+  get("here").hidden = true;
+  get("question").value = question;
+  asking.ask("all", question, [], begin);
+});
+get("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const choices = get("choices").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  asking.ask(player.id() || "all", get("question").value, choices, begin);
+});
+get("stop").addEventListener("click", () => { asking.cancel(); tell("status", "stopped"); });
+get("forget").addEventListener("click", () => { kept.forgetAll(); showKept(); });
+get("more").addEventListener("click", () => { most += FIRST; showVideos(); });
+get("before").addEventListener("click", () => asking.step(-1));
+get("after").addEventListener("click", () => asking.step(1));
+get("link").addEventListener("click", copyLink);
+get("keys").addEventListener("click", () => get("help").showModal());
+asking.onChange(showKept);
+player.onTick(player.moveNeedle);
+
+// Light, dark, or as the system has it
+
+const THEMES = { auto: "◐", light: "☀", dark: "☾" };
+function theme(chosen) {
+  document.documentElement.dataset.theme = chosen;
+  get("theme").textContent = THEMES[chosen];
+  get("theme").title = `Colours: ${chosen}`;
+  get("theme").setAttribute("aria-label", get("theme").title);
+}
+function keptTheme() {
+  try { return localStorage.getItem("timesearch.theme"); } catch { return null; }
+}
+theme(keptTheme() in THEMES ? keptTheme() : "auto");
+get("theme").addEventListener("click", () => {
+  const names = Object.keys(THEMES);
+  theme(names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length]);
+  try { localStorage.setItem("timesearch.theme", document.documentElement.dataset.theme); } catch { /* until the reload, then */ }
+});
+
+// Keys
+
+const onWatch = {
+  a: () => get("question").focus(),
+  k: player.toggle,
+  " ": player.toggle,
+  ArrowLeft: () => player.seek(player.now() - 5),
+  ArrowRight: () => player.seek(player.now() + 5),
+  ",": () => player.seek(player.now() - 0.1),
+  ".": () => player.seek(player.now() + 0.1),
+  "[": () => asking.step(-1),
+  "]": () => asking.step(1),
+  c: copyLink,
+  Escape: () => { location.hash = "#"; },
+};
+const everywhere = { "/": () => { get("query").focus(); get("query").select(); }, "?": () => get("help").showModal() };
+
+window.addEventListener("keydown", (event) => {
+  const { target } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || get("help").open) return;
+  if (target.matches("input, textarea, select")) {
+    if (event.key === "Escape") { target.blur(); event.preventDefault(); }
+    return;
+  }
+  if (event.key === " " && target.matches("button, summary, a")) return; // presses it
+  if (target.matches("video") && [" ", "ArrowLeft", "ArrowRight"].includes(event.key)) return; // the player's own
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const act = everywhere[key] ?? (get("watch").hidden ? undefined : onWatch[key]);
+  if (!act) return;
+  event.preventDefault();
+  act();
+});
+
+window.addEventListener("hashchange", route);
+route();
