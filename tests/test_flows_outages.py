@@ -15,7 +15,7 @@ from scratch_project import free_port, ran, run, wait_for
 
 from tasks.reproduce import STAGES
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,10 @@ def prepared(prefect: Prefect) -> Prefect:
     return prefect
 
 
-@pytest.mark.takes(100)
-@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.long)])
-def test_a_worker_killed_at_some_moment_costs_no_finished_stage(prefect: Prefect, kills: int) -> None:
+@pytest.mark.takes(300)
+def test_a_worker_killed_at_any_of_six_moments_costs_no_finished_stage(prefect: Prefect) -> None:
     """The flow run and all that is Prefect's dies with the worker; the last time the worker alone."""
-    project = prefect.project
+    project, kills = prefect.project, 6
     make_stale(project, 3 + kills)
     (project / "seconds.txt").write_text("1")
     judged = {
