@@ -1,8 +1,9 @@
 """How a base policy is pretrained, from nothing but the generator: `timesearch models --rebuild`.
 
 Which phases there are, and why, is in `timesearch.pocket.recipes`. Each runs in as many processes as training has on
-this machine, which average their gradients, and each ends with a line of what it reached: of the turns of lessons that
-were not learned from, played greedily, the share with the right call or answer.
+this machine, which average their gradients, and each ends with a line of what it reached on videos that nothing was
+learned from: of the turns of lessons, played greedily, the share with the right call or answer; of *align*, that of
+vision tokens read rightly.
 
 The videos are rendered, encoded, decoded and embedded by the same code as everybody's.
 """
@@ -39,16 +40,19 @@ from timesearch.settings import Settings
 from timesearch.training.supervised import fine_tune
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from timesearch.retrieval.encoder import Encoder
 
 Report = Callable[[int, dict[str, float]], None]
 _ALIGN = "align"
 _PLAYED = 24
 """Lessons whose turns are played to say what a phase reached."""
+_HELD = 20
+"""Videos that nothing is learned from, beyond those of the recipe."""
 _TOGETHER, _WRITTEN = 32, 192
 """Turns that are played at the same time, and tokens of one at most."""
-_UNSEEN = 9 * 10**5
-"""Number of the first of them: training takes lessons from 0 on."""
 
 
 def pretrain(settings: Settings, encoder: Encoder, folder: Path, seed: int = 0) -> Path:
@@ -119,23 +123,27 @@ def carry_out(settings: Settings, encoder: Encoder, title: str, before: Path) ->
     """
     recipe, work = RECIPES[settings.models.encoder], before.parent
     model, processor = load_model(before), load_processor(before)
-    corpus = _corpus(settings, recipe, encoder, work)
-    phase = next((phase for phase in recipe.phases(corpus, settings.seed) if phase.title == title), None)
+    corpus = _corpus(settings, recipe, encoder, work, range(recipe.videos))
+    unlearned = _corpus(settings, recipe, encoder, work, range(recipe.videos, recipe.videos + _HELD))
+    phase, held = (
+        next((phase for phase in recipe.phases(each, settings.seed) if phase.title == title), None)
+        for each in (corpus, unlearned)
+    )
     first = os.environ.get("RANK", "0") == "0"
     steps = phase.plan.steps if phase else recipe.align_steps
     with progress_bar(title, steps) as bar:
         last = _Last(bar)
         if phase is None:
             align(model, processor, corpus, recipe, steps, settings.seed, last)
-            reached = last.values
+            reached = {"loss": last.values["loss"], "right": share_read(model, processor, unlearned, recipe)}
         else:
             model.requires_grad_(True)
             tell = last if first else None
             model = fine_tune(model, processor, phase.lessons, phase.plan, work / "trainer", tell, phase.sees)
             reached = last.values if first else {}
     if first:
-        if phase is not None:
-            reached |= {"right": share_right(model.eval(), processor, phase.lessons)}
+        if held is not None:
+            reached |= {"right": share_right(model.eval(), processor, held.lessons)}
         save_policy(model, processor, work / title)
         write_json(work / title / "reached.json", {"phase": title, "steps": steps, **reached})
 
@@ -148,7 +156,7 @@ class _Last:
         self.values: dict[str, float] = {}
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
-        self.values = {name: value for name, value in values.items() if name in ("loss", "right")}
+        self.values = {"loss": values["loss"]}
         self._bar.advance(note=f"loss {values['loss']:.3f}")
 
 
@@ -190,13 +198,13 @@ def _begun(work: Path, digests: dict[str, str], seed: int) -> dict[str, Any]:
 def _keep_caches(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> None:
     mark = work / "cached"
     if not mark.is_file():
-        cached_corpus(settings, encoder, work, recipe.world, "pretrain", recipe.videos)
+        cached_corpus(settings, encoder, work, recipe.world, "pretrain", recipe.videos + _HELD)
         mark.touch()
 
 
-def _corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path) -> Corpus:
-    """The cached videos with all that can be asked about them."""
-    scenes = [scene_of(recipe.world, "pretrain", number) for number in range(recipe.videos)]
+def _corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path, numbers: range) -> Corpus:
+    """Some of the cached videos, with all that can be asked about them."""
+    scenes = [scene_of(recipe.world, "pretrain", number) for number in numbers]
     asked = [
         sample
         for scene in scenes
@@ -242,54 +250,82 @@ def align(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, steps: int
     """
     import torch
 
-    ids = [torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(words))) for words in recipe.words]
-    embeddings = model.get_input_embeddings()
     optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.1)
     rng = generator(_ALIGN, seed)
-    search = corpus.search
-    videos = list({sample.video: sample for sample in corpus.samples}.values())
     for step in range(1, steps + 1):
-        pictures: list[Any] = []
-        told: list[tuple[int, ...]] = []
-        while len(pictures) < 112:
-            sample = videos[int(rng.integers(len(videos)))]
-            search.open({"video": sample.video, "question": sample.question})
-            frames = search.video.frames
-            for event in scene_of(*_name(sample)).events:
-                window = frames.window(event.start, event.end - 0.5)
-                pictures.append(frames[int(rng.choice(window))])
-                told.append(recipe.told(event))
-        batch = processor.image_processor(images=pictures, return_tensors="pt")
-        features = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-        tokens_NTD = torch.stack(list(features))
-        loss, right = torch.zeros(()), torch.ones(tokens_NTD.shape[:2], dtype=torch.bool)
-        for words, truth in zip(ids, zip(*told, strict=True), strict=True):
-            logits_NTW = tokens_NTD @ embeddings.weight[words].detach().T
-            wanted_NT = torch.tensor(truth)[:, None].expand(logits_NTW.shape[:2])
-            loss = loss + torch.nn.functional.cross_entropy(logits_NTW.flatten(0, 1), wanted_NT.flatten())
-            right = right & (logits_NTW.argmax(dim=2) == wanted_NT)
+        loss = torch.zeros(())
+        for logits_NTW, truth_NT in _readings(model, processor, corpus, recipe, rng):
+            loss = loss + torch.nn.functional.cross_entropy(logits_NTW.flatten(0, 1), truth_NT.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        report(step, {"loss": float(loss.detach()), "right": float(right.float().mean())})
+        report(step, {"loss": float(loss.detach())})
 
 
-def share_right(model: Any, processor: Any, lessons: Lessons, first: int = _UNSEEN, count: int = _PLAYED) -> float:
+def share_read(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, batches: int = 10) -> float:
+    """The share of vision tokens of single frames that are nearest to the right words, all of them.
+
+    Args:
+        model: a policy after *align*; later phases move the words.
+        processor: of the policy.
+        corpus: whose frames are read.
+        recipe: tells what events show.
+        batches: of frames.
+    """
+    import torch
+
+    rng, shares = generator("read"), []
+    for _ in range(batches):
+        with torch.no_grad():
+            readings = _readings(model, processor, corpus, recipe, rng)
+        right = torch.stack([logits_NTW.argmax(dim=2) == truth_NT for logits_NTW, truth_NT in readings]).all(dim=0)
+        shares.append(float(right.float().mean()))
+    return sum(shares) / len(shares)
+
+
+def _readings(
+    model: Any, processor: Any, corpus: Corpus, recipe: Recipe, rng: np.random.Generator
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Frames of all events of some videos: how near each vision token is to each word (N, T, W), and the right word
+    (N, T), for each thing that is told."""
+    import torch
+
+    videos = list({sample.video: sample for sample in corpus.samples}.values())
+    pictures: list[Any] = []
+    told: list[tuple[int, ...]] = []
+    while len(pictures) < 112:
+        sample = videos[int(rng.integers(len(videos)))]
+        corpus.search.open({"video": sample.video, "question": sample.question})
+        frames = corpus.search.video.frames
+        for event in scene_of(*_name(sample)).events:
+            window = frames.window(event.start, event.end - 0.5)
+            pictures.append(frames[int(rng.choice(window))])
+            told.append(recipe.told(event))
+    batch = processor.image_processor(images=pictures, return_tensors="pt")
+    features = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+    tokens_NTD = torch.stack(list(features))
+    weight, read = model.get_input_embeddings().weight.detach(), []
+    for words, truth in zip(recipe.words, zip(*told, strict=True), strict=True):
+        logits_NTW = tokens_NTD @ weight[processor.tokenizer.convert_tokens_to_ids(list(words))].T
+        read.append((logits_NTW, torch.tensor(truth)[:, None].expand(logits_NTW.shape[:2])))
+    return read
+
+
+def share_right(model: Any, processor: Any, lessons: Lessons, count: int = _PLAYED) -> float:
     """The share of assistant turns that, played greedily on what was there before, call or answer as they should; one
     that does neither, an exercise, is to be the same words.
 
     Args:
         model: a policy.
         processor: of the policy.
-        lessons: whose examples `first` to `first + count` are played.
-        first: number of the first.
+        lessons: whose first examples are played.
         count: how many.
     """
     asked: list[tuple[Request, str]] = []
-    for number in range(first, first + count):
+    for number in range(count):
         example = lessons[number]
         for place, message in enumerate(example.messages):
             if message["role"] == "assistant":
