@@ -24,6 +24,7 @@ import timesearch.cli.opening as opening
 from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.stopping import Stop, StoppedError
 from timesearch.cli import main
+from timesearch.data.messages import Message, blocks_of
 from timesearch.inference.ask import Asker
 from timesearch.library.catalogue import Catalogue, EncoderRecord, Entry, SegmentRecord, key_of
 from timesearch.library.index import Indexed, index_folders
@@ -503,6 +504,24 @@ def test_an_answer_that_nothing_supports_is_none(run, made: Path, videos: Path) 
     assert (code, row["video"], row["predicted_answer"]) == (0, None, None)
     assert row["evidence"]["in_vain"] == ["What is the sea like?"]
     assert len(row["evidence"]["others"]) == 3
+
+
+def test_what_the_policy_looks_for_in_vain_is_searched_in_the_library(run, made: Path, videos: Path) -> None:
+    """The question names nothing that the encoder knows; the policy knows what it wants to see."""
+
+    def speak(messages: Sequence[Message]) -> str:
+        reanswers = messages[0]["role"] == "user"
+        if not reanswers and messages[-1]["role"] == "user":
+            return search_turn("blue", num_frames=1)
+        frames = [block["image"] for block in blocks_of(messages[-1]) if block["type"] == "image"]
+        means = [np.asarray(frame, np.float32).mean(axis=(0, 1)) for frame in frames]
+        return answer_turn("blue" if any(blue - red > 50 for red, _, blue in means) else "I don't know")
+
+    run.policy.speak = speak
+    code, out, _ = run("ask", "--library", made, "What is the sea like?", "--json")
+    row = json.loads(out)
+    assert (code, row["video"], row["predicted_answer"]) == (0, f"{videos.name}/ünï <b>&amp;.mp4", "blue")
+    assert len(row["evidence"]["others"]) == 1
 
 
 def test_asking_uses_the_caches_of_the_library(made: Path) -> None:

@@ -3,19 +3,21 @@
 The question is searched for as it is, among frames and among what is said; the videos of both lists come by turns, for
 their scores say nothing about each other. The policy then searches the videos that answer best, one after another,
 until an answer follows from what it found alone (`Statement.holds`): completeness self-verification decides when to
-stop.
+stop. What it looked for first in a video whose answer does not hold, it wants to see: the library is searched for that
+too, in its words, and what is found comes next.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
 from timesearch.base.errors import ItemError
 from timesearch.base.stopping import NEVER, Stop
+from timesearch.data.messages import exchanges
 from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.inference.statement import Statement
 from timesearch.library.catalogue import Entry
@@ -75,26 +77,29 @@ async def ask_library(
     """
     check_question(question, options)
     found = await _find(library, encoder, question, videos)
-    shown, said = (
-        list({moment.video.key: moment.video for moment in moments}.values())
-        for moments in (found.moments, found.heard.moments)
-    )
-    by_turns = (video for pair in zip_longest(shown, said) for video in pair if video is not None)
-    likely = list({video.key: video for video in by_turns}.values())
-    answers: list[tuple[Entry, Answer]] = []
-    for video in (likely or found.nearest)[:VIDEOS]:
+    likely = _by_turns(found)
+    waiting, searched, answers = likely or found.nearest, {question}, list[tuple[Entry, Answer]]()
+    while waiting and len(answers) < VIDEOS:
+        video = waiting[0]
         answer = await asker.ask(video.key, question, options, begin(video), shown_as=video.name)
         answers.append((video, answer))
         if _holds(answer):
             return _with_others(video, answer, answers[:-1], found)
+        query = _first_query(answer)
+        if query is not None and query not in searched and len(answers) < VIDEOS:
+            searched.add(query)
+            wanted = _by_turns(await _find(library, encoder, query, videos))
+            likely, waiting = [*wanted, *likely], [*wanted, *waiting]
+        asked = {video.key for video, _ in answers}
+        waiting = [video for video in waiting if video.key not in asked]
     failed = [answer.prediction.error for _, answer in answers if answer.prediction.error is not None]
     if failed and len(failed) == len(answers):
         raise ItemError(failed[-1].message, failed[-1].type)
     for video, answer in answers if likely else ():
         if answer.prediction.error is None and answer.prediction.predicted_answer is not None:
             return _with_others(video, answer, [pair for pair in answers if pair[0] is not video], found)
-    asked = [video.name for video, _ in answers]
-    return LibraryAnswer(None, None, Statement(video="", in_vain=[question], others=asked), found)
+    others = [video.name for video, _ in answers]
+    return LibraryAnswer(None, None, Statement(video="", in_vain=[question], others=others), found)
 
 
 async def _find(library: Searched, encoder: Encoder, question: str, videos: Sequence[Entry] | None) -> Found:
@@ -105,6 +110,26 @@ async def _find(library: Searched, encoder: Encoder, question: str, videos: Sequ
     except asyncio.CancelledError:
         stop.ask()
         raise
+
+
+def _by_turns(found: Found) -> list[Entry]:
+    """The videos that a search found, each once: the best by its frames, the best by what is said, the second best."""
+    shown, said = ([moment.video for moment in moments] for moments in (found.moments, found.heard.moments))
+    by_turns = (video for pair in zip_longest(_once(shown), _once(said)) for video in pair if video is not None)
+    return _once(by_turns)
+
+
+def _once(videos: Iterable[Entry]) -> list[Entry]:
+    return list({video.key: video for video in videos}.values())
+
+
+def _first_query(answer: Answer) -> str | None:
+    """What the policy looked for first, before anything that it found led it on."""
+    for exchange in exchanges(answer.prediction.prediction):
+        query = exchange.call.arguments.get("query") if exchange.call is not None else None
+        if isinstance(query, str) and query.strip():
+            return query
+    return None
 
 
 def _holds(answer: Answer) -> bool:

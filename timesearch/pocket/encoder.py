@@ -4,9 +4,9 @@ Training is SigLIP's (arXiv 2303.15343): every picture of a batch against every 
 question under a sigmoid. A generated caption may fit several pictures of a batch ("a star" fits a red and a blue one),
 so a pair is positive wherever the caption is true of the picture, not on the diagonal alone.
 
-There is one for each kind of world. That of the hop world learns its questions as captions too, of the shape that they
-name: what one-shot retrieval does not find there, it does not miss for want of reading. No caption speaks of marks, so
-that a frame answers to its shape, and to no shape that it points to.
+There is one for each kind of world. It learns the world's questions as captions too, of the shape that they name: what
+one-shot retrieval does not find, it does not miss for want of reading. No caption speaks of marks, so that a frame
+answers to its shape, and to no shape that it points to.
 
 The result is a folder in open_clip's local-dir layout with a tokenizer of its own: from there on it is loaded by the
 same calls as any published SigLIP model.
@@ -28,7 +28,7 @@ from timesearch.base.files import write_json
 from timesearch.base.threads import use_fitting_threads
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS, make_hop_scene
 from timesearch.pocket.policy import FRAME
-from timesearch.pocket.world import COLOURS, SHAPES, Scene, generator, make_scene
+from timesearch.pocket.world import COLOURS, SHAPES, Scene, generator, make_scene, question
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer
@@ -74,11 +74,13 @@ class Curriculum:
     """rendered frames"""
     rate: float
     """the highest learning rate"""
-    questions: tuple[str, ...] = ()
+    questions: tuple[str, ...]
     """with ``{shape}`` in them: captions of that shape"""
 
 
-SHAPES_CURRICULUM = Curriculum(partial(make_scene, "guess-proof", "pretrain"), SHAPES, 4096, 1e-3)
+SHAPES_CURRICULUM = Curriculum(
+    partial(make_scene, "guess-proof", "pretrain"), SHAPES, 4096, 1e-3, (question("{shape}"),)
+)
 HOPS_CURRICULUM = Curriculum(partial(make_hop_scene, "pretrain"), HOP_SHAPES, 8192, 2e-3, tuple(TEXTS.values()))
 CURRICULA = {"pocket": SHAPES_CURRICULUM, "pocket-hops": HOPS_CURRICULUM}
 """By the encoder's name in `models.encoder`."""
@@ -182,19 +184,14 @@ def _batches(
         for shape, colour in (labels[i] for i in picked):
             keep = rng.choice(3, p=[0.55, 0.3, 0.15])
             said.append((None if keep == 2 else shape, None if keep == 0 else colour))
-        if curriculum.questions:
-            said, texts = _with_questions(said, curriculum, rng)
-        else:
-            texts = [caption(words, rng) for words in said]
+        said, texts = _captions(said, curriculum, rng)
         truth = torch.tensor([[float(fits(labels[i], words)) for words in said] for i in picked])
         pixels = torch.from_numpy(pictures[picked]).permute(0, 3, 1, 2).float() / 255
         yield (pixels - mean) / std, tokenizer(texts), truth
 
 
-def _with_questions(
-    said: list[Label], curriculum: Curriculum, rng: np.random.Generator
-) -> tuple[list[Label], list[str]]:
-    """Captions of which a fifth are questions about their shape, and some tell of any shape."""
+def _captions(said: list[Label], curriculum: Curriculum, rng: np.random.Generator) -> tuple[list[Label], list[str]]:
+    """What is said and how: captions of which a fifth are questions about their shape, and some tell of any shape."""
     labels: list[Label] = []
     texts: list[str] = []
     for shape, colour in said:
