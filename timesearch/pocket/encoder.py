@@ -1,4 +1,4 @@
-"""The pocket encoder: a SigLIP model of 0.4 million parameters, trained on generated frames and their captions.
+"""The pocket encoder: a SigLIP model of 1.5 million parameters, trained on generated frames and their captions.
 
 Training is SigLIP's (arXiv 2303.15343): every picture of a batch against every caption of it, each pair a yes-or-no
 question under a sigmoid. A generated caption may fit several pictures of a batch ("a star" fits a red and a blue one),
