@@ -9,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from clustered import SlowColours
 from players import build_library
 from safetensors.torch import load_file
-from scratch_project import wait_for
+from scratch_project import free_port, wait_for
 from scripted import ANSWER, CALL, build_project, make_settings
 from synthetic import make_video
 
@@ -272,6 +273,42 @@ def test_what_a_cluster_cannot_do_is_a_sentence_before_anything_starts(machines:
             refused("it has to be HOST:PORT, auto or local")
         address = "ray://127.0.0.1:10001"
         refused("cannot be started through Ray's client")
+
+
+@pytest.mark.long
+@pytest.mark.takes(30)
+def test_a_cluster_of_another_token_is_refused() -> None:
+    port = free_port()
+    home = Path(tempfile.mkdtemp())  # a short name, for the sockets in it
+    guarded = {**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    places = [f"--port={port}", f"--temp-dir={home}", "--include-dashboard=false", "--num-cpus=1"]
+    head = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *places],
+        env=guarded,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    program = (
+        "import sys\nfrom timesearch.base.cluster import joined\nwith joined(sys.argv[1]) as nodes: print(nodes)\n"
+    )
+    command = [sys.executable, "-c", program, f"127.0.0.1:{port}"]
+
+    def join(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env={**guarded, **environment}, capture_output=True, text=True, timeout=120)
+
+    try:
+        wait_for(lambda: join().returncode == 0, 120, "the head")
+        for other in ({"RAY_AUTH_TOKEN": "b" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+            said = join(**other).stderr
+            assert "RequestError: the Ray cluster at" in said, said
+            assert "wants another token" in said
+    finally:
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if f"HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+        head.wait(60)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def test_machines_that_see_or_have_something_else_are_refused() -> None:

@@ -159,6 +159,11 @@ def _join(ray: Any, address: str, cpus: int) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         said = " ".join(str(error).split())[:300]
+        if "InvalidAuthToken" in str(error.__cause__ or error.__context__):
+            raise RequestError(
+                f"the Ray cluster at {address} wants another token: set RAY_AUTH_MODE=token on its machines and here, "
+                "and give them the same ~/.ray/auth_token (ray get-auth-token --generate)"
+            ) from error
         if "ersion mismatch" in said:
             raise RequestError(
                 f"the Ray cluster at {address} has another version of Ray or Python than this environment: {said}"
