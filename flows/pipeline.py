@@ -157,9 +157,9 @@ def _anchored(settings: Settings, tree: Path) -> Settings:
 
 _WELCOME = (
     "The whole pipeline at pocket size: videos are made and fetched, frames and features cached, a policy is "
-    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about 20 "
-    "minutes on two cores, and once all is up to date half a minute. All of it stays in this folder, but for checksums "
-    "of files in ~/.cache/timesearch. Ctrl-C stops it, and the same command goes on.\n"
+    "cold-started and trained by GRPO-CSV, and searches on held-out videos are scored. The first time takes about a "
+    "quarter of an hour on two cores, and once all is up to date half a minute. All of it stays in this folder, but "
+    "for checksums of files in ~/.cache/timesearch. Ctrl-C stops it, and the same command goes on.\n"
 )
 
 
@@ -178,7 +178,13 @@ def main() -> None:
         print(f"\ntimesearch: {redact(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     made = ", ".join(done["ran"]) or "nothing, all was up to date"
-    print(f"\n{done['table']}\nmade: {made}\n\nNext:")
+    print()
+    if done["table"]:
+        from timesearch.evaluation.results import written_scores
+        from timesearch.evaluation.table import print_table
+
+        print_table(written_scores(load_settings("params.yaml").paths.results))
+    print(f"\nmade: {made}\n\nNext:")
     uv = "uv" if shutil.which("uv") else ".uv/bin/uv"
     for what, command in (
         ("every episode, in a browser", "results/report.html"),

@@ -25,7 +25,7 @@ from timesearch.evaluation import frames
 from timesearch.evaluation.episodes import Columns, Values, frame_times
 from timesearch.evaluation.evaluate import run
 from timesearch.evaluation.qa import parse_choice, published_choice
-from timesearch.evaluation.results import files_by_name, tracked_metrics, write_evaluation
+from timesearch.evaluation.results import files_by_name, tracked_metrics, write_evaluation, written_scores
 from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.statistics import bootstrap_means, mcnemar, paired_bootstrap, percentile_interval
 from timesearch.evaluation.summary import compare
@@ -430,6 +430,8 @@ def test_odd_groups_and_names_reach_tables_and_records_whole(
     shown = capsys.readouterr().out
     assert "[red] a|b" in shown
     assert "\x1b" not in shown
+    print_table(written_scores(tmp_path / "results"))
+    assert capsys.readouterr().out == shown
     table = markdown_table(methods).splitlines()
     assert {line.replace("\\\\", "").replace("\\|", "").count("|") for line in table} == {9}
     write_report(files, tmp_path / "results/evaluation", tmp_path / "report.html")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from timesearch.base.files import atomic_path, json_digest, write_json, write_js
 from timesearch.base.untrusted import UntrustedError, parse_json
 from timesearch.evaluation.episodes import EpisodeScore, MethodScores
 from timesearch.evaluation.summary import compare, headline, plain, plot_data
-from timesearch.evaluation.table import markdown_table, side_notes
+from timesearch.evaluation.table import markdown_table, method_order, side_notes
 from timesearch.inference.methods import trained_method
 from timesearch.settings import Evaluate, Settings
 
@@ -171,6 +172,24 @@ def trackable(name: str) -> str:
     if _TRACKABLE.fullmatch(name):
         return name
     return f"{_UNTRACKABLE.sub('_', name[:50])}-{json_digest(name)[:8]}"
+
+
+@dataclass(frozen=True)
+class WrittenScores:
+    """A method as `write_evaluation` left it."""
+
+    name: str
+    metrics: dict[str, Any]
+
+
+def written_scores(out: Path) -> list[WrittenScores]:
+    """The methods of an evaluation in a folder of results, in the order of the table.
+
+    Raises:
+        RequestError: a file is none that an evaluation writes.
+    """
+    names = sorted(json.loads((out / "metrics.json").read_text(encoding="utf-8")), key=method_order)
+    return [WrittenScores(name, load_metrics(out / "evaluation" / f"{name}.json")) for name in names]
 
 
 def load_metrics(path: Path) -> dict[str, Any]:

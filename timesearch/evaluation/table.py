@@ -7,9 +7,20 @@ beside it what can be known from the frames, where the generator of the videos t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from timesearch.evaluation.episodes import MethodScores
+
+class Scored(Protocol):
+    """What the table needs of a method: `MethodScores`, or what was written of them."""
+
+    @property
+    def name(self) -> str:
+        """Of the predictions' file."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All of its numbers."""
+
 
 METHODS = {
     "uniform": "uniform sampling",
@@ -56,7 +67,7 @@ _MOST_HOPS = 5
 """Columns by hops: a table has no room for more."""
 
 
-def hop_columns(methods: Sequence[MethodScores]) -> list[tuple[str, str, str]]:
+def hop_columns(methods: Sequence[Scored]) -> list[tuple[str, str, str]]:
     """Heads of the columns by hops, each with the group's value and a metric; none where no question tells."""
     told = {value for method in methods for value in method.metrics["by"].get("hops", {})}
     ceilings = any(method.metrics.get("knowable") is not None for method in methods)
@@ -68,7 +79,7 @@ def hop_columns(methods: Sequence[MethodScores]) -> list[tuple[str, str, str]]:
     return columns
 
 
-def table_rows(methods: Sequence[MethodScores]) -> list[list[str]]:
+def table_rows(methods: Sequence[Scored]) -> list[list[str]]:
     """The cells as text: shares in per cent, with half the width of their 95% interval."""
     hops = hop_columns(methods)
     rows = []
@@ -90,12 +101,12 @@ def _cell(metrics: Mapping[str, Any], name: str, scale: int, spread: bool = True
     return text
 
 
-def _heads(methods: Sequence[MethodScores]) -> list[str]:
+def _heads(methods: Sequence[Scored]) -> list[str]:
     """Heads of the columns after the first."""
     return [*(column for column, _, _ in TABLE_COLUMNS), *(column for column, *_ in hop_columns(methods))]
 
 
-def markdown_table(methods: Sequence[MethodScores]) -> str:
+def markdown_table(methods: Sequence[Scored]) -> str:
     """The comparison table in Markdown."""
     heads = ["method", *(_escaped(head) for head in _heads(methods))]
     rows = [[_escaped(cell) for cell in row] for row in table_rows(methods)]
@@ -103,7 +114,7 @@ def markdown_table(methods: Sequence[MethodScores]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def side_notes(methods: Sequence[MethodScores]) -> list[str]:
+def side_notes(methods: Sequence[Scored]) -> list[str]:
     """What published scripts would say, a line a method where that is another number than the table's."""
     notes = []
     for method in methods:
@@ -114,8 +125,8 @@ def side_notes(methods: Sequence[MethodScores]) -> list[str]:
             told.append(f"multiple choice {strict} read strictly, {published} as published ({differ} read differently)")
         if (searched := metrics.get("temporal_tstar_f1")) is not None and searched != metrics["temporal_f1"]:
             told.append(f"temporal F1 {searched * 100:.1f} by T*, which leaves episodes without search out")
-        if len(method.tools) > 1:
-            told += [_use(name, use) for name, use in method.tools.items()]
+        if len(metrics["tools"]) > 1:
+            told += [_use(name, use) for name, use in metrics["tools"].items()]
         if told:
             notes.append(f"{method_label(method.name)}: {'; '.join(told)}")
     return notes
@@ -132,7 +143,7 @@ def _escaped(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|")
 
 
-def print_table(methods: Sequence[MethodScores]) -> None:
+def print_table(methods: Sequence[Scored]) -> None:
     """Show the comparison table on standard output."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
