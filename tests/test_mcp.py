@@ -221,6 +221,11 @@ def test_what_is_not_in_the_library_is_refused_in_a_sentence(site: str, monkeypa
         ("ask", {"question": ""}),
         ("get_frames", {"video": "films/red.mp4", "seconds": [99999]}),
         ("get_frames", {"video": "films/red.mp4", "seconds": [-1]}),
+        ("get_frames", {"video": "films/red.mp4", "seconds": [1] * 9}),
+        ("get_frames", {"video": "films/red.mp4", "seconds": "soon"}),
+        ("get_frames", {"video": "films/red.mp4"}),
+        ("ask", {"question": "What is red?", "video": "films/red.mp4"}),
+        ("search", {"query": "red", "where": None, "\n" * 500: 1}),
     ]
 
     async def session() -> None:
@@ -232,11 +237,6 @@ def test_what_is_not_in_the_library_is_refused_in_a_sentence(site: str, monkeypa
                 assert "Traceback" not in said
                 assert len(said.splitlines()) == 1
                 assert said.startswith(f"Error executing tool {name}: "), said
-            for arguments in (
-                {"video": "films/red.mp4", "seconds": [1] * 9},
-                {"video": "films/red.mp4", "seconds": "soon"},
-            ):
-                assert (await client.call_tool("get_frames", arguments)).is_error
 
     asyncio.run(session())
     assert not (Path.cwd() / "owned").exists()

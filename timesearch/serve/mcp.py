@@ -18,8 +18,15 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp_types import CallToolResult, ContentBlock, ImageContent, TextContent, ToolAnnotations
-from pydantic import BaseModel, Field
+from mcp_types import (
+    CallToolResult,
+    ContentBlock,
+    ImageContent,
+    InputRequiredResult,
+    TextContent,
+    ToolAnnotations,
+)
+from pydantic import BaseModel, Field, ValidationError
 
 from timesearch.base.errors import RequestError, TimeSearchError
 from timesearch.base.stopping import Stop
@@ -354,6 +361,35 @@ async def _in_thread(work: Callable[[], T], stop: Stop | None = None) -> T:
             raise
 
 
+class _Server(MCPServer):
+    """Refuses arguments that a tool does not have, which the SDK passes over: a video that an agent named by another
+    word than `where` would be any video.
+    """
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        for tool in await self.list_tools():
+            known = tool.input_schema.get("properties", {})
+            wrong = [argument for argument in arguments if argument not in known]
+            if tool.name == name and wrong:
+                raise ToolError(
+                    f"Error executing tool {name}: it has no argument {', '.join(map(repr, wrong))[:200]}; "
+                    f"it takes {', '.join(known)}"
+                )
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            told = "; ".join(f"{_place(each['loc'])}{each['msg']}" for each in error.__cause__.errors()[:5])
+            raise ToolError(f"Error executing tool {name}: {told}") from error
+
+
+def _place(parts: tuple[int | str, ...]) -> str:
+    return f"{'.'.join(map(str, parts))}: " if parts else ""
+
+
 def make_server(library: Library, encoder: Encoder, open_asker: Opening) -> MCPServer:
     """The server.
 
@@ -371,7 +407,7 @@ def make_server(library: Library, encoder: Encoder, open_asker: Opening) -> MCPS
         finally:
             await answering.close()
 
-    server = MCPServer(
+    server = _Server(
         "timesearch",
         title="timesearch: a library of videos",
         instructions=(
