@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,8 +26,7 @@ def missing() -> str:
     """What is not here, in words; empty where all is."""
     if os.geteuid():
         return "root"
-    absent = [name for name in DAEMONS if which(name) is None]
-    return ", ".join(absent)
+    return ", ".join(name for name in DAEMONS if which(name) is None)
 
 
 def which(name: str) -> str | None:
@@ -43,15 +41,12 @@ class SlurmCluster:
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, *command: object, **extra: str) -> None:
-        program = which(Path(str(command[0])).name)
+    def start(self, name: str, command: str, *arguments: str) -> None:
+        program = which(command)
         assert program is not None
         with (self.folder / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(
-                [program, *map(str, command[1:])],
-                env={**os.environ, **self.environment, **extra},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                [program, *arguments], env={**os.environ, **self.environment}, stdout=log, stderr=subprocess.STDOUT
             )
 
     def start_node(self, name: str) -> None:
@@ -91,10 +86,9 @@ class SlurmCluster:
     def start_controller(self) -> None:
         self.start("slurmctld", "slurmctld", "-D")
 
-    def run(self, *command: object) -> str:
-        done = subprocess.run(
-            list(map(str, command)), env={**os.environ, **self.environment}, capture_output=True, text=True
-        )
+    def run(self, *command: str) -> str:
+        """What a command of Slurm's prints; nothing where it fails."""
+        done = subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True)
         return done.stdout if done.returncode == 0 else ""
 
     def stop(self) -> None:
@@ -193,4 +187,3 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
-        time.sleep(0.1)
