@@ -18,14 +18,13 @@ own loopback, it serves whoever reaches them.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import io
-import json
 import re
 import socket
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from timesearch.base.errors import ItemError, RequestError, TimeSearchError
-from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
+from timesearch.base.untrusted import UntrustedError, parse_json
 from timesearch.data.messages import Block, describe_call, exchanges, heard_seconds
 from timesearch.inference.ask import Answer, Asker, check_question
 from timesearch.inference.statement import Statement
@@ -49,7 +48,8 @@ from timesearch.library.loose import LooseEntry
 from timesearch.search.episode import Step, Watch
 from timesearch.search.policy import Policy
 from timesearch.serve.chat import add_chat
-from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of
+from timesearch.serve.events import Tell, event, streamed
+from timesearch.serve.guard import EVERY_ADDRESS, Guard, body_of, content_type
 from timesearch.serve.keys import Keyed
 from timesearch.serve.media import add_media
 from timesearch.serve.preparing import Preparations
@@ -187,7 +187,7 @@ def make_app(
 
     @app.post("/api/ask")
     async def ask(request: Request) -> StreamingResponse:
-        if not _JSON.fullmatch(request.headers.get("content-type", "").partition(";")[0].strip().lower()):
+        if not _JSON.fullmatch(content_type(request)):
             raise HTTPException(415, "the question must be sent as application/json")
         body = b"".join([piece async for piece in body_of(request, "the question", _LARGEST_QUESTION)])
         try:
@@ -197,8 +197,7 @@ def make_app(
             raise HTTPException(422, str(error)) from error
         except ItemError as error:
             raise HTTPException(404, str(error)) from error
-        events = _answer(shelf, preparations, video, asked)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return streamed(partial(_answer, shelf, preparations, video, asked))
 
     @app.get("/api/frames/{name}/{index}")
     def frame(name: str, index: int) -> Response:
@@ -273,13 +272,12 @@ def _open(shelf: Shelf, name: str) -> FrameCache:
         return open_frames(cache_path(shelf.librarian.frames, name))
 
 
-async def _answer(shelf: Shelf, preparations: Preparations, video: Held | None, asked: Question) -> AsyncIterator[str]:
-    """The events of one question, as they happen; when the client leaves, the work for it ends."""
-    events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
+async def _answer(shelf: Shelf, preparations: Preparations, video: Held | None, asked: Question, say: Tell) -> None:
+    """Answer one question, and tell the events of it as they happen."""
     using = contextlib.ExitStack()
 
     def tell(kind: str, data: Any) -> None:
-        events.put_nowait((kind, data))
+        say(event(data, kind))
 
     def watch(step: Step) -> None:
         tell(step.kind, step_data(step))
@@ -302,8 +300,8 @@ async def _answer(shelf: Shelf, preparations: Preparations, video: Held | None, 
             tell("answer", {"predicted_answer": None, "evidence": _evidence(given.statement)})
         return given.answer
 
-    async def work() -> None:
-        try:
+    try:
+        with using:
             if video is None:
                 answer = await ask_all()
                 if answer is None:
@@ -320,20 +318,10 @@ async def _answer(shelf: Shelf, preparations: Preparations, video: Held | None, 
                 tell("answer", answer_data(answer))
             else:
                 tell("error", {"text": answer.prediction.error.message})
-        except TimeSearchError as error:
-            tell("error", {"text": str(error)})
-        except Exception as error:
-            tell("error", {"text": unforeseen(error)})
-        finally:
-            using.close()
-            events.put_nowait(None)
-
-    task = asyncio.create_task(work())
-    try:
-        while (event := await events.get()) is not None:
-            yield f"event: {event[0]}\ndata: {mend_text(json.dumps(event[1], ensure_ascii=False))}\n\n"
-    finally:
-        task.cancel()
+    except TimeSearchError as error:
+        tell("error", {"text": str(error)})
+    except Exception as error:
+        tell("error", {"text": unforeseen(error)})
 
 
 def _picture(block: Block) -> str | None:

@@ -23,15 +23,16 @@ import mimetypes
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
 
@@ -43,6 +44,7 @@ from timesearch.inference.ask import Answer, check_question
 from timesearch.search.episode import Step
 from timesearch.search.policy import EngineError
 from timesearch.serve.attached import attached_name
+from timesearch.serve.events import Tell, event, streamed
 from timesearch.serve.guard import body_of
 from timesearch.serve.preparing import Preparations
 from timesearch.serve.refusals import described, openai_error, refusal, unforeseen
@@ -185,8 +187,7 @@ def add_chat(app: FastAPI, preparations: Preparations, shelf: Shelf) -> None:
         work = _Work(preparations, asked)
         if wanted.stream:
             usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-            events = work.stream(usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return streamed(partial(work.stream, usage), _PAUSE)
         return await work.whole(request)
 
 
@@ -425,42 +426,25 @@ class _Work:
         }
         return JSONResponse(json.loads(mend_text(json.dumps(body, ensure_ascii=False))))
 
-    async def stream(self, usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events; a client that leaves ends the work."""
-        news: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    async def stream(self, usage: bool, tell: Tell) -> None:
+        """Tell the answer as events, part by part."""
 
         def say(delta: dict[str, Any], finish: str | None = None, **more: Any) -> None:
             choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-            news.put_nowait({**self._common, "object": "chat.completion.chunk", "choices": [choice], **more})
+            tell(event({**self._common, "object": "chat.completion.chunk", "choices": [choice], **more}))
 
-        async def work() -> None:
-            try:
-                say({"role": "assistant", "content": ""})
-                answer = await self._answer(lambda text: say({"reasoning_content": text}) if text else None)
-                say({"content": text_of(answer)})
-                say({}, _finish(answer), evidence=evidence_of(answer))
-                if usage:
-                    told = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
-                    news.put_nowait({**self._common, **told})
-            except _Failed as error:
-                news.put_nowait({"error": openai_error(error.status, str(error), error.code)})
-            finally:
-                news.put_nowait(None)
-
-        task = asyncio.create_task(work())
         try:
-            while True:
-                try:
-                    said = await asyncio.wait_for(news.get(), _PAUSE)
-                except TimeoutError:
-                    yield ": it goes on\n\n"
-                    continue
-                if said is None:
-                    break
-                yield f"data: {mend_text(json.dumps(said, ensure_ascii=False))}\n\n"
-            yield "data: [DONE]\n\n"
+            say({"role": "assistant", "content": ""})
+            answer = await self._answer(lambda text: say({"reasoning_content": text}) if text else None)
+            say({"content": text_of(answer)})
+            say({}, _finish(answer), evidence=evidence_of(answer))
+            if usage:
+                told = {"object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
+                tell(event({**self._common, **told}))
+        except _Failed as error:
+            tell(event({"error": openai_error(error.status, str(error), error.code)}))
         finally:
-            task.cancel()
+            tell("data: [DONE]\n\n")
 
 
 async def _left(request: Request) -> None:

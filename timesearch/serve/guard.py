@@ -73,6 +73,11 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
 
+def content_type(request: Request) -> str:
+    """What a request says that its body is, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def body_of(request: Request, what: str, most: int) -> AsyncIterator[bytes]:
     """The body of a request, piece by piece.
 

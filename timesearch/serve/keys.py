@@ -18,7 +18,7 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from timesearch.base.errors import RequestError
-from timesearch.serve.guard import body_of
+from timesearch.serve.guard import body_of, content_type
 from timesearch.serve.refusals import refusal
 
 VARIABLE = "TIMESEARCH_API_KEY"
@@ -92,8 +92,7 @@ class Keyed:
             return FileResponse(_ENTRANCE / "entrance.css")
         if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
             return _entrance("This server asks for its key.")
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.method == "POST" and kind == "application/x-www-form-urlencoded" and _is_page(path):
+        if request.method == "POST" and content_type(request) == "application/x-www-form-urlencoded" and _is_page(path):
             return await self._take(request)
         return refusal(
             path,

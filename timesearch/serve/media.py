@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,7 +29,8 @@ from timesearch.base.untrusted import UntrustedError, mend_text, parse_json
 from timesearch.inference.ask import Say
 from timesearch.library.library import Moment
 from timesearch.library.words import Said
-from timesearch.serve.guard import body_of
+from timesearch.serve.events import Tell, event, streamed
+from timesearch.serve.guard import body_of, content_type
 from timesearch.serve.pictures import WIDTHS, Pictures
 from timesearch.serve.playable import MP4, Made, Making, Playable, playable
 from timesearch.serve.ranges import Part, unchanged
@@ -92,7 +93,7 @@ def add_media(app: FastAPI, shelf: Shelf, cache: Path) -> Callable[[], None]:
 
     @app.post("/api/playable")
     async def make(request: Request) -> StreamingResponse:
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if content_type(request) != "application/json":
             raise HTTPException(415, "the request must be sent as application/json")
         body = b"".join([piece async for piece in body_of(request, "the request", _LARGEST_BODY)])
         try:
@@ -100,8 +101,7 @@ def add_media(app: FastAPI, shelf: Shelf, cache: Path) -> Callable[[], None]:
         except (UntrustedError, ValidationError) as error:
             raise HTTPException(422, "the request names no video that can be read") from error
         held = await _held(shelf, wanted.video)
-        events = _making(shelf, made, making, held, wanted.encode)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return streamed(partial(_make, shelf, made, making, held, wanted.encode))
 
     @app.get("/api/picture")
     async def picture(
@@ -191,42 +191,27 @@ def _described(held: Held, found: Playable) -> dict[str, Any]:
     }
 
 
-async def _making(shelf: Shelf, made: Made, making: Together, held: Held, encode: bool) -> AsyncIterator[str]:
-    """The events of making a file fit for browsers."""
-    events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
-
-    def tell(kind: str, data: Any) -> None:
-        events.put_nowait((kind, data))
-
-    async def work() -> None:
-        try:
-            with await run_in_threadpool(shelf.attached.use, held.path):
-                found = await making.in_turn(playable, held.path)
-                if found.making is None:
-                    tell("error", {"text": found.why})
-                    return
-                how: Making = "encode" if encode else found.making
-                name = await run_in_threadpool(made.name, held.path, how)
-                if await run_in_threadpool(made.find, name) is None:
-                    await making.done(
-                        name, lambda text: tell("status", {"text": text}), _maker(made, making, held, how)
-                    )
-                path = await run_in_threadpool(made.find, name)
-                if path is None:
-                    raise ItemError(f"{held.name} is gone", reason="missing_file")
-                start = (await making.in_turn(playable, path)).start
-                tell("ready", {"address": f"api/played/{name}", "start": start})
-        except TimeSearchError as error:
-            tell("error", {"text": str(error)})
-        finally:
-            events.put_nowait(None)
-
-    task = asyncio.create_task(work())
+async def _make(shelf: Shelf, made: Made, making: Together, held: Held, encode: bool, say: Tell) -> None:
+    """Make a file fit for browsers, and tell the events of it."""
     try:
-        while (event := await events.get()) is not None:
-            yield f"event: {event[0]}\ndata: {mend_text(json.dumps(event[1], ensure_ascii=False))}\n\n"
-    finally:
-        task.cancel()
+        with await run_in_threadpool(shelf.attached.use, held.path):
+            found = await making.in_turn(playable, held.path)
+            if found.making is None:
+                say(event({"text": found.why}, "error"))
+                return
+            how: Making = "encode" if encode else found.making
+            name = await run_in_threadpool(made.name, held.path, how)
+            if await run_in_threadpool(made.find, name) is None:
+                await making.done(
+                    name, lambda text: say(event({"text": text}, "status")), _maker(made, making, held, how)
+                )
+            path = await run_in_threadpool(made.find, name)
+            if path is None:
+                raise ItemError(f"{held.name} is gone", reason="missing_file")
+            start = (await making.in_turn(playable, path)).start
+            say(event({"address": f"api/played/{name}", "start": start}, "ready"))
+    except TimeSearchError as error:
+        say(event({"text": str(error)}, "error"))
 
 
 def _maker(made: Made, making: Together, held: Held, how: Making) -> Callable[[Say, Stop], Awaitable[None]]:
