@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timesearch.base.errors import RequestError, TemporaryError
+from timesearch.base.errors import RequestError, TemporaryError, first_line, last_line
 from timesearch.base.extras import require_modules
 from timesearch.base.machine import inspect_machine
 
@@ -102,8 +102,9 @@ def joined(address: str, *, shared: Sequence[Path] = (), cpus: int = 1) -> Itera
         _refuse_differences(address, nodes)
         yield nodes
     except (ray.exceptions.RaySystemError, ConnectionError) as error:
-        first = (str(error).splitlines() or [repr(error)])[0]
-        raise ClusterError(f"the Ray cluster at {address} went away ({first}): the same command goes on") from error
+        raise ClusterError(
+            f"the Ray cluster at {address} went away ({first_line(error)}): the same command goes on"
+        ) from error
     finally:
         over.set()
         if here:
@@ -223,10 +224,9 @@ def _answer(ray: Any, listed: dict[str, Any], reference: Any) -> dict[str, Any] 
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.NodeDiedError | ray.exceptions.TaskUnschedulableError):
             return None
-        last = (str(error).strip().splitlines() or [repr(error)])[-1]
         raise RequestError(
-            f"{host} of the Ray cluster cannot run this project's code from {_CODE} ({last[:200]}): every machine "
-            "needs that folder and the same environment"
+            f"{host} of the Ray cluster cannot run this project's code from {_CODE} ({last_line(error)[:200]}): "
+            "every machine needs that folder and the same environment"
         ) from error
 
 

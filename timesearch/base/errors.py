@@ -44,3 +44,13 @@ class CacheMismatchError(TimeSearchError):
 
 class TemporaryError(TimeSearchError):
     """Something outside did not answer: the same request may succeed later. Exit code 75 (EX_TEMPFAIL of sysexits)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; of one that says nothing, what it is."""
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line: of errors that say at length where they come from, and then what they are."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]

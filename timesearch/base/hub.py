@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError, first_line
 from timesearch.base.http import may_pass, status_of
 
 
@@ -25,7 +25,7 @@ def fetch_error(what: str, error: BaseException) -> TimeSearchError:
     Returns:
         TemporaryError if the hub could not be reached or is busy; RequestError if it refused, or nothing tells.
     """
-    message = f"{what}: {(str(error).splitlines() or [repr(error)])[0][:300]}"
+    message = f"{what}: {first_line(error)[:300]}"
     link: BaseException | None = error
     while link is not None:
         if may_pass(link):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 _HIDDEN = "***"
@@ -35,6 +37,18 @@ def redact(text: str) -> str:
     text = _USER_INFO.sub(rf"\1{_HIDDEN}@", text)
     text = _QUERY.sub(rf"\1{_HIDDEN}", text)
     return _HEADER.sub(rf"\1 {_HIDDEN}", text)
+
+
+def show_log(log: Path, start: int) -> int:
+    """Print on standard error what another process has written to a log from `start` on; returns the log's length."""
+    if not log.is_file():
+        return start
+    with log.open("rb") as handle:
+        handle.seek(start)
+        text = handle.read()
+    sys.stderr.write(redact(text.decode("utf-8", "replace")))
+    sys.stderr.flush()
+    return start + len(text)
 
 
 def redact_value(value: Any) -> Any:

@@ -20,17 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from timesearch.base.cluster import ClusterError, Node, passed_on, require
-from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError, last_line
 from timesearch.base.servers import free_port
 from timesearch.data.messages import Message
 from timesearch.inference.policies import open_policy
-from timesearch.search.policy import ContextOverflowError, EngineError, Policy, Reply
+from timesearch.search.policy import ContextOverflowError, EngineError, Policy, Reply, burden
 from timesearch.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_AFFINITY = 4
-"""An engine that knows a video is preferred while it has at most this many more conversations than the idlest one."""
 _ROOM_WITHIN = 120.0
 """Seconds within which the cluster has to have room for the engines."""
 _RESTARTS = 10
@@ -201,8 +199,9 @@ class ClusterPolicy:
             try:
                 told = await place.actor.connect.remote()
             except RayError as error:
-                first = (str(error).strip().splitlines() or [repr(error)])[-1]
-                raise ClusterError(f"an engine on the Ray cluster does not come up: {first[:300]}") from error
+                raise ClusterError(
+                    f"an engine on the Ray cluster does not come up: {last_line(error)[:300]}"
+                ) from error
             if "error" in told:
                 raise (TemporaryError if told["passes"] else RequestError)(told["error"])
             for name, value in told.items():
@@ -214,7 +213,7 @@ class ClusterPolicy:
     ) -> AsyncIterator[_ClusterSession]:
         """Open a conversation with the engine that has least to do, or that knows the video already."""
         home = self._home.get(video)
-        place = min(self._places, key=lambda one: one.load - (_AFFINITY if one is home else 0))
+        place = min(self._places, key=lambda one: burden(one.load, one is home))
         session = _ClusterSession(self, (video, list(tools), max_new_tokens), next(self._keys), place)
         self._home[video] = place
         place.load += 1
@@ -265,9 +264,9 @@ class _ClusterSession:
                 told = await self.place.actor.reply.remote(self.key, self.asked, place, list(messages[place:]))
             except RayError as error:
                 if time.monotonic() > deadline:
-                    first = (str(error).strip().splitlines() or [repr(error)])[-1]
                     raise EngineError(
-                        f"no engine on the Ray cluster answered for {self.policy.retry_for:g} s ({first[:200]})"
+                        f"no engine on the Ray cluster answered for {self.policy.retry_for:g} s "
+                        f"({last_line(error)[:200]})"
                     ) from error
                 tries += 1
                 self.sent = []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timesearch.base.cluster import ClusterError, passed_on
-from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
+from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError, last_line
 from timesearch.base.servers import free_port, vllm_command
 from timesearch.judge.server import judge_server
 from timesearch.settings import Cluster, Judge
@@ -78,8 +78,7 @@ def judge_on_cluster(cluster: Cluster, judge: Judge, say: Callable[[str], None] 
         try:
             told = ray.get(holder.start.remote(), timeout=judge.start_timeout + 60)
         except ray.exceptions.RayError as error:
-            first = (str(error).strip().splitlines() or [repr(error)])[-1]
-            raise ClusterError(f"the judge does not come up on the Ray cluster: {first[:300]}") from error
+            raise ClusterError(f"the judge does not come up on the Ray cluster: {last_line(error)[:300]}") from error
         if "error" in told:
             raise (TemporaryError if told["passes"] else RequestError)(told["error"])
         yield judge.model_copy(update={"url": told["url"], "start": False})

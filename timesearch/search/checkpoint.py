@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from timesearch.base.errors import RequestError
+from timesearch.base.errors import RequestError, first_line
 from timesearch.base.files import atomic_path, write_json
 from timesearch.base.model_folders import LOADING, read_config, require_data_only
 from timesearch.base.threads import use_fitting_threads
@@ -111,7 +111,7 @@ def template_options(checkpoint: Path | str, template: Template, folder: Path) -
 
 
 def _unfit(checkpoint: Path | str, error: Exception) -> RequestError:
-    reason = (str(error).splitlines() or [repr(error)])[0][:300]
+    reason = first_line(error)[:300]
     return RequestError(f"{checkpoint} is no checkpoint of a policy: {reason}")
 
 
@@ -286,7 +286,7 @@ def _template(checkpoint: Path | str, processor: Any, offered: bool) -> Iterator
     try:
         text = processor.apply_chat_template(messages, tools=[tool] if offered else None, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and fails as programs do
-        reason = (str(error).splitlines() or [repr(error)])[0][:300]
+        reason = first_line(error)[:300]
         raise RequestError(f"the chat template of {checkpoint} renders no conversation: {reason}") from error
     image = getattr(processor, "image_token", "<|image_pad|>")
     if offered:

@@ -30,6 +30,7 @@ from timesearch.search.policy import (
     ContextOverflowError,
     EngineError,
     Reply,
+    burden,
     video_metadata,
     with_video_preview,
 )
@@ -49,8 +50,6 @@ VLLM_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """The rest of it. Servers other than vLLM may refuse these fields, for they are not of the protocol."""
 _RENDERING = ("vllm", "sglang")
 """Servers that have ``/tokenize``, by the owner of models that they list; others are not asked what they render."""
-_AFFINITY = 4
-"""A server that knows a video is preferred while it has at most this many more conversations than the idlest one."""
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ class OpenAIPolicy:
     ) -> AsyncIterator[_OpenAISession]:
         """Open a conversation on the server that has least to do, or that knows the video already."""
         home = self._home.get(video)
-        url = min(self._urls, key=lambda one: self._load[one] - (_AFFINITY if one == home else 0))
+        url = min(self._urls, key=lambda one: burden(self._load[one], one == home))
         self._home[video] = url
         self._load[url] += 1
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from timesearch.base.errors import RequestError
+from timesearch.base.errors import RequestError, first_line
 from timesearch.base.extras import require_modules
 from timesearch.data.messages import Block, Message
 from timesearch.search.checkpoint import load_processor, vision_token_ids
@@ -182,7 +182,7 @@ class TransformersPolicy:
                 list(request.messages), tools=list(request.tools) or None, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program, and fails as programs do
-            reason = (str(error).splitlines() or [repr(error)])[0][:300]
+            reason = first_line(error)[:300]
             raise EngineError(f"{self.name}: the chat template does not render a turn: {reason}", "refused") from error
 
     def encode(self, requests: Sequence[Request], texts: Sequence[str] | None = None) -> Any:

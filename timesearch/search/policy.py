@@ -15,6 +15,9 @@ from typing import Any, Protocol
 from timesearch.base.errors import ItemError
 from timesearch.data.messages import Block, Message, blocks_of, times_of
 
+_AFFINITY = 4
+"""An engine that knows a video is preferred while it has at most this many more conversations than the idlest one."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -113,3 +116,13 @@ def video_metadata(frames: Sequence[Block]) -> dict[str, Any]:
     share = (indices[-1] - indices[0]) / max(1, len(indices) - 1)
     total = max(indices[-1] + 1, round(share * len(indices)))
     return {"fps": 10.0, "frames_indices": indices, "total_num_frames": total}
+
+
+def burden(conversations: int, knows_video: bool) -> int:
+    """What a conversation goes by where several engines play: to the one that has the least of it.
+
+    Args:
+        conversations: that the engine has.
+        knows_video: whether the last one about this video went there, so that its preview is in the engine's cache.
+    """
+    return conversations - (_AFFINITY if knows_video else 0)

@@ -40,6 +40,7 @@ from timesearch.library.words import Said
 from timesearch.retrieval.encoder import Encoder
 from timesearch.search.episode import Step
 from timesearch.search.policy import Policy
+from timesearch.serve.refusals import described
 from timesearch.video.exact import read_frames
 from timesearch.video.probe import probe
 
@@ -382,12 +383,8 @@ class _Server(MCPServer):
         except ToolError as error:
             if not isinstance(error.__cause__, ValidationError):
                 raise
-            told = "; ".join(f"{_place(each['loc'])}{each['msg']}" for each in error.__cause__.errors()[:5])
+            told = described(error.__cause__.errors(), "the call")
             raise ToolError(f"Error executing tool {name}: {told}") from error
-
-
-def _place(parts: tuple[int | str, ...]) -> str:
-    return f"{'.'.join(map(str, parts))}: " if parts else ""
 
 
 def make_server(library: Library, encoder: Encoder, open_asker: Opening) -> MCPServer:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from timesearch.base.cluster import ClusterError, joined, passed_on
-from timesearch.base.errors import ItemError, TemporaryError, TimeSearchError
+from timesearch.base.errors import ItemError, TemporaryError, TimeSearchError, last_line
 from timesearch.base.exclusive import BusyError, exclusive
 from timesearch.base.files import write_json
 from timesearch.base.progress import console
-from timesearch.base.redaction import redact
+from timesearch.base.redaction import redact, show_log
 from timesearch.judge.on_ray import is_kept_apart, judge_on_cluster
 from timesearch.settings import Settings
 from timesearch.training.placement import refuse_small
@@ -133,7 +133,7 @@ def _train(process: _Process, restarts: int, gpus: int, scratch: Path) -> Except
     shown = 0
     while thread.is_alive():
         thread.join(_LOOK_EVERY)
-        shown = _show(scratch / "output.log", shown)
+        shown = show_log(scratch / "output.log", shown)
     return ended[0]
 
 
@@ -163,19 +163,6 @@ def _raise_what_ended_it(error: Exception | None, scratch: Path, stage: str, res
     ) from error
 
 
-def _show(log: Path, start: int) -> int:
-    """Print what a log holds from `start` on; returns its length."""
-    if not log.is_file():
-        return start
-    with log.open("rb") as handle:
-        handle.seek(start)
-        text = handle.read()
-    if text:
-        sys.stderr.write(text.decode("utf-8", "replace"))
-        sys.stderr.flush()
-    return start + len(text)
-
-
 def _teller(scratch: Path, restarts: int) -> Any:
     """Writes into the output that is shown here which processes were lost."""
     from ray.train import UserCallback
@@ -203,10 +190,9 @@ _DIED = "died, or its machine"
 
 
 def _end_of(error: Exception) -> str:
-    said = str(error).strip()
-    if "health check failed" in said:
+    if "health check failed" in str(error):
         return _DIED
-    return f"failed ({' '.join((said.splitlines() or [repr(error)])[-1].split())[:200]})"
+    return f"failed ({' '.join(last_line(error).split())[:200]})"
 
 
 class _Process:

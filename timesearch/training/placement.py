@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from timesearch.base.cluster import Node, require
 from timesearch.base.errors import RequestError
 from timesearch.inference.on_ray import refuse_engines
+from timesearch.judge.on_ray import is_kept_apart
 from timesearch.search.budget import completion_tokens, prompt_tokens, search_tokens
 from timesearch.settings import Settings, Train
 
@@ -158,7 +159,7 @@ def place(
         ),
         Placed("train", _training_place(settings), f"{training:.1f} GiB on each GPU", _training_traffic(train, moved)),
     ]
-    if on_ray and cluster.judge_gpus and settings.judge.kind == "server" and settings.judge.start:
+    if is_kept_apart(cluster, settings.judge):
         stages.append(
             Placed(
                 "judge",

@@ -22,7 +22,7 @@ from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
 from timesearch.base.exclusive import exclusive
 from timesearch.base.files import json_digest, write_json, write_text
 from timesearch.base.progress import console
-from timesearch.base.redaction import redact
+from timesearch.base.redaction import redact, show_log
 from timesearch.settings import Settings
 
 _GOES_ON = frozenset({"TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "REVOKED"})
@@ -203,7 +203,7 @@ def _follow(job: str, log: Path) -> tuple[str, str]:
     deadline = time.monotonic() + _PATIENCE
     while True:
         state, code = _state(job)
-        shown = _show(log, shown)
+        shown = show_log(log, shown)
         if not state and time.monotonic() > deadline:
             raise TemporaryError(
                 f"Slurm's accounts do not know job {job} (sacct): look at it with squeue, and try again"
@@ -214,18 +214,6 @@ def _follow(job: str, log: Path) -> tuple[str, str]:
             _say(f"train: Slurm job {job} is {state.lower().replace('_', ' ')}")
             told = state
         time.sleep(_LOOK_EVERY)
-
-
-def _show(log: Path, start: int) -> int:
-    """Print what a log holds from `start` on; returns its length."""
-    if not log.is_file():
-        return start
-    with log.open("rb") as handle:
-        handle.seek(start)
-        text = handle.read()
-    sys.stderr.write(redact(text.decode("utf-8", "replace")))
-    sys.stderr.flush()
-    return start + len(text)
 
 
 def _state(job: str) -> tuple[str, str]:

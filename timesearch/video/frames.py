@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from timesearch.base.digests import remember, remembered
-from timesearch.base.errors import ItemError
+from timesearch.base.errors import ItemError, first_line
 from timesearch.base.files import atomic_path, inside, json_digest
 from timesearch.base.stopping import NEVER, Stop
 from timesearch.base.untrusted import parse_json
@@ -351,7 +351,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'meta.json'}: {first['msg']}"[:200]
-    return (str(error).splitlines() or [repr(error)])[0][:200]
+    return first_line(error)[:200]
 
 
 def frame_name(index: int) -> str:
