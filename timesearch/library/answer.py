@@ -78,7 +78,8 @@ async def ask_library(
     check_question(question, options)
     found = await _find(library, encoder, question, videos)
     likely = _by_turns(found)
-    waiting, searched, answers = likely or found.nearest, {question}, list[tuple[Entry, Answer]]()
+    waiting, searched = likely or found.nearest, {question}
+    answers: list[tuple[Entry, Answer]] = []
     while waiting and len(answers) < VIDEOS:
         video = waiting[0]
         answer = await asker.ask(video.key, question, options, begin(video), shown_as=video.name)
@@ -89,7 +90,7 @@ async def ask_library(
         if query is not None and query not in searched and len(answers) < VIDEOS:
             searched.add(query)
             wanted = _by_turns(await _find(library, encoder, query, videos))
-            likely, waiting = [*wanted, *likely], [*wanted, *waiting]
+            likely, waiting = likely or wanted, [*wanted, *waiting]
         asked = {video.key for video, _ in answers}
         waiting = [video for video in waiting if video.key not in asked]
     failed = [answer.prediction.error for _, answer in answers if answer.prediction.error is not None]

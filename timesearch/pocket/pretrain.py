@@ -32,7 +32,7 @@ from timesearch.pocket.filesystem import scene_of
 from timesearch.pocket.hops import HopScene
 from timesearch.pocket.lessons import Corpus, Lessons
 from timesearch.pocket.policy import make_policy, make_processor, save_policy
-from timesearch.pocket.recipes import RECIPES, Recipe
+from timesearch.pocket.recipes import RECIPES, Phase, Recipe
 from timesearch.pocket.world import generator
 from timesearch.search.checkpoint import load_model, load_processor
 from timesearch.search.engine_transformers import Request, TransformersPolicy
@@ -124,28 +124,31 @@ def carry_out(settings: Settings, encoder: Encoder, title: str, before: Path) ->
     recipe, work = RECIPES[settings.models.encoder], before.parent
     model, processor = load_model(before), load_processor(before)
     corpus = _corpus(settings, recipe, encoder, work, range(recipe.videos))
-    unlearned = _corpus(settings, recipe, encoder, work, range(recipe.videos, recipe.videos + _HELD))
-    phase, held = (
-        next((phase for phase in recipe.phases(each, settings.seed) if phase.title == title), None)
-        for each in (corpus, unlearned)
-    )
+    phase = _phase(recipe, corpus, settings.seed, title)
     first = os.environ.get("RANK", "0") == "0"
     steps = phase.plan.steps if phase else recipe.align_steps
     with progress_bar(title, steps) as bar:
         last = _Last(bar)
         if phase is None:
             align(model, processor, corpus, recipe, steps, settings.seed, last)
-            reached = {"loss": last.values["loss"], "right": share_read(model, processor, unlearned, recipe)}
         else:
             model.requires_grad_(True)
             tell = last if first else None
             model = fine_tune(model, processor, phase.lessons, phase.plan, work / "trainer", tell, phase.sees)
-            reached = last.values if first else {}
     if first:
-        if held is not None:
-            reached |= {"right": share_right(model.eval(), processor, held.lessons)}
+        unlearned = _corpus(settings, recipe, encoder, work, range(recipe.videos, recipe.videos + _HELD))
+        held = _phase(recipe, unlearned, settings.seed, title)
+        if held is None:
+            right = share_read(model, processor, unlearned, recipe)
+        else:
+            right = share_right(model.eval(), processor, held.lessons)
         save_policy(model, processor, work / title)
-        write_json(work / title / "reached.json", {"phase": title, "steps": steps, **reached})
+        write_json(work / title / "reached.json", {"phase": title, "steps": steps, **last.values, "right": right})
+
+
+def _phase(recipe: Recipe, corpus: Corpus, seed: int, title: str) -> Phase | None:
+    """A phase by its title, with lessons of a corpus; None of *align*, which has none."""
+    return next((phase for phase in recipe.phases(corpus, seed) if phase.title == title), None)
 
 
 class _Last:
