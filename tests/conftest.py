@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from serving import Log, logged
 
 
 def pytest_configure() -> None:
@@ -49,6 +51,21 @@ def golden() -> Path:
 def footage() -> Path:
     """Real clips in several codecs."""
     return Path(__file__).parent / "footage"
+
+
+@pytest.fixture(scope="module")
+def server_log() -> Iterator[Log]:
+    """What any logger says while a file's tests run."""
+    with logged() as kept:
+        yield kept
+
+
+@pytest.fixture
+def no_traceback(server_log: Log) -> Iterator[None]:
+    """Nothing that a request does reaches the server's log as a traceback, or as a task that nobody looked after."""
+    before = len(server_log.records)
+    yield
+    assert server_log.bad_since(before) == []
 
 
 @pytest.fixture(autouse=True)

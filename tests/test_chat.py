@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -70,30 +69,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def servers(footage: Path, policy: Slow, root: Path) -> Iterator[tuple[str, str]]:
     """The server without a key and with one, over the same videos and caches."""
-    import uvicorn
-
     (root / "videos" / "b").mkdir(parents=True)
     for name in ("car.mp4", "b/car.mp4", "b/my bottle.mp4"):
         clip = "car-detection.mp4" if "car" in name else "bottle-detection.mp4"
         (root / "videos" / name).write_bytes((footage / clip).read_bytes())
     (root / "videos" / "notes.mp4").write_text("no video")
     (root / "secret.mp4").write_bytes((footage / "car-detection.mp4").read_bytes())
-    started = []
-    for key in (None, KEY):
-        asker = Asker(SETTINGS, policy, MeanColour(), root / "cache")
-        app = make_app(asker, policy, [root / "videos"], root / "uploads", key=key)
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        started.append((server, thread))
-    while not all(server.started for server, _ in started):
-        time.sleep(0.02)
-    open_, keyed = (f"http://127.0.0.1:{each.servers[0].sockets[0].getsockname()[1]}" for each, _ in started)
-    yield open_, keyed
-    for server, thread in started:
-        server.should_exit = True
-        thread.join(10)
+    asker = Asker(SETTINGS, policy, MeanColour(), root / "cache")
+    apps = [make_app(asker, policy, [root / "videos"], root / "uploads", key=key) for key in (None, KEY)]
+    with running(apps[0]) as open_, running(apps[1]) as keyed:
+        yield open_, keyed
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ import mcp
 import numpy as np
 import policy_server
 import pytest
-import uvicorn
 import yaml
+from serving import running
 from test_library import Greys, make_coloured
 
 from timesearch.base.errors import RequestError
@@ -88,15 +87,8 @@ class Served(Greys):
 
 @pytest.fixture(scope="module")
 def encoder_url() -> Iterator[str]:
-    app = make_embeddings_app(Served())
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join()
+    with running(make_embeddings_app(Served())) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(scope="module")

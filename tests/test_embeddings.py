@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving import running
 from synthetic import make_encoder, make_video
 
 from timesearch.base.errors import RequestError
@@ -52,15 +51,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Levelled:
 
 @pytest.fixture(scope="module")
 def url(encoder: Levelled) -> Iterator[str]:
-    app = make_embeddings_app(encoder)  # type: ignore[arg-type]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join()
+    with running(make_embeddings_app(encoder)) as address:  # type: ignore[arg-type]
+        yield f"{address}/v1"
 
 
 def pictures(count: int) -> list[Image.Image]:

@@ -19,6 +19,7 @@ import mcp
 import pytest
 from PIL import Image
 from players import Puppet, answer_turn, script, search_turn
+from serving import running
 from test_library import SETTINGS, Greys, index, make_coloured
 
 from timesearch.base.stopping import Stop, StoppedError
@@ -86,17 +87,8 @@ def server(library: Path, policy: Slow):
 @pytest.fixture(scope="module")
 def site(server) -> Iterator[str]:
     """The server at a free port, in a thread."""
-    import uvicorn
-
-    app = server.streamable_http_app(host="127.0.0.1")
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, ws="none"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}/mcp"
-    running.should_exit = True
-    thread.join(10)
+    with running(server.streamable_http_app(host="127.0.0.1")) as address:
+        yield f"{address}/mcp"
 
 
 async def every_call(client) -> None:

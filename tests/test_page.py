@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from players import Puppet, answer_turn, script, search_turn
-from serving import Log, logged, readers_of, running, until
+from serving import Log, readers_of, running, until
 from synthetic import ffmpeg, make_video
 from test_library import SETTINGS, Greys, index, make_coloured
 
@@ -35,17 +35,7 @@ MARKUP = "<img src=x onerror=document.title=1>"
 HOSTILE = f"'\"&lt;javascript:alert(1){MARKUP}#t=1%20.mp4"
 
 
-@pytest.fixture(scope="module")
-def log() -> Iterator[Log]:
-    with logged() as kept:
-        yield kept
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(log: Log) -> Iterator[None]:
-    before = len(log.records)
-    yield
-    assert log.bad_since(before) == []
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +73,7 @@ def app_over(root: Path, library: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def site(root: Path, log: Log) -> Iterator[str]:
+def site(root: Path, server_log: Log) -> Iterator[str]:
     with running(app_over(root, library=True)) as address:
         yield address
 

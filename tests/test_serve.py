@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from players import MeanColour, Puppet, answer_turn, script, search_turn
-from serving import Log, logged, readers_of, running, until
+from serving import Log, readers_of, running, until
 from synthetic import ffmpeg, make_video
 
 import timesearch.cli.inference as commands
@@ -36,19 +36,7 @@ from timesearch.settings import Settings
 MARKUP = "<img src=x onerror=document.title=1>"
 
 
-@pytest.fixture(scope="module")
-def log() -> Iterator[Log]:
-    """What any logger says while this file's tests run."""
-    with logged() as kept:
-        yield kept
-
-
-@pytest.fixture(autouse=True)
-def no_traceback(log: Log) -> Iterator[None]:
-    """Nothing that a request does reaches the server's log as a traceback, or as a task that nobody looked after."""
-    before = len(log.records)
-    yield
-    assert log.bad_since(before) == []
+pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +49,7 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(footage: Path, huge: Path, log: Log, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def site(footage: Path, huge: Path, server_log: Log, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server with a scripted policy, at a free port; its one folder holds a link to a video and a stranger."""
     root = tmp_path_factory.mktemp("serve")
     folder = root / "videos"
@@ -450,11 +438,11 @@ def test_any_request_gets_an_answer(site: str, method: str, path: list[bytes], b
     assert status in (200, 100, *REFUSED)
 
 
-def test_an_episode_that_fails_unforeseen_ends_in_a_sentence(site: str, log: Log) -> None:
-    before = len(log.records)
+def test_an_episode_that_fails_unforeseen_ends_in_a_sentence(site: str, server_log: Log) -> None:
+    before = len(server_log.records)
     ((kind, said),) = events_of(site, video="0/car.mp4", question="FAIL?")[-1:]
     assert (kind, "ValueError" in said["text"]) == ("error", True)
-    (record,) = log.records[before:]
+    (record,) = server_log.records[before:]
     assert "no such reply was foreseen" in record.getMessage()
     assert "\n" not in record.getMessage()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from slurm_stand_in import install
+from slurm_training import paper_training
 
 from timesearch.base.errors import RequestError, TemporaryError, TimeSearchError
-from timesearch.profiles import load_profile
 from timesearch.settings import Settings, load_settings
 from timesearch.training import launch, slurm
 
@@ -20,23 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The paper's training over two machines, in a project of its own whose Python notes how it was started."""
-    settings = load_profile("paper-7b", ROOT / "profiles")
-    settings.cluster.kind = "slurm"
-    settings.cluster.slurm = ["--partition=gpu"]
-    monkeypatch.setattr(slurm, "_LOOK_EVERY", 0.05)
-    monkeypatch.setattr(launch, "load_training_samples", lambda settings: ([], []))
-    project = tmp_path / "a project's"
-    project.mkdir()
-    monkeypatch.chdir(project)
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$*" >> "started-$SLURM_NODEID"\necho "node $SLURM_NODEID trains"\n'
+    """Its Python notes how it was started."""
+    script = (
+        'printf "%s\\n" "$*" >> "started-$SLURM_NODEID"\necho "node $SLURM_NODEID trains"\n'
         "exit $(cat status 2>/dev/null || echo 0)\n"
     )
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    return settings
+    return paper_training(tmp_path, monkeypatch, script, look_every=0.05)
 
 
 @pytest.fixture

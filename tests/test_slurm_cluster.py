@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from scratch_project import wait_for
 from slurm_cluster import NODES, PACKAGES, SlurmCluster, missing, slurm_cluster
+from slurm_training import paper_training
 
 from timesearch.base.errors import RequestError, TemporaryError
-from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 from timesearch.training import launch, slurm
 
@@ -25,8 +25,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}: apt install {PACKAGES}, and root"),
 ]
 
-ROOT = Path(__file__).parents[1]
-TRAINS = """#!/bin/sh
+TRAINS = """
 echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES $*" >> "started-$SLURM_NODEID"
 echo "node $SLURM_NODEID trains"
 while test -f hold; do sleep 0.2; done
@@ -42,22 +41,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def settings(cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The paper's training over two machines, in a project whose Python notes how it was started."""
-    settings = load_profile("paper-7b", ROOT / "profiles")
-    settings.cluster.kind = "slurm"
-    settings.cluster.slurm = ["--partition=gpu", "--time=10"]
-    settings.train.gpus_per_node = 2
+    """Its Python notes how it was started."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(slurm, "_LOOK_EVERY", 0.5)
-    monkeypatch.setattr(launch, "load_training_samples", lambda settings: ([], []))
-    project = tmp_path / "a project's"
-    project.mkdir()
-    monkeypatch.chdir(project)
-    python = tmp_path / "python"
-    python.write_text(TRAINS)
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+    settings = paper_training(tmp_path, monkeypatch, TRAINS, look_every=0.5)
+    settings.cluster.slurm.append("--time=10")
+    settings.train.gpus_per_node = 2
     wait_for(lambda: cluster.run("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"], 60, "idle nodes")
     return settings
 
