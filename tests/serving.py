@@ -64,8 +64,8 @@ def readers_of(video: str) -> list[int]:
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> bool:
-    """Whether something comes to hold."""
+    """Whether something comes to hold; it need not hold for longer than the moment it was seen."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)
-    return condition()
+    return held
