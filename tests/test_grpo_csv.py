@@ -25,6 +25,7 @@ from scripted import ANSWER, CALL, OracleEncoder, Script, build_project, make_se
 from timesearch.base.errors import RequestError
 from timesearch.base.extras import python_with_vllm
 from timesearch.base.machine import inspect_machine
+from timesearch.data.messages import blocks_of
 from timesearch.training.launch import load_trainer
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from timesearch.training.watch import CollapseWarning
 
 BLUE = ANSWER.replace("{colour}", "blue")
+MARKS = {f"<{slash}{name}>" for name in ("think", "tool_call", "answer") for slash in ("", "/")}
 MIXED = [[CALL, ANSWER], [ANSWER, BLUE]]
 """Half of the episodes search; answers differ, so that groups have advantages."""
 
@@ -120,7 +122,7 @@ def play(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def script(monkeypatch: pytest.MonkeyPatch, turns: list[list[str]] | None, reanswer: str = ANSWER) -> list[Any]:
     made: list[Any] = []
     trainer = train_stage.GRPOCSVTrainer
-    init, loss = trainer.__init__, trainer._compute_loss
+    init, loss, of_trl = trainer.__init__, trainer._compute_loss, rollouts.GRPOTrainer._compute_loss
 
     def scripted_init(self: Any, *arguments: Any, **keywords: Any) -> None:
         init(self, *arguments, **keywords)
@@ -136,8 +138,13 @@ def script(monkeypatch: pytest.MonkeyPatch, turns: list[list[str]] | None, reans
         self.batches.append(inputs)
         return loss(self, model, inputs)
 
+    def kept_credit(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self.credited = inputs["advantages"]
+        return of_trl(self, model, inputs)
+
     monkeypatch.setattr(trainer, "__init__", scripted_init)
     monkeypatch.setattr(trainer, "_compute_loss", kept_loss)
+    monkeypatch.setattr(rollouts.GRPOTrainer, "_compute_loss", kept_credit)
     return made
 
 
@@ -238,6 +245,56 @@ def test_plain_grpo_asks_for_no_reanswer(play: Callable[..., Any]) -> None:
     assert row["reward"] == pytest.approx(1.0 + 0.5 * row["accuracy"])
 
 
+@pytest.mark.parametrize("weight", [0.25, -0.25])
+def test_a_call_can_earn_or_cost(play: Callable[..., Any], weight: float) -> None:
+    play(MIXED, steps=1, rewards={"completeness": 0.0, "calls": weight})
+    (row,) = metrics()
+    assert row["calls"] == row["tool_calls"] == 0.5
+    assert row["reward"] == pytest.approx(1.0 + 0.5 * row["accuracy"] + weight * row["calls"])
+
+
+def test_what_the_form_earned_can_be_credited_to_its_marks(play: Callable[..., Any]) -> None:
+    formless = ANSWER.replace("<think>", "").replace("</think>", "")
+    trainer = play([[ANSWER, formless]], steps=1, format_tokens="marks", micro_batch=8)
+    (batch,) = trainer.batches
+    seen = set()
+    for ids, own, advantage, by_token in zip(
+        batch["completion_ids"], batch["tool_mask"], batch["advantages"], trainer.credited, strict=True
+    ):
+        share = 0.5 if "<think>" in trainer._tokenizer.decode(ids) else -0.5
+        for token, mine, value in zip(ids.tolist(), own.tolist(), by_token.tolist(), strict=True):
+            if mine:
+                mark = trainer._tokenizer.decode(token) in MARKS
+                assert value == pytest.approx(float(advantage if mark else advantage - share))
+                seen.add((share, mark))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "marked"),
+    [
+        (["<think>", "a", "</think>"], [1, 0, 1]),
+        (["<", "think", ">a", "</th", "ink", ">\n<", "tool", "_call>"], [1, 1, 1, 1, 1, 1, 1, 1]),
+        (["x<", "answer>", "red", "</", "answer", ">", "y", ""], [1, 1, 0, 1, 1, 1, 0, 0]),
+        (["<think", "a>", "< think>", "<answer"], [0, 0, 0, 0]),
+        ([], []),
+    ],
+)
+def test_marks_of_turns_are_found_in_one_token_or_several(tokens: list[str], marked: list[int]) -> None:
+    assert grpo_csv.of_marks(tokens) == [bool(each) for each in marked]
+
+
+def test_a_preview_of_chance_is_one_for_all_episodes_of_a_question(play: Callable[..., Any]) -> None:
+    trainer = play(MIXED, steps=1, random_preview=True, prompts_per_step=6, micro_batch=24)
+    shown: dict[str, set[int]] = {}
+    for episode in trainer.episodes:
+        pictures = sum(block["type"] == "image" for block in blocks_of(episode.messages[1]))
+        shown.setdefault(episode.row["id"], set()).add(pictures)
+    assert all(len(counts) == 1 for counts in shown.values())
+    assert len(shown) == 6
+    assert {1, 2, 3, 4} >= set.union(*shown.values()) > {4}
+
+
 def test_adapters_kl_checkpointing_and_bf16_give_a_whole_checkpoint(play: Callable[..., Any]) -> None:
     play(MIXED, steps=1, lora_rank=4, beta=0.01, gradient_checkpointing=True, bf16=True)
     assert metrics()[0]["kl"] == pytest.approx(0.0, abs=1e-3)
@@ -306,6 +363,7 @@ def test_fewer_samples_than_a_step_takes_are_refused(project: Path) -> None:
         (8, {"lora_rank": 8, "launcher": "zero3", "generation": "vllm_colocate"}, "lora_rank"),
         (8, {"lora_rank": 8, "launcher": "fsdp", "generation": "vllm_colocate"}, "lora_rank"),
         (2, {"generation": "vllm_server"}, "vllm_server over 2 processes"),
+        (1, {"format_tokens": "marks", "scale_rewards": "group"}, "train.format_tokens is marks"),
         (8, {"launcher": "zero3"}, "transformers with train.launcher zero3"),
         (8, {"launcher": "fsdp"}, "transformers with train.launcher fsdp"),
     ],
@@ -750,6 +808,7 @@ def test_the_private_names_of_trl_that_are_used_still_mean_what_they_did() -> No
     assert parameters("_tokenize_prompts") == ["prompts"]
     assert parameters("_get_train_sampler") == ["dataset"]
     assert parameters("_prepare_inputs") == ["generation_batch"]
+    assert parameters("_compute_loss") == ["model", "inputs"]
     assert parameters("_get_per_token_logps_and_entropies")[:4] == [
         "model",
         "input_ids",

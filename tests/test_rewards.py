@@ -13,6 +13,7 @@ from timesearch.data.messages import Message
 from timesearch.data.samples import LETTERS
 from timesearch.evaluation.qa import parse_choice
 from timesearch.rewards import (
+    REWARDS,
     accuracy,
     choice_letter,
     format_reward,
@@ -20,6 +21,7 @@ from timesearch.rewards import (
     parse_intervals,
     rule_judge,
     score_episode,
+    weighed,
 )
 
 CALL = (
@@ -195,6 +197,17 @@ GROUNDING, WORDS, TIMES = "[[10, 20]]", "a red bus", '{"start_time": 10, "end_ti
 def test_scores_of_all_kinds(turn: str, answer: str, kind: str, format: float, right: float) -> None:
     scores = score_episode(episode(turn), answer, kind, None)
     assert (scores["format"], scores["accuracy"]) == (format, right)
+
+
+def test_what_has_no_weight_is_not_computed_unless_it_is_watched() -> None:
+    paper = {part.name: part.weight for part in REWARDS}
+    assert [part.name for part in weighed(paper)] == ["format", "accuracy", "completeness"]
+    assert [part.name for part in weighed({**paper, "calls": -0.1, "completeness": 0})] == [
+        "format",
+        "accuracy",
+        "calls",
+    ]
+    assert [part.name for part in weighed(dict.fromkeys(paper, 0.0))] == ["format", "accuracy"]
 
 
 def test_the_rule_judge_minds_words_only() -> None:

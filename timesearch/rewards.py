@@ -8,6 +8,8 @@
 - *completeness*: accuracy times the accuracy of the *re-answer*, which the same policy gave when it saw nothing but
   what it found, frames and words; each factor counts as 1 above 0.5. An episode that found nothing has no re-answer
   (None) and is not complete.
+- *calls*: how many tool calls were made. It counts for nothing unless a weight is set: a small bonus against tool use
+  that dies in training, or a small cost against calls that bring nothing.
 """
 
 from __future__ import annotations
@@ -187,12 +189,17 @@ def score_episode(
         judge: scores open-ended answers.
 
     Returns:
-        The parts of `REWARDS` by name, each in [0, 1].
+        The parts of `REWARDS` that the paper has, by name, each in [0, 1].
     """
     right = accuracy(final_answer(messages), answer, type, judge)
     again = accuracy(reanswer, answer, type, judge) if right > 0 else 0.0
     scored = Scored(messages, right, again)
-    return {part.name: part.score(scored) for part in REWARDS}
+    return {part.name: part.score(scored) for part in REWARDS if part.weight}
+
+
+def calls(messages: Sequence[Message]) -> int:
+    """Tool calls of an episode that were answered."""
+    return sum(message["role"] == "tool" for message in messages)
 
 
 def completeness(right: float, again: float) -> float:
@@ -225,16 +232,19 @@ class Part:
     score: Callable[[Scored], float]
     reanswers: bool = False
     """whether it needs the re-answer, which costs one more turn an episode"""
+    watched: bool = False
+    """whether it is told of where its weight is 0 as well"""
 
 
 REWARDS: tuple[Part, ...] = (
-    Part("format", 1.0, "format", lambda scored: format_reward(scored.messages)),
-    Part("accuracy", 0.5, "right", lambda scored: scored.right),
+    Part("format", 1.0, "format", lambda scored: format_reward(scored.messages), watched=True),
+    Part("accuracy", 0.5, "right", lambda scored: scored.right, watched=True),
     Part("completeness", 0.5, "complete", lambda scored: completeness(scored.right, scored.again), reanswers=True),
+    Part("calls", 0.0, "calls", lambda scored: float(calls(scored.messages))),
 )
 """All parts, in order."""
 
 
 def weighed(weights: Mapping[str, float]) -> list[Part]:
-    """The parts that a training with these weights computes: all but re-answers that would count for nothing."""
-    return [part for part in REWARDS if weights[part.name] > 0 or not part.reanswers]
+    """The parts that a training with these weights computes: those that count, and those that are watched anyway."""
+    return [part for part in REWARDS if weights[part.name] or part.watched]

@@ -178,9 +178,16 @@ class Train(Section):
     scale_rewards: Literal["group", "batch", "none"] = "none"
     rewards: dict[str, float] = Field(
         default_factory=lambda: {part.name: part.weight for part in REWARDS},
-        description="weight of each part of the reward; completeness 0 gives plain GRPO: no re-answer is generated",
+        description="weight of each part of the reward; completeness 0 gives plain GRPO: no re-answer is generated. "
+        "calls is a bonus for each tool call, or below 0 a cost",
     )
     zero_advantage: Literal["keep", "replay", "resample"] = "replay"
+    format_tokens: Literal["all", "marks"] = Field(
+        "all", description="tokens that the format's share of an advantage falls on: all, or the marks of turns alone"
+    )
+    random_preview: bool = Field(
+        False, description="show each question with 1 to as many preview frames as the search has, by chance"
+    )
     mask_truncated: bool = Field(False, description="episodes cut by the length limit carry no loss")
     max_completion_length: int = Field(8192, ge=16, description="tokens of an episode after its prompt")
     lora_rank: int = Field(0, ge=0, description="0 trains all weights")

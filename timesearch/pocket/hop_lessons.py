@@ -11,7 +11,15 @@ from timesearch.base.errors import RequestError
 from timesearch.data.messages import Block, Message, format_seconds
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
-from timesearch.pocket.hop_traces import HopManners, HopNotes, hop_reanswer, write_hop_reanswer, write_hop_trace
+from timesearch.pocket.hop_traces import (
+    COLOUR_OF,
+    RELATION_OF,
+    HopManners,
+    HopNotes,
+    hop_reanswer,
+    write_hop_reanswer,
+    write_hop_trace,
+)
 from timesearch.pocket.hops import HOP_SHAPES, WINDOW, WORLD, HopScene, Question
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
@@ -116,7 +124,8 @@ class HopLookup(_HopLessons):
     """Exercises: frames, single hops that they tell of or do not, then the windows that begin at some times.
 
     Looking a key up in frames is a skill of its own, which whole episodes teach slowly and dearly: here it is used a
-    dozen times, half of them for what follows in time, which is the hardest. Where a window ends is a table.
+    dozen times, more than half of them for what follows in time, which is the hardest: whether the next frame is near
+    enough to show it, and the time where it is not. Where a window ends is a table.
     """
 
     seed: int
@@ -133,15 +142,14 @@ class HopLookup(_HopLessons):
         notes = HopNotes(scene)
         notes.see(content)
         messages: list[Message] = []
+        relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
         for _ in range(12):
-            relation = str(rng.choice([">", "=", "+"], p=[0.3, 0.2, 0.5]))
-            known = [key for key in notes.values if key.endswith(relation)]
-            shown = bool(known) and rng.random() < 0.8
-            key = str(rng.choice(known)) if shown else f"{rng.choice(HOP_SHAPES)}{relation}"
-            asked: Block = {"type": "text", "text": f"From {key}"}
-            told = key + notes.values[key] if key in notes.values else f"{key[:-1]}?"
+            relation = str(rng.choice(relations, p=[0.25, 0.15, 0.6]))
+            known = [event.shape for event in notes.seen]
+            shape = str(rng.choice(known if known and rng.random() < 0.8 else HOP_SHAPES))
+            asked: Block = {"type": "text", "text": f"From {shape}{relation}"}
             messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
-            messages.append({"role": "assistant", "content": f"So {told}"})
+            messages.append({"role": "assistant", "content": f"So {notes.told(shape, relation)}"})
         times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
         messages += [
             {"role": "user", "content": " ".join(map(format_seconds, times))},

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.data.messages import Block, Message, final_answer, format_seconds, times_of
-from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, HopScene, Question
+from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, HopScene, Link, Question
 from timesearch.pocket.traces import trace_turn
 from timesearch.pocket.world import COLOURS
 from timesearch.training.supervised import UNKNOWN
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 RELATIONS = (">", "=", "@", "+", "?")
 """What ends a key: the shape that is pointed to, the colour, the time, the shape right after; and what is not noted."""
+RELATION_OF: dict[Link, str] = {"points": ">", "after": "+"}
+COLOUR_OF = "="
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,14 @@ class HopNotes:
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
         return f"{event.shape}@{time}"
 
+    def told(self, shape: str, relation: str) -> str:
+        """What is told of one hop: its key and value; its time where it is not known what comes after; or that no frame
+        shows it."""
+        for key in (f"{shape}{relation}", f"{shape}@"):
+            if key in self.values:
+                return key + self.values[key]
+        return f"{shape}?"
+
     def follow(self, question: Question, hops: int) -> tuple[str, HopEvent | str]:
         """The hops of a question as far as is known.
 
@@ -112,17 +122,14 @@ class HopNotes:
         """
         told = ["So"]
         for place, (event, link) in enumerate(zip(question.events, question.links[: hops - 1], strict=False)):
+            told.append(self.told(event.shape, RELATION_OF[link]))
             if event not in self.seen:
-                return " ".join([*told, f"{event.shape}?"]), event
+                return " ".join(told), event
             if link == "after" and f"{event.shape}+" not in self.values:
-                key = f"{event.shape}@"
-                return " ".join([*told, key + self.values[key]]), question.events[place + 1]
-            key = f"{event.shape}{'>' if link == 'points' else '+'}"
-            told.append(key + self.values[key])
+                return " ".join(told), question.events[place + 1]
         last = question.events[hops - 1]
-        if last not in self.seen:
-            return " ".join([*told, f"{last.shape}?"]), last
-        return " ".join([*told, f"{last.shape}={last.colour}"]), last.colour
+        told.append(self.told(last.shape, COLOUR_OF))
+        return " ".join(told), last.colour if last in self.seen else last
 
 
 def write_hop_trace(

@@ -2,10 +2,10 @@
 
 A base stands in for Qwen2.5-VL: it reads frames, knows the tool and the format, and searches badly. That of each kind
 of world has a recipe, named as the encoder that it goes with (`models.encoder`). Both begin by *align*: single frames,
-whose vision tokens are matched with the embeddings of the words for what they show. The vision tower is frozen then
-until the last phase: the noisy gradients of whole episodes would undo what it has learned about shapes. Good episodes
-come before bad ones, because copying the asked shape into the query is learned from consistent examples alone. The last
-phase, *base*, takes few steps on episodes that spoil the behaviour and leave the skill.
+whose vision tokens are matched with the embeddings of the words for what they show. The vision tower is frozen then,
+in *pocket* until the last phase: the noisy gradients of whole episodes would undo what it has learned about shapes.
+Good episodes come before bad ones, because copying the asked shape into the query is learned from consistent examples
+alone. The last phase, *base*, takes few steps on episodes that spoil the behaviour and leave the skill.
 
 *pocket*: *see* (re-answers on few frames, look-ups without frames, episodes that search well), *search* (more frames,
 questions that the frames do not answer, faulty episodes among good ones).
@@ -112,7 +112,7 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
         Phase("skill", Batches([(skilled, 0.5), (short, 0.25), (reading, 0.25)], 24), plan(240, 24)),
         Phase("order", Batches([(told, 0.35), (skilled, 0.3), (searched, 0.2), (lookup, 0.15)], 24), plan(240, 24)),
         Phase("settle", Batches([(skilled, 0.4), (searched, 0.3), (told, 0.3)], 24), plan(160, 24, decay=True)),
-        Phase("base", base, plan(40, 24, 4e-4, decay=True), sees=True),
+        Phase("base", base, plan(40, 24, 4e-4, decay=True)),
     ]
 
 
@@ -128,7 +128,7 @@ RECIPES = {
     ),
     "pocket-hops": Recipe(
         world=WORLD,
-        videos=160,
+        videos=500,
         align_steps=600,
         tokenizer=make_hop_tokenizer,
         words=(tuple(f"Ġ{shape}>" for shape in HOP_SHAPES), tuple(COLOURS), HOP_SHAPES),

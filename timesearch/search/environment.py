@@ -16,6 +16,8 @@ from timesearch.search.search import Search
 from timesearch.search.tools import method_of, offered
 
 Timer = Callable[[], AbstractContextManager[None]]
+PREVIEW_FRAMES = "preview_frames"
+"""Field of a row that has a preview of its own length."""
 
 
 class SearchEnvironment:
@@ -34,7 +36,7 @@ class SearchEnvironment:
         """Open the video of a sample (its fields are `row`) and show it coarsely: content of the user message."""
         with self.timer():
             self.search.open(row)
-            return self.search.preview()
+            return self.search.preview(row.get(PREVIEW_FRAMES))
 
 
 def environment_factory(

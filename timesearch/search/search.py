@@ -165,10 +165,15 @@ class Search:
         most = self.settings.max_frames_per_turn
         return most if self.room is None else min(most, self.room)
 
-    def preview(self) -> list[Block]:
-        """Content of the user message: a time and an image for each preview frame, then the question."""
+    def preview(self, most: int | None = None) -> list[Block]:
+        """Content of the user message: a time and an image for each preview frame, then the question.
+
+        Args:
+            most: frames at most; None leaves it to the settings.
+        """
         frames, rules = self.video.frames, self.protocol.rules
-        indices, size = preview_plan(len(frames), frames.size, self.settings, rules)
+        settings = self.settings if most is None else self.settings.model_copy(update={"max_frames": most})
+        indices, size = preview_plan(len(frames), frames.size, settings, rules)
         looks = frames.evenly(len(indices))
         if rules.spread == "ends":
             looks = [(index, float(frames.timestamps[index])) for index in indices]

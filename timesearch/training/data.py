@@ -6,8 +6,11 @@ takes its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from timesearch.base.batch import Failure
 from timesearch.base.errors import ItemError, RequestError
@@ -15,7 +18,9 @@ from timesearch.base.files import inside
 from timesearch.data.rows import read_models
 from timesearch.data.samples import Sample
 from timesearch.rewards import answer_letter
+from timesearch.search.budget import preview_frames
 from timesearch.search.checkpoint import check_fit
+from timesearch.search.environment import PREVIEW_FRAMES
 from timesearch.search.protocol import Rules, SearchProtocol
 from timesearch.settings import SearchSettings, Settings
 
@@ -100,12 +105,23 @@ def _usable(sample: Sample, file: Path | str, frames: Path, features: Path) -> S
     return sample
 
 
-def dataset_row(sample: Sample, system: str) -> dict[str, Any]:
-    """The row that TRL hands to `SearchEnvironment.reset`, which fills the empty user message."""
-    return {
-        "prompt": [{"role": "system", "content": system}, {"role": "user", "content": ""}],
-        **sample.model_dump(include={"id", "video", "question", "options", "answer", "type"}),
-    }
+def training_rows(samples: Sequence[Sample], settings: Settings, system: str) -> list[dict[str, Any]]:
+    """The rows that TRL hands to `SearchEnvironment.reset`, which fills the empty user message.
+
+    With `train.random_preview` each tells how many frames its preview has. It is drawn once a question: all episodes of
+    a group begin alike.
+    """
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": system}, {"role": "user", "content": ""}],
+            **sample.model_dump(include={"id", "video", "question", "options", "answer", "type"}),
+        }
+        for sample in samples
+    ]
+    if not settings.train.random_preview:
+        return rows
+    drawn = np.random.default_rng(settings.seed).integers(1, preview_frames(settings.search) + 1, size=len(rows))
+    return [{**row, PREVIEW_FRAMES: int(count)} for row, count in zip(rows, drawn, strict=True)]
 
 
 def load_training_samples(settings: Settings) -> tuple[list[Sample], list[Failure]]:

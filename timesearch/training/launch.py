@@ -159,6 +159,11 @@ def refuse_unfit(train: Train, processes: int) -> None:
     Raises:
         RequestError: naming the settings that do not go together.
     """
+    if train.format_tokens == "marks" and train.scale_rewards != "none":
+        raise RequestError(
+            f"train.format_tokens is marks and train.scale_rewards {train.scale_rewards}: the format's share of an "
+            "advantage is known where rewards are not scaled; use scale_rewards none, or format_tokens all"
+        )
     several = f"over {processes} processes"
     if train.lora_rank and train.launcher in ("zero2", "zero3", "fsdp"):
         raise RequestError(

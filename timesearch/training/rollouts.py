@@ -8,7 +8,7 @@ The method is in `timesearch.training.grpo_csv`; here is the adapter that it sta
 - a group's prompt, and the pixels of a tool message, are processed once;
 - the order of questions follows from the epoch, so that a resumed run meets those that it would have met.
 
-Private names of TRL that are used, each held by a test: `_generate`, `_generate_single_turn`,
+Private names of TRL that are used, each held by a test: `_compute_loss`, `_generate`, `_generate_single_turn`,
 `_generate_and_score_completions`, `_get_per_token_logps_and_entropies`, `_get_tool_suffix_ids`, `_get_train_sampler`,
 `_prepare_inputs`, `_sync_tool_dicts`, `_tokenize_prompts`, `_batch_environments`, `_image_pad_token_id`, `_tokenizer`.
 """

@@ -26,7 +26,7 @@ from timesearch.search.checkpoint import load_processor, vision_token_ids
 from timesearch.search.environment import environment_factory
 from timesearch.search.protocol import SearchProtocol
 from timesearch.settings import Settings
-from timesearch.training.data import dataset_row, load_training_samples, require_trainable
+from timesearch.training.data import load_training_samples, require_trainable, training_rows
 from timesearch.training.folder import latest_checkpoint, prepare_run_folder
 from timesearch.training.grpo_csv import GRPOCSVTrainer
 from timesearch.training.launch import refuse_unfit
@@ -88,10 +88,11 @@ def run(settings: Settings) -> Path:
             weights=settings.train.rewards,
             zero_advantage=settings.train.zero_advantage,
             mask_truncated=settings.train.mask_truncated,
+            format_tokens=settings.train.format_tokens,
             clock=clock,
             model=str(policy),
             args=config,
-            train_dataset=Dataset.from_list([dataset_row(sample, system) for sample in samples]),
+            train_dataset=Dataset.from_list(training_rows(samples, settings, system)),
             processing_class=load_processor(policy),
             environment_factory=environment,
             callbacks=callbacks,

@@ -18,6 +18,7 @@ from timesearch.data.messages import final_answer
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction
 from timesearch.rewards import REWARDS
+from timesearch.search.environment import PREVIEW_FRAMES
 from timesearch.search.episode import without_pixels
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def time_shares(seconds: dict[str, float], total: float) -> dict[str, float]:
 
 def to_prediction(episode: Episode) -> Prediction:
     """A rollout in the form that evaluation, MLflow and the viewer read."""
-    row = {name: value for name, value in episode.row.items() if name != "prompt"}
+    row = {name: value for name, value in episode.row.items() if name not in ("prompt", PREVIEW_FRAMES)}
     return Prediction(
         **row,
         prediction=[without_pixels(message) for message in episode.messages],
