@@ -2,12 +2,13 @@
 
     uv run python benchmarks/learning.py [--out runs/learning] [--seeds 0 1 2] [--steps 20] [--workers 2]
 
-In the *hops* world a question takes one to three searches, each of which says what to look for next. In the
+In the *hops* world a question takes one to three searches, each of which says what to look for next; its trainings
+take twice the steps. In the
 *guess-proof* world one search answers, and every answer is equally likely, so that only search pays. In the *guessable*
 world the commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned.
-From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), with
-equal steps and settings. All are scored on held-out videos that no choice of setting has seen; those numbered below
-1000 were for such choices.
+From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), and
+in the guessable world by GRPO with what others propose against tool use that dies, with equal steps and settings. All
+are scored on held-out videos that no choice of setting has seen; those numbered below 1000 were for such choices.
 
 Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
 or methods cost only themselves. It writes `table.md`, `curves.png` and `metrics.json` there, and with `--docs FILE` the
@@ -40,11 +41,19 @@ from timesearch.pocket.filesystem import scene_of
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 
-HOPS = "hops"
-WORLDS = (HOPS, "guess-proof", "guessable")
+HOPS, GUESSABLE = "hops", "guessable"
+WORLDS = (HOPS, "guess-proof", GUESSABLE)
 METHODS = {"base": "search prompt, untrained", "coldstart": "cold start", "grpo": "GRPO", "grpo_csv": "GRPO-CSV"}
-CHOSEN = {"uniform": "uniform, 6 frames", "one_shot": "one-shot, 6 frames", "oracle": "oracle frames"}
+CHOSEN = {"uniform": "uniform sampling", "one_shot": "one-shot retrieval", "oracle": "oracle frames"}
 """Methods without search, of the hop world alone: they say what planning a search is worth."""
+CURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo_bonus": ("GRPO, +0.1 a call", {"rewards": {"calls": 0.1}}),
+    "grpo_cost": ("GRPO, -0.05 a call", {"rewards": {"calls": -0.05}}),
+    "grpo_marks": ("GRPO, format at the marks", {"format_tokens": "marks"}),
+    "grpo_preview": ("GRPO, preview of chance", {"random_preview": True}),
+}
+"""What others propose where tool use dies in training, each a switch of the trainer: of the guessable world, where it
+does."""
 COLUMNS = {
     "qa_accuracy": "accuracy",
     "temporal_f1": "temporal F1 (2 s)",
@@ -68,6 +77,15 @@ HOP_COLUMNS = {
 often the answer from the frames alone is right of the episodes whose frames show every hop."""
 SHARES = ("qa_accuracy", "temporal_f1", "completeness", "searched")
 COUNTS = ("tool_calls", "frames")
+COLOURS = {
+    "grpo": "tab:orange",
+    "grpo_csv": "tab:blue",
+    "grpo_bonus": "tab:green",
+    "grpo_cost": "tab:red",
+    "grpo_marks": "tab:purple",
+    "grpo_preview": "tab:brown",
+}
+"""Of the curves of trainings."""
 RESAMPLES = 2000
 console = Console(stderr=True)
 
@@ -85,7 +103,7 @@ class Bench:
     heldout: int
     first: int
     temperature: float
-    chosen: tuple[str, ...] = tuple(METHODS)
+    chosen: tuple[str, ...] = (*METHODS, *CURES)
     """methods that search"""
 
     @staticmethod
@@ -95,8 +113,13 @@ class Bench:
 
     def methods(self, world: str) -> dict[str, str]:
         """What is compared in a world, with its words."""
-        searching = {name: label for name, label in METHODS.items() if name in self.chosen}
+        cures = {name: label for name, (label, _) in CURES.items()} if world == GUESSABLE else {}
+        searching = {name: label for name, label in {**METHODS, **cures}.items() if name in self.chosen}
         return {**CHOSEN, **searching} if world == HOPS else searching
+
+    def steps_of(self, world: str) -> int:
+        """Steps of a training."""
+        return self.steps * (2 if world == HOPS else 1)
 
     def settings(self, world: str, seed: int = 0, method: str = "grpo_csv") -> Settings:
         """The world's profile, with every path inside `out`."""
@@ -108,14 +131,18 @@ class Bench:
         paths.videos, paths.frames, paths.features = root / "videos", root / "frames", root / "features"
         paths.models = self.out / f"models-{self.profile(world)}"
         paths.coldstart, paths.train = run / "coldstart", run / method
-        paths.results = run / "results"
+        paths.results = run / (f"results-{method}" if method in CURES else "results")
         if world != HOPS:
             settings.coldstart.steps = self.coldstart_steps
-        settings.train.steps = self.steps
+        settings.train.steps = self.steps_of(world)
         settings.train.processes = 1
         settings.train.micro_batch = settings.train.prompts_per_step * settings.train.num_generations
         if method != "grpo_csv":
             settings.train.rewards["completeness"] = 0.0
+        if method in CURES:
+            changes = CURES[method][1]
+            rewards = settings.train.rewards | changes.get("rewards", {})
+            settings.train = settings.train.model_copy(update=changes | {"rewards": rewards})
         settings.infer.temperature = self.temperature
         settings.tracking.uri = f"sqlite:///{(self.out / 'mlflow.db').absolute()}"
         settings.tracking.traced_episodes = 2
@@ -175,19 +202,23 @@ def chain(bench: Bench, world: str, seed: int) -> None:
     with piece(bench, *here, "coldstart") as todo:
         if todo:
             coldstart.run(bench.settings(world, seed))
-    for method in ("grpo_csv", "grpo"):
-        if method not in bench.chosen:
-            continue
+    trained = [method for method in bench.methods(world) if method.startswith("grpo")]
+    for method in trained:
         with piece(bench, *here, method) as todo:
             if todo:
                 launch.run(bench.settings(world, seed, method))
     for method in bench.methods(world):
         with piece(bench, *here, f"episodes-{method}") as todo:
             if todo:
-                trained = method if method in METHODS else "grpo_csv"
-                result = infer.run(bench.settings(world, seed, trained), [method])
+                settings = bench.settings(world, seed, method if method in trained else "grpo_csv")
+                result = infer.run(settings, [played_as(method)])
                 if result.failures:
                     raise SystemExit(f"{method}: {result.failures[0].message}")
+
+
+def played_as(method: str) -> str:
+    """The name by which `infer` plays a method, and writes its predictions."""
+    return "grpo" if method in CURES else method
 
 
 def score(bench: Bench, world: str) -> dict[str, np.ndarray]:
@@ -200,7 +231,8 @@ def score(bench: Bench, world: str) -> dict[str, np.ndarray]:
     for method in bench.methods(world):
         by_seed = []
         for seed in bench.seeds:
-            file = bench.settings(world, seed).paths.results / "predictions" / f"{method}.jsonl"
+            results = bench.settings(world, seed, method).paths.results
+            file = results / "predictions" / f"{played_as(method)}.jsonl"
             (scored,) = evaluate_files({method: file}, settings, None)
             by_seed.append([values_of(episode, columns(world)) for episode in scored.episodes])
         scores[method] = np.array(by_seed)
@@ -247,8 +279,9 @@ def summarise(values: np.ndarray, names: Iterable[str]) -> dict[str, dict[str, A
 
 def table(bench: Bench, summary: dict[str, Any], hours: float) -> str:
     """Markdown: a table for each world, and the comparisons that the ablation is about."""
+    steps = " or ".join(str(each) for each in sorted({bench.steps_of(world) for world in bench.worlds}))
     lines = [
-        f"{bench.heldout} held-out videos, {len(bench.seeds)} seeds, {bench.steps} steps of "
+        f"{bench.heldout} held-out videos, {len(bench.seeds)} seeds, {steps} steps of "
         f"{load_profile('pocket').train.prompts_per_step} questions x {load_profile('pocket').train.num_generations} "
         f"episodes, temperature {bench.temperature:g} in evaluation, {hours:.1f} hours of computing. Mean over seeds "
         "(lowest to highest seed)."
@@ -278,7 +311,7 @@ def comparisons(summary: dict[str, Any]) -> Iterator[str]:
     def line(world: str, name: str, a: str, b: str) -> str:
         first, second = summary[world][a][name], summary[world][b][name]
         apart = first["interval"][0] > second["interval"][1] or second["interval"][0] > first["interval"][1]
-        words = {**CHOSEN, **METHODS}
+        words = {**CHOSEN, **METHODS, **{cure: label for cure, (label, _) in CURES.items()}}
         ends = [f"{100 * low:.0f} to {100 * high:.0f}" for low, high in (first["interval"], second["interval"])]
         return (
             f"- {world}, {columns(world)[name]}: {words[a]} {100 * (first['mean'] - second['mean']):+.0f} points "
@@ -286,7 +319,8 @@ def comparisons(summary: dict[str, Any]) -> Iterator[str]:
         )
 
     pairs = [(HOPS, "grpo_csv", other) for other in ("coldstart", "one_shot", "grpo")]
-    pairs += [("guess-proof", "grpo_csv", "coldstart"), ("guessable", "grpo_csv", "grpo")]
+    pairs += [("guess-proof", "grpo_csv", "coldstart"), (GUESSABLE, "grpo_csv", "grpo")]
+    pairs += [(GUESSABLE, cure, "grpo") for cure in CURES]
     for world, a, b in pairs:
         if world in summary and {a, b} <= summary[world].keys():
             names = ("several", "completeness") if world == HOPS else SHARES
@@ -305,18 +339,19 @@ def draw_curves(bench: Bench, path: Path) -> None:
     for row, world in enumerate(bench.worlds):
         for column, (name, label) in enumerate(panels.items()):
             axis = axes[row][column]
-            for method, colour in (("grpo", "tab:orange"), ("grpo_csv", "tab:blue")):
+            for method, words in bench.methods(world).items():
                 folders = [bench.settings(world, seed, method).paths.train for seed in bench.seeds]
-                runs = [_curve(folder, name) for folder in folders] if method in bench.chosen else []
+                runs = [_curve(folder, name) for folder in folders] if method in COLOURS else []
                 if not runs or not all(runs):
                     continue
+                colour = COLOURS[method]
                 values = _smooth(np.array(runs))
                 steps = np.arange(1, values.shape[1] + 1)
-                axis.plot(steps, values.mean(axis=0), color=colour, label=METHODS[method])
+                axis.plot(steps, values.mean(axis=0), color=colour, label=words)
                 axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
             axis.set(title=f"{world}: {label}", xlabel="step", ylim=(-0.02, 1.02))
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+        axes[row][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -347,10 +382,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then score and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of those that search")
+    searching = (*METHODS, *CURES)
+    parser.add_argument("--methods", nargs="+", choices=searching, default=searching, help="of those that search")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20, help="steps of GRPO and of GRPO-CSV")
+    parser.add_argument("--steps", type=int, default=20, help="of a training; twice as many in the hop world")
     parser.add_argument("--coldstart-steps", type=int, default=100, help="where one search answers")
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
