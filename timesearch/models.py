@@ -17,7 +17,7 @@ from timesearch.base.model_folders import PARTS, read_config, require_data_only
 from timesearch.base.progress import progress_bar
 from timesearch.settings import Models, Settings
 
-POCKET_ENCODERS = ("pocket", "pocket-hops")
+POCKET_ENCODERS = ("pocket", "pocket-hops", "pocket-senses")
 """Values of `models.encoder` that stand for an encoder which is trained on the spot, for a kind of pocket world."""
 _MARK = "source.json"
 """Says what a folder was made from; the same again is not made again."""

@@ -28,6 +28,8 @@ from timesearch.base.files import write_json
 from timesearch.base.threads import use_fitting_threads
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS, make_hop_scene
 from timesearch.pocket.policy import FRAME
+from timesearch.pocket.senses import TEXTS as SENSES_TEXTS
+from timesearch.pocket.senses import make_senses_scene
 from timesearch.pocket.world import COLOURS, SHAPES, Scene, generator, make_scene, question
 
 if TYPE_CHECKING:
@@ -82,7 +84,10 @@ SHAPES_CURRICULUM = Curriculum(
     partial(make_scene, "guess-proof", "pretrain"), SHAPES, 4096, 1e-3, (question("{shape}"),)
 )
 HOPS_CURRICULUM = Curriculum(partial(make_hop_scene, "pretrain"), HOP_SHAPES, 8192, 2e-3, tuple(TEXTS.values()))
-CURRICULA = {"pocket": SHAPES_CURRICULUM, "pocket-hops": HOPS_CURRICULUM}
+SENSES_CURRICULUM = Curriculum(
+    partial(make_senses_scene, "pretrain"), SHAPES, 4096, 2e-3, (SENSES_TEXTS["small"], SENSES_TEXTS["brief"])
+)
+CURRICULA = {"pocket": SHAPES_CURRICULUM, "pocket-hops": HOPS_CURRICULUM, "pocket-senses": SENSES_CURRICULUM}
 """By the encoder's name in `models.encoder`."""
 
 

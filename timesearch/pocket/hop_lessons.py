@@ -125,10 +125,12 @@ class HopLookup(_HopLessons):
 
     Looking a key up in frames is a skill of its own, which whole episodes teach slowly and dearly: here it is used a
     dozen times, more than half of them for what follows in time, which is the hardest: whether the next frame is near
-    enough to show it, and the time where it is not. Where a window ends is a table.
+    enough to show it, and the time where it is not. Where a window ends is a table. Where it is `described`, what the
+    frames show is told first, as in an episode.
     """
 
     seed: int
+    described: bool = False
 
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop lookup", self.seed, number)
@@ -140,8 +142,10 @@ class HopLookup(_HopLessons):
         search.open({"video": sample.video, "question": question.text})
         content = search.show(search.frames(_frames_of(events, search, scene, rng)))
         notes = HopNotes(scene)
-        notes.see(content)
+        told = notes.see(content)
         messages: list[Message] = []
+        if self.described:
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": told}]
         relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
         for _ in range(12):
             relation = str(rng.choice(relations, p=[0.25, 0.15, 0.6]))

@@ -42,18 +42,43 @@ class Asked:
 
 @dataclass
 class Corpus:
-    """Pocket samples whose videos are cached, and the search over them."""
+    """Pocket samples whose videos are cached, and the search over them; `subtitles` and `videos` for tools that look
+    there."""
 
     samples: Sequence[Sample]
     settings: SearchSettings
     encoder: Encoder
     frames: Path
     features: Path
+    subtitles: Path | None = None
+    videos: Path | None = None
 
     @cached_property
     def search(self) -> Search:
         """A search over the corpus's caches, made where it is first used, so that each data process has its own."""
-        return Search(self.settings, self.encoder, self.frames, self.features)
+        return self._search(self.settings)
+
+    def without(self, tool: str) -> Search:
+        """A search that does not offer a tool."""
+        if tool not in self._lesser:
+            tools = [name for name in self.settings.tools if name != tool]
+            self._lesser[tool] = self._search(self.settings.model_copy(update={"tools": tools}))
+        return self._lesser[tool]
+
+    @cached_property
+    def _lesser(self) -> dict[str, Search]:
+        return {}
+
+    def _search(self, settings: SearchSettings) -> Search:
+        videos = self.videos
+        return Search(
+            settings,
+            self.encoder,
+            self.frames,
+            self.features,
+            subtitles=self.subtitles,
+            source_of=lambda name: videos / name if videos is not None else None,
+        )
 
     @cached_property
     def asked(self) -> list[Asked]:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from timesearch.pocket.hop_traces import RELATIONS
 from timesearch.pocket.hops import HOP_SHAPES, TEXTS
+from timesearch.pocket.senses import CHATTER, CLUE, MARKS, PLATE_BOX, TOOL_OF
+from timesearch.pocket.senses import TEXTS as SENSES_TEXTS
+from timesearch.pocket.senses_traces import SPOKEN
 from timesearch.pocket.wordings import phrases
 from timesearch.pocket.world import COLOURS, SHAPES
 from timesearch.search.protocol import SearchProtocol
@@ -101,6 +104,17 @@ def make_hop_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
     before, _, after = tools_block().partition(_SCHEMA[0])
     around = (before, after[after.index("</tools>") :])
     return _tokenizer(_hop_corpus(prompts), 2048, _HOP_WORDS, (*_MARKUP, *_JSON, *_SCHEMA, *around))
+
+
+def make_senses_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
+    """Train the tokenizer of the world of senses: words as in the hop world, and each tool's schema a token."""
+    from timesearch.search.tools import TOOLS, schema_of
+
+    schemas = [json.dumps(schema_of(tool), ensure_ascii=False) for tool in TOOLS]
+    block = tools_block()
+    before, after = block.split(json.dumps(schema_of(TOOLS[0]), ensure_ascii=False))
+    fixed = (*_JSON, f'"box": {json.dumps(PLATE_BOX)}', before, after)
+    return _tokenizer(_senses_corpus(prompts), 1536, _HOP_WORDS, (*_MARKUP, *schemas, *fixed))
 
 
 def hop_parts(token: str) -> tuple[str, ...]:
@@ -201,6 +215,28 @@ def _hop_corpus(prompts: str) -> list[str]:
     ]
     numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(_TIMES) for tenth in (0, 5)]
     return words * 8 + numbers * 8 + [f".{tenth}s" for tenth in range(10)] * 400
+
+
+def _senses_corpus(prompts: str) -> list[str]:
+    """Texts whose words become tokens, in the world of senses."""
+    shapes, tools = dict.fromkeys((*SHAPES, *MARKS)), ("seek_video_frames", *TOOL_OF.values())
+    words = [
+        *SearchProtocol.load(prompts).texts.values(),
+        *(text.format(shape=shape) for text in SENSES_TEXTS.values() for shape in SHAPES),
+        *(f'I see {shape} {shape}{relation}{shape} "{shape}"' for shape in shapes for relation in RELATIONS),
+        *(f"{said.format(shape=shape)}. It says {shape}." for said in (CLUE, *CHATTER) for shape in SHAPES),
+        "I see it. I see nothing. It shows nothing. nothing, So what? I can guess. From plate= flash= plate? flash?"
+        * 4,
+        "<answer>I don't know</answer>",
+        *(f'\n{{"name": "{name}", "arguments": {{"query": "shape", "num_frames": 2}}}}\n' for name in tools),
+        f'"query": "{SPOKEN}"}}}}\n',
+        *(f'{{"time": "1.0s", "query": "{shape}", "start_time": 1, "end_time": 2}}' for shape in SHAPES),
+        *(f"={answer} {answer}</answer>" for answer in (*COLOURS, *MARKS)),
+        "system\nuser\nassistant\n" * 3,
+    ]
+    numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(100) for tenth in (0, 5)]
+    parts = [f".{hundredth}s" for hundredth in ("00", "25", "50", "75")]
+    return words * 8 + numbers * 8 + parts * 400
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:

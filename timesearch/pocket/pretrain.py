@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -213,7 +213,14 @@ def _corpus(settings: Settings, recipe: Recipe, encoder: Encoder, work: Path, nu
         for scene in scenes
         for sample in samples_of(scene, scene.every_question if isinstance(scene, HopScene) else None)
     ]
-    return Corpus(asked, settings.search, encoder, work / "frames", work / "features")
+    return _in_folders(asked, settings, encoder, work)
+
+
+def _in_folders(samples: Sequence[Sample], settings: Settings, encoder: Encoder, root: Path) -> Corpus:
+    folders = [root / name for name in ("frames", "features", "subtitles", "videos")]
+    frames, features, *others = folders
+    subtitles, videos = (folder if folder.is_dir() else None for folder in others)
+    return Corpus(samples, settings.search, encoder, frames, features, subtitles, videos)
 
 
 def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, split: str, videos: int) -> Corpus:
@@ -222,7 +229,8 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     Args:
         settings: of frames, features and search.
         encoder: embeds the frames.
-        root: gets `frames/` and `features/`; the videos themselves are removed.
+        root: gets `frames/`, `features/` and, where what is said is searched, `subtitles/`; the videos themselves are
+            removed unless a tool looks at them.
         world: of the videos.
         split: of the videos; seeds are 0, 1, ...
         videos: how many.
@@ -230,6 +238,7 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     from timesearch.retrieval.features import cache_features
     from timesearch.video.download import download_videos
     from timesearch.video.frames import cache_frames
+    from timesearch.video.subtitles import index_subtitles
 
     samples = [sample for seed in range(videos) for sample in samples_of(scene_of(world, split, seed))]
     names = sorted({sample.video for sample in samples})
@@ -239,11 +248,14 @@ def cached_corpus(settings: Settings, encoder: Encoder, root: Path, world: str, 
     ]
     caches = {name: root / "frames" / f"{name}.frames" for name in names}
     results.append(cache_features(caches, root / "features", encoder, settings.features))
+    if "search_subtitles" in settings.search.tools:
+        results.append(index_subtitles({name: root / "videos" / name for name in names}, root / "subtitles"))
     for result in results:
         if result.failures:
             raise ItemError(result.failures[0].message, reason=result.failures[0].reason)
-    shutil.rmtree(root / "videos")
-    return Corpus(samples, settings.search, encoder, root / "frames", root / "features")
+    if not {"look_closer", "watch"} & set(settings.search.tools):
+        shutil.rmtree(root / "videos")
+    return _in_folders(samples, settings, encoder, root)
 
 
 def align(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, steps: int, seed: int, report: Report) -> None:
@@ -292,7 +304,7 @@ def share_read(model: Any, processor: Any, corpus: Corpus, recipe: Recipe, batch
 def _readings(
     model: Any, processor: Any, corpus: Corpus, recipe: Recipe, rng: np.random.Generator
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Frames of all events of some videos: how near each vision token is to each word (N, T, W), and the right word
+    """Pictures of all events of some videos: how near each vision token is to each word (N, T, W), and the right word
     (N, T), for each thing that is told."""
     import torch
 
@@ -302,11 +314,9 @@ def _readings(
     while len(pictures) < 112:
         sample = videos[int(rng.integers(len(videos)))]
         corpus.search.open({"video": sample.video, "question": sample.question})
-        frames = corpus.search.video.frames
-        for event in scene_of(*_name(sample)).events:
-            window = frames.window(event.start, event.end - 0.5)
-            pictures.append(frames[int(rng.choice(window))])
-            told.append(recipe.told(event))
+        for picture, places in recipe.pictures(scene_of(*_name(sample)), corpus.search, rng):
+            pictures.append(picture)
+            told.append(places)
     batch = processor.image_processor(images=pictures, return_tensors="pt")
     features = model.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
     tokens_NTD = torch.stack(list(features))

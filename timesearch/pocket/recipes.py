@@ -10,6 +10,9 @@ alone. The last phase, *base*, takes few steps on episodes that spoil the behavi
 *pocket*: *see* (re-answers on few frames, look-ups without frames, episodes that search well), *search* (more frames,
 questions that the frames do not answer, faulty episodes among good ones).
 
+*pocket-senses*: *look-up* (what frames, plates and flashes tell, beside episodes that take the right tool), *skill*
+(faulty episodes among good ones, and such as lack a tool).
+
 *pocket-hops*: *look-up* (what frames tell of each shape, again and again, beside some whole questions), *search*
 (episodes that follow every hop, the tools said in many ways), *skill* (faulty episodes and re-answers to what was
 searched), *order* (re-answers that also tell what one frame after another shows, from which the order in time is
@@ -27,13 +30,23 @@ from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading
 from timesearch.pocket.hop_traces import HOP_BASE, HOP_CLEAN, HOP_SKILLED
 from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent
 from timesearch.pocket.lessons import Batches, Corpus, Episodes, Lessons, Lookup, Mixture, Reading
-from timesearch.pocket.policy import Parts, hop_parts, make_hop_tokenizer, make_tokenizer
+from timesearch.pocket.policy import Parts, hop_parts, make_hop_tokenizer, make_senses_tokenizer, make_tokenizer
+from timesearch.pocket.senses import MARKS, Marked, SensesScene
+from timesearch.pocket.senses import WORLD as SENSES
+from timesearch.pocket.senses_lessons import SensesEpisodes, SensesLookup, readings_of
+from timesearch.pocket.senses_traces import SENSES_BASE, SENSES_CLEAN, SENSES_SKILLED
 from timesearch.pocket.traces import BASE, CLEAN, SKILLED
-from timesearch.pocket.world import COLOURS, SHAPES, Event
+from timesearch.pocket.world import COLOURS, SHAPES, Event, Scene
 from timesearch.training.supervised import Plan
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerFast
+
+    from timesearch.search.search import Search
+
+    Read = tuple[Image, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,8 @@ class Recipe:
     """from the name of the prompts"""
     words: tuple[tuple[str, ...], ...]
     """tokens that tell what an event shows, a tuple for each thing that is told"""
-    told: Callable[[Event], tuple[int, ...]]
-    """places of an event's tokens in each of `words`"""
+    pictures: Callable[[Scene, Search, np.random.Generator], list[Read]]
+    """from an opened video: pictures, and the places of the tokens that tell what each shows in each of `words`"""
     phases: Callable[[Corpus, int], Sequence[Phase]]
     """from the corpus and the seed"""
     layers: int = 3
@@ -73,6 +86,19 @@ _COUNT = 10**6
 """Numbers of a dataset that makes its examples as they are asked for."""
 
 
+def _frames_of_events(
+    told: Callable[[Event], tuple[int, ...]],
+) -> Callable[[Scene, Search, np.random.Generator], list[Read]]:
+    """A cached frame of each event, and what is told of it."""
+
+    def pictures(scene: Scene, search: Search, rng: np.random.Generator) -> list[Read]:
+        frames = search.video.frames
+        indices = [int(rng.choice(frames.window(event.start, event.end - 0.5))) for event in scene.events]
+        return [(frames[index], told(event)) for index, event in zip(indices, scene.events, strict=True)]
+
+    return pictures
+
+
 def _shape_and_colour(event: Event) -> tuple[int, ...]:
     return SHAPES.index(event.shape), list(COLOURS).index(event.colour)
 
@@ -80,6 +106,24 @@ def _shape_and_colour(event: Event) -> tuple[int, ...]:
 def _shape_colour_and_mark(event: Event) -> tuple[int, ...]:
     assert isinstance(event, HopEvent)
     return HOP_SHAPES.index(event.shape), list(COLOURS).index(event.colour), HOP_SHAPES.index(event.mark)
+
+
+_SENSES_KEYS = (*(f"Ġ{shape}=" for shape in SHAPES), "Ġplate=", "Ġflash=")
+_SENSES_VALUES = (*COLOURS, *MARKS)
+
+
+def _senses_pictures(scene: Scene, search: Search, rng: np.random.Generator) -> list[Read]:
+    assert isinstance(scene, SensesScene)
+    return [
+        (
+            picture,
+            (
+                _SENSES_KEYS.index(f"Ġ{key}"),
+                _SENSES_VALUES.index(event.mark if key == "plate=" and isinstance(event, Marked) else event.colour),
+            ),
+        )
+        for picture, event, key in readings_of(scene, search, rng)
+    ]
 
 
 def _pocket_phases(corpus: Corpus, seed: int) -> list[Phase]:
@@ -96,10 +140,10 @@ def _pocket_phases(corpus: Corpus, seed: int) -> list[Phase]:
 
 
 def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
-    def plan(steps: int, size: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
-        return Plan(steps, size, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
+    def plan(steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
+        return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
 
-    lookup = HopLookup(corpus, _COUNT, seed)
+    lookup, told_lookup = (HopLookup(corpus, _COUNT, seed, described) for described in (False, True))
     reading, told = (HopReading(corpus, _COUNT, 0.25, seed, described) for described in (False, True))
     clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
     skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
@@ -107,12 +151,31 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
-        Phase("look-up", Batches([(lookup, 0.35), (reading, 0.4), (clean, 0.25)], 24), plan(240, 24)),
-        Phase("search", Batches([(clean, 0.4), (short, 0.1), (reading, 0.3), (lookup, 0.2)], 24), plan(240, 24)),
-        Phase("skill", Batches([(skilled, 0.5), (short, 0.25), (reading, 0.25)], 24), plan(240, 24)),
-        Phase("order", Batches([(told, 0.35), (skilled, 0.3), (searched, 0.2), (lookup, 0.15)], 24), plan(240, 24)),
-        Phase("settle", Batches([(skilled, 0.4), (searched, 0.3), (told, 0.3)], 24), plan(160, 24, decay=True)),
-        Phase("base", base, plan(40, 24, 4e-4, decay=True)),
+        Phase("look-up", Batches([(lookup, 0.35), (reading, 0.4), (clean, 0.25)], 24), plan(240)),
+        Phase("search", Batches([(clean, 0.4), (short, 0.1), (reading, 0.3), (lookup, 0.2)], 24), plan(240)),
+        Phase("skill", Batches([(skilled, 0.4), (short, 0.2), (reading, 0.15), (told_lookup, 0.25)], 24), plan(240)),
+        Phase("order", Batches([(told, 0.3), (skilled, 0.3), (searched, 0.15), (told_lookup, 0.25)], 24), plan(240)),
+        Phase(
+            "settle",
+            Batches([(skilled, 0.4), (searched, 0.25), (told, 0.2), (told_lookup, 0.15)], 24),
+            plan(160, decay=True),
+        ),
+        Phase("base", base, plan(40, 4e-4, decay=True)),
+    ]
+
+
+def _senses_phases(corpus: Corpus, seed: int) -> list[Phase]:
+    def plan(steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
+        return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
+
+    lookup = SensesLookup(corpus, _COUNT, seed)
+    clean = SensesEpisodes(corpus, _COUNT, seed, SENSES_CLEAN, reanswer_share=0.3)
+    skilled = SensesEpisodes(corpus, _COUNT, seed + 1, SENSES_SKILLED, reanswer_share=0.3, withheld=0.1)
+    base = SensesEpisodes(corpus, _COUNT, seed + 2, SENSES_BASE, reanswer_share=0.2, withheld=0.1)
+    return [
+        Phase("look-up", Batches([(lookup, 0.5), (clean, 0.5)], 24), plan(240)),
+        Phase("skill", Batches([(lookup, 0.25), (skilled, 0.75)], 24), plan(240, decay=True)),
+        Phase("base", base, plan(40, 4e-4, decay=True)),
     ]
 
 
@@ -123,8 +186,18 @@ RECIPES = {
         align_steps=400,
         tokenizer=make_tokenizer,
         words=(tuple(f"Ġ{shape}" for shape in SHAPES), tuple(f"Ġ{colour}" for colour in COLOURS)),
-        told=_shape_and_colour,
+        pictures=_frames_of_events(_shape_and_colour),
         phases=_pocket_phases,
+    ),
+    "pocket-senses": Recipe(
+        world=SENSES,
+        videos=300,
+        align_steps=600,
+        tokenizer=make_senses_tokenizer,
+        words=(_SENSES_KEYS, _SENSES_VALUES),
+        pictures=_senses_pictures,
+        phases=_senses_phases,
+        parts=hop_parts,
     ),
     "pocket-hops": Recipe(
         world=WORLD,
@@ -132,7 +205,7 @@ RECIPES = {
         align_steps=600,
         tokenizer=make_hop_tokenizer,
         words=(tuple(f"Ġ{shape}>" for shape in HOP_SHAPES), tuple(COLOURS), HOP_SHAPES),
-        told=_shape_colour_and_mark,
+        pictures=_frames_of_events(_shape_colour_and_mark),
         phases=_hop_phases,
         layers=4,
         parts=hop_parts,

@@ -70,8 +70,8 @@ TEXTS: dict[Sense, str] = {
     "small": "Which shape is on the plate beside the {shape}?",
     "brief": "What colour flashes after the {shape}?",
 }
-_CLUE = "the shape to find is the {shape}"
-_CHATTER = ("let us begin", "this takes a while", "look at the walls", "the colours change", "we are nearly there")
+CLUE = "the shape to find is the {shape}"
+CHATTER = ("let us begin", "this takes a while", "look at the walls", "the colours change", "we are nearly there")
 _GAP = 4.5
 """Seconds without a shape after each event, at least; the flash is within the first two of them."""
 _SIZE = (170, 200)
@@ -191,7 +191,7 @@ def make_senses_scene(split: str, seed: int) -> SensesScene:
         (SIDE // 2, SIDE // 2),
         (0, 0),
     )
-    told = [*map(str, rng.permutation(_CHATTER)), _CLUE.format(shape=spoken.shape)]
+    told = [*map(str, rng.permutation(CHATTER)), CLUE.format(shape=spoken.shape)]
     told = [told[int(place)] for place in rng.permutation(len(told))]
     step = duration / len(told)
     lines = tuple((step * place + 1.0, step * place + 3.0, words) for place, words in enumerate(told))

@@ -149,11 +149,17 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
         from timesearch.pocket.hop_lessons import HopEpisodes, is_of_hops
         from timesearch.pocket.hop_traces import HOP_COLD_START
         from timesearch.pocket.lessons import Corpus, Episodes
+        from timesearch.pocket.senses_lessons import SensesEpisodes, is_of_senses
+        from timesearch.pocket.senses_traces import SENSES_COLD_START
         from timesearch.pocket.traces import COLD_STARTS
 
-        corpus = Corpus(samples, settings.search, encoder, paths.frames, paths.features)
+        corpus = Corpus(samples, settings.search, encoder, paths.frames, paths.features, paths.subtitles, paths.videos)
         if samples and is_of_hops(samples[0]):
             return HopEpisodes(corpus, count, HOP_COLD_START, options.reanswer_share, settings.seed), []
+        if samples and is_of_senses(samples[0]):
+            return SensesEpisodes(
+                corpus, count, settings.seed, SENSES_COLD_START, options.reanswer_share, withheld=0.1
+            ), []
         manners = COLD_STARTS[corpus.asked[0].scene.world]
         return Episodes(corpus, count, manners, options.reanswer_share, settings.seed), []
     file = Path(options.traces)
