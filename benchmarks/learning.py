@@ -150,9 +150,9 @@ class Bench:
 
 
 @contextmanager
-def piece(bench: Bench, *name: str) -> Iterator[bool]:
+def piece(out: Path, *name: str) -> Iterator[bool]:
     """Yield whether the piece is still to do; its seconds are written down once it is done."""
-    mark = bench.out.joinpath(*name[:-1], f"{name[-1]}.done.json")
+    mark = out.joinpath(*name[:-1], f"{name[-1]}.done.json")
     if mark.is_file():
         yield False
         return
@@ -169,10 +169,10 @@ def prepare(bench: Bench) -> None:
 
     for world in bench.worlds:
         settings = bench.settings(world)
-        with piece(bench, settings.paths.models.name) as todo:
+        with piece(bench.out, settings.paths.models.name) as todo:
             if todo:
                 run(settings)
-        with piece(bench, world, "caches") as todo:
+        with piece(bench.out, world, "caches") as todo:
             if not todo:
                 continue
             train = [
@@ -199,16 +199,16 @@ def chain(bench: Bench, world: str, seed: int) -> None:
     from timesearch.training import coldstart, launch
 
     here = (world, f"seed-{seed}")
-    with piece(bench, *here, "coldstart") as todo:
+    with piece(bench.out, *here, "coldstart") as todo:
         if todo:
             coldstart.run(bench.settings(world, seed))
     trained = [method for method in bench.methods(world) if method.startswith("grpo")]
     for method in trained:
-        with piece(bench, *here, method) as todo:
+        with piece(bench.out, *here, method) as todo:
             if todo:
                 launch.run(bench.settings(world, seed, method))
     for method in bench.methods(world):
-        with piece(bench, *here, f"episodes-{method}") as todo:
+        with piece(bench.out, *here, f"episodes-{method}") as todo:
             if todo:
                 settings = bench.settings(world, seed, method if method in trained else "grpo_csv")
                 result = infer.run(settings, [played_as(method)])
@@ -368,9 +368,9 @@ def _smooth(runs: np.ndarray, width: int = 3) -> np.ndarray:
     return np.stack([padded[:, i : i + runs.shape[1]] for i in range(width)]).mean(axis=0)
 
 
-def write_into(docs: Path, text: str) -> None:
-    """Replace what stands between the marks of a Markdown file."""
-    first, last = "<!-- learning -->", "<!-- /learning -->"
+def write_between(docs: Path, name: str, text: str) -> None:
+    """Replace what stands between the marks of a name in a Markdown file: ``<!-- name -->`` and ``<!-- /name -->``."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
     old = docs.read_text(encoding="utf-8")
     if first not in old or last not in old:
         raise SystemExit(f"{docs} has no marks {first} and {last}")
@@ -427,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (bench.out / "table.md").write_text(text + "\n", encoding="utf-8")
     draw_curves(bench, bench.out / "curves.png")
     if given.docs:
-        write_into(given.docs, text)
+        write_between(given.docs, "learning", text)
         draw_curves(bench, given.docs.with_name("learning.png"))
     print(text)
 

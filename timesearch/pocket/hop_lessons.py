@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from timesearch.base.errors import RequestError
 from timesearch.data.messages import Block, Message, format_seconds
 from timesearch.data.samples import Sample
@@ -17,6 +19,7 @@ from timesearch.pocket.hop_traces import (
     HopManners,
     HopNotes,
     hop_reanswer,
+    told_of,
     write_hop_reanswer,
     write_hop_trace,
 )
@@ -27,8 +30,6 @@ from timesearch.pocket.world import Event, generator
 from timesearch.training.supervised import Example
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from timesearch.search.search import Search
 
 _LATEST = 150
@@ -153,13 +154,54 @@ class HopLookup(_HopLessons):
             shape = str(rng.choice(known if known and rng.random() < 0.8 else HOP_SHAPES))
             asked: Block = {"type": "text", "text": f"From {shape}{relation}"}
             messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
-            messages.append({"role": "assistant", "content": f"So {notes.told(shape, relation)}"})
+            messages.append({"role": "assistant", "content": f"So {told_of(notes.values, shape, relation)}"})
         times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
         messages += [
             {"role": "user", "content": " ".join(map(format_seconds, times))},
             {"role": "assistant", "content": " ".join(f"{int(time)}, {int(time + WINDOW)}." for time in times)},
         ]
         return Example(f"{sample.id}, lookup {number}", messages)
+
+
+@dataclass
+class HopTimes:
+    """Exercises without pictures: a list of shapes and times as a thought tells them, what it says of single hops, and
+    the windows that begin at some of the times.
+
+    Copying a time, finding what follows it and whether that is near enough are learned from text alone at a tenth of
+    the cost, and before there is anything to read: in whole episodes they are used once or twice.
+    """
+
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("hop times", self.seed, number)
+        shapes = [str(shape) for shape in rng.permutation(HOP_SHAPES)[: int(rng.integers(1, 9))]]
+        near = rng.random(len(shapes)) < 0.5
+        gaps = np.where(near, rng.integers(8, 20, len(shapes)), rng.integers(26, 60, len(shapes))) / 2
+        gaps[0] = rng.integers(0, 40) / 2
+        times = [float(time) for time in np.cumsum(gaps)]
+        values = {f"{shape}@": format_seconds(time) for shape, time in zip(shapes, times, strict=True)}
+        told = ", ".join(f"{key}{value}" for key, value in values.items())
+        values |= {
+            f"{before}+": after for before, after, close in zip(shapes, shapes[1:], near[1:], strict=False) if close
+        }
+        messages: list[Message] = []
+        for turn in range(12):
+            shape = str(rng.choice(shapes if rng.random() < 0.85 else HOP_SHAPES))
+            asked = f"From {shape}{RELATION_OF['after']}"
+            messages.append({"role": "user", "content": asked if turn else f"I see {told}. {asked}"})
+            messages.append({"role": "assistant", "content": f"So {told_of(values, shape, RELATION_OF['after'])}"})
+        picked = [float(time) for time in rng.choice(times, size=4)]
+        messages += [
+            {"role": "user", "content": " ".join(map(format_seconds, picked))},
+            {"role": "assistant", "content": " ".join(f"{int(time)}, {int(time + WINDOW)}." for time in picked)},
+        ]
+        return Example(f"times {number}", messages)
 
 
 def _frames_of(events: Collection[Event], search: Search, scene: HopScene, rng: np.random.Generator) -> list[int]:

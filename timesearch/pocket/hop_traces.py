@@ -16,7 +16,7 @@ the colour that is seen there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -102,14 +102,6 @@ class HopNotes:
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
         return f"{event.shape}@{time}"
 
-    def told(self, shape: str, relation: str) -> str:
-        """What is told of one hop: its key and value; its time where it is not known what comes after; or that no frame
-        shows it."""
-        for key in (f"{shape}{relation}", f"{shape}@"):
-            if key in self.values:
-                return key + self.values[key]
-        return f"{shape}?"
-
     def follow(self, question: Question, hops: int) -> tuple[str, HopEvent | str]:
         """The hops of a question as far as is known.
 
@@ -122,14 +114,29 @@ class HopNotes:
         """
         told = ["So"]
         for place, (event, link) in enumerate(zip(question.events, question.links[: hops - 1], strict=False)):
-            told.append(self.told(event.shape, RELATION_OF[link]))
+            told.append(told_of(self.values, event.shape, RELATION_OF[link]))
             if event not in self.seen:
                 return " ".join(told), event
             if link == "after" and f"{event.shape}+" not in self.values:
                 return " ".join(told), question.events[place + 1]
         last = question.events[hops - 1]
-        told.append(self.told(last.shape, COLOUR_OF))
+        told.append(told_of(self.values, last.shape, COLOUR_OF))
         return " ".join(told), last.colour if last in self.seen else last
+
+
+def told_of(values: Mapping[str, str], shape: str, relation: str) -> str:
+    """What is told of one hop: its key and value; its time where it is not known what comes after; or that no frame
+    shows it.
+
+    Args:
+        values: what is known, by its keys.
+        shape: where the hop begins.
+        relation: of `RELATIONS`.
+    """
+    for key in (f"{shape}{relation}", f"{shape}@"):
+        if key in values:
+            return key + values[key]
+    return f"{shape}?"
 
 
 def write_hop_trace(
