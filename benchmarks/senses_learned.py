@@ -144,7 +144,8 @@ def table(bench: Bench, measured: dict[str, list[dict[str, float]]]) -> str:
         each = [scale * row[name] for row in rows]
         return f"{np.mean(each):.{digits}f} ({min(each):.{digits}f} to {max(each):.{digits}f})"
 
-    names = {**{sense: sense for sense in TOOL_OF}, "first": "right tool first", "again": "re-answer", "calls": "calls"}
+    names: dict[str, str] = {**{sense: sense for sense in TOOL_OF}, "first": "right tool first", "again": "re-answer"}
+    names["calls"] = "calls"
     lines = [
         f"{3 * bench.heldout} held-out questions about {bench.heldout} videos, {len(bench.seeds)} seeds, {bench.steps} "
         "steps. Right answers in per cent by what a question needs; mean over seeds (lowest to highest seed).",
