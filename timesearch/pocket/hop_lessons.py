@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.hop_traces import (
     COLOUR_OF,
     RELATION_OF,
+    TIME_OF,
     HopManners,
     HopNotes,
     hop_reanswer,
@@ -102,22 +104,31 @@ class HopReading(_HopLessons):
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop reading", self.seed, number)
         sample, question = self._asked[int(rng.integers(len(self._asked)))]
-        scene, search = question.scene, self.corpus.search
-        events = list(question.events)
-        if rng.random() < self.unknown:
-            events.pop(int(rng.integers(len(events))))
-        events += [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
-        shown = set(events)
-        others = [scene.every_question[place] for place in rng.permutation(len(scene.every_question))]
-        known = [each for each in others if set(each.events) <= shown]
-        asked = [question, *known[: self.asked - 2], *others][: self.asked]
+        search = self.corpus.search
         search.open({"video": sample.video, "question": question.text})
-        content = search.ask_from(search.frames(_frames_of(events, search, scene, rng)))
+        content, notes = self._shown(question, search, rng)
+        others = [question.scene.every_question[place] for place in rng.permutation(len(question.scene.every_question))]
+        others = [each for each in others if not notes.misled(each)]
+        known = [each for each in others if set(each.events) <= notes.seen.keys()]
+        asked = [question, *known[: self.asked - 2], *others][: self.asked]
         messages: list[Message] = [{"role": "user", "content": content}]
         messages.append(hop_reanswer(question, content, self.described))
         for each in asked[1:]:
             messages += [{"role": "user", "content": each.text}, hop_reanswer(each, content, described=False)]
         return Example(f"{sample.id}, reading {number}", messages)
+
+    def _shown(self, question: Question, search: Search, rng: np.random.Generator) -> tuple[list[Block], HopNotes]:
+        """Frames to read that do not mislead about the question, and what they show."""
+        scene = question.scene
+        while True:
+            events = list(question.events)
+            if rng.random() < self.unknown:
+                events.pop(int(rng.integers(len(events))))
+            events += [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
+            content, notes = search.ask_from(search.frames(_frames_of(events, search, scene, rng))), HopNotes(scene)
+            notes.see(content)
+            if not notes.misled(question):
+                return content, notes
 
 
 @dataclass
@@ -125,9 +136,8 @@ class HopLookup(_HopLessons):
     """Exercises: frames, single hops that they tell of or do not, then the windows that begin at some times.
 
     Looking a key up in frames is a skill of its own, which whole episodes teach slowly and dearly: here it is used a
-    dozen times, more than half of them for what follows in time, which is the hardest: whether the next frame is near
-    enough to show it, and the time where it is not. Where a window ends is a table. Where it is `described`, what the
-    frames show is told first, as in an episode.
+    dozen times, more than half of them for times and for what follows in time, which are the hardest. Where a window
+    ends is a table. Where it is `described`, what the frames show is told first, as in an episode.
     """
 
     seed: int
@@ -147,11 +157,14 @@ class HopLookup(_HopLessons):
         messages: list[Message] = []
         if self.described:
             messages = [{"role": "user", "content": content}, {"role": "assistant", "content": told}]
-        relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
+        relations = (RELATION_OF["points"], COLOUR_OF, TIME_OF, RELATION_OF["after"])
         for _ in range(12):
-            relation = str(rng.choice(relations, p=[0.25, 0.15, 0.6]))
-            known = [event.shape for event in notes.seen]
-            shape = str(rng.choice(known if known and rng.random() < 0.8 else HOP_SHAPES))
+            relation = str(rng.choice(relations, p=[0.25, 0.15, 0.25, 0.35]))
+            known = [
+                event.shape for event in notes.seen if relation != RELATION_OF["after"] or not notes.misleads(event)
+            ]
+            absent = [shape for shape in HOP_SHAPES if shape not in {event.shape for event in notes.seen}]
+            shape = str(rng.choice(known if known and rng.random() < 0.85 else absent))
             asked: Block = {"type": "text", "text": f"From {shape}{relation}"}
             messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
             messages.append({"role": "assistant", "content": f"So {told_of(notes.values, shape, relation)}"})
@@ -168,8 +181,8 @@ class HopTimes:
     """Exercises without pictures: a list of shapes and times as a thought tells them, what it says of single hops, and
     the windows that begin at some of the times.
 
-    Copying a time, finding what follows it and whether that is near enough are learned from text alone at a tenth of
-    the cost, and before there is anything to read: in whole episodes they are used once or twice.
+    Copying a time and finding what follows it are learned from text alone at a tenth of the cost, and before there is
+    anything to read: in whole episodes they are used once or twice.
     """
 
     count: int
@@ -181,21 +194,20 @@ class HopTimes:
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop times", self.seed, number)
         shapes = [str(shape) for shape in rng.permutation(HOP_SHAPES)[: int(rng.integers(1, 9))]]
-        near = rng.random(len(shapes)) < 0.5
-        gaps = np.where(near, rng.integers(8, 20, len(shapes)), rng.integers(26, 60, len(shapes))) / 2
-        gaps[0] = rng.integers(0, 40) / 2
-        times = [float(time) for time in np.cumsum(gaps)]
+        times = [float(time) for time in np.cumsum(rng.integers(2, 2 * _LATEST // len(shapes), len(shapes))) / 2]
         values = {f"{shape}@": format_seconds(time) for shape, time in zip(shapes, times, strict=True)}
-        told = ", ".join(f"{key}{value}" for key, value in values.items())
-        values |= {
-            f"{before}+": after for before, after, close in zip(shapes, shapes[1:], near[1:], strict=False) if close
-        }
+        told = [f"{key}{value}" for key, value in values.items()]
+        for _ in range(int(rng.integers(3))):
+            told.insert(int(rng.integers(len(told) + 1)), "nothing")
+        values |= {f"{before}+": after for before, after in pairwise(shapes)}
         messages: list[Message] = []
         for turn in range(12):
-            shape = str(rng.choice(shapes if rng.random() < 0.85 else HOP_SHAPES))
-            asked = f"From {shape}{RELATION_OF['after']}"
-            messages.append({"role": "user", "content": asked if turn else f"I see {told}. {asked}"})
-            messages.append({"role": "assistant", "content": f"So {told_of(values, shape, RELATION_OF['after'])}"})
+            relation = str(rng.choice([TIME_OF, RELATION_OF["after"]]))
+            absent = [shape for shape in HOP_SHAPES if shape not in shapes]
+            shape = str(rng.choice(shapes if rng.random() < 0.85 else absent))
+            asked = f"From {shape}{relation}"
+            messages.append({"role": "user", "content": asked if turn else f"I see {', '.join(told)}. {asked}"})
+            messages.append({"role": "assistant", "content": f"So {told_of(values, shape, relation)}"})
         picked = [float(time) for time in rng.choice(times, size=4)]
         messages += [
             {"role": "user", "content": " ".join(map(format_seconds, picked))},

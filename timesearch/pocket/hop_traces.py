@@ -7,7 +7,8 @@ A thought tells what the new frames show and when, and follows the hops as far a
 A hop is a pair of a key and a value: the shape that a mark names (``star>moon``), a colour (``star=green``), a time
 (``star@61.5s``), or which shape is right after another (``star+fish``). The key names shape and relation in one token,
 so that a hop is one look at the frame that shows the shape. ``moon?`` says that no frame shows it yet: it is searched
-for, as is what comes after a time. Times are told of an event's first frame alone.
+for, as is what comes after a time: in the window that begins there, before it is said what follows. Times are told of
+an event's first frame alone.
 
 As in `timesearch.pocket.traces`, every trace runs through the real search, and traces are imperfect on purpose, in
 stated shares; here by the number of hops. The fault of its own kind is to stop at an earlier hop, and to answer with
@@ -16,7 +17,7 @@ the colour that is seen there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 RELATIONS = (">", "=", "@", "+", "?")
 """What ends a key: the shape that is pointed to, the colour, the time, the shape right after; and what is not noted."""
 RELATION_OF: dict[Link, str] = {"points": ">", "after": "+"}
-COLOUR_OF = "="
+COLOUR_OF, TIME_OF = "=", "@"
 
 
 @dataclass(frozen=True)
@@ -102,38 +103,55 @@ class HopNotes:
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
         return f"{event.shape}@{time}"
 
-    def follow(self, question: Question, hops: int) -> tuple[str, HopEvent | str]:
+    def follow(
+        self, question: Question, hops: int, looked: Collection[HopEvent] | None = None
+    ) -> tuple[str, HopEvent | str]:
         """The hops of a question as far as is known.
 
         Args:
             question: about this scene.
             hops: the last one that is followed.
+            looked: events after which a window was searched: only then is it sure what follows them in time. None
+                where no search is left, and the frames are all that there is.
 
         Returns:
             What is told of it, and the answer; where a hop is not known, its event.
         """
         told = ["So"]
         for place, (event, link) in enumerate(zip(question.events, question.links[: hops - 1], strict=False)):
-            told.append(told_of(self.values, event.shape, RELATION_OF[link]))
+            sure = link == "points" or looked is None or event in looked
+            told.append(told_of(self.values, event.shape, RELATION_OF[link] if sure else TIME_OF))
             if event not in self.seen:
                 return " ".join(told), event
-            if link == "after" and f"{event.shape}+" not in self.values:
+            if link == "after" and not (sure and f"{event.shape}+" in self.values):
                 return " ".join(told), question.events[place + 1]
         last = question.events[hops - 1]
         told.append(told_of(self.values, last.shape, COLOUR_OF))
         return " ".join(told), last.colour if last in self.seen else last
 
+    def misleads(self, event: HopEvent) -> bool:
+        """Whether frames show a later event, and not the one right after: by their order alone it would be that one."""
+        return self.scene.following(event) not in self.seen and any(other.start > event.start for other in self.seen)
+
+    def misled(self, question: Question) -> bool:
+        """Whether what frames show misleads on a hop of a question as far as it can be followed."""
+        for event, link in zip(question.events, question.links, strict=False):
+            if event not in self.seen:
+                return False
+            if link == "after" and self.misleads(event):
+                return True
+        return False
+
 
 def told_of(values: Mapping[str, str], shape: str, relation: str) -> str:
-    """What is told of one hop: its key and value; its time where it is not known what comes after; or that no frame
-    shows it.
+    """What is told of one hop: its key and value; its time where nothing comes after; or that no frame shows it.
 
     Args:
         values: what is known, by its keys.
         shape: where the hop begins.
         relation: of `RELATIONS`.
     """
-    for key in (f"{shape}{relation}", f"{shape}@"):
+    for key in (f"{shape}{relation}", f"{shape}{TIME_OF}"):
         if key in values:
             return key + values[key]
     return f"{shape}?"
@@ -169,9 +187,10 @@ def write_hop_trace(
     stray = question.events[int(rng.integers(question.hops))] if kind == "astray" else None
     notes = HopNotes(question.scene)
     tried: dict[HopEvent, int] = {}
+    looked: set[HopEvent] = set()
     lost, seen = False, ""
     while True:
-        told, wanted = notes.follow(question, last + 1)
+        told, wanted = notes.follow(question, last + 1, looked)
         thought = seen + told
         if isinstance(wanted, str):
             return [*messages, trace_turn(thought, answer=wanted)]
@@ -185,6 +204,8 @@ def write_hop_trace(
             call, stray, lost = {"query": wrong}, None, bool(rng.random() < habits.give_up)
         else:
             call, tried[wanted] = calls[attempt], attempt + 1
+            place = question.events.index(wanted)
+            looked |= {question.events[place - 1]} if place and question.links[place - 1] == "after" else set()
         messages.append(trace_turn(thought, call=call))
         found = search.call("seek_video_frames", call)
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
@@ -210,7 +231,8 @@ def write_hop_reanswer(
         described: tell what the frames show before the hops.
 
     Returns:
-        A user and an assistant message; None where the search did not give what `known` asks for.
+        A user and an assistant message; None where the search did not give what `known` asks for, or found frames that
+        mislead.
     """
     search.open(row)
     shapes = [event.shape for event in question.events]
@@ -222,8 +244,10 @@ def write_hop_reanswer(
     content = search.reanswer()
     if content is None:
         return None
+    notes = HopNotes(question.scene)
+    notes.see(content)
     answer = hop_reanswer(question, content, described)
-    if (final_answer([answer]) == UNKNOWN) == known:
+    if (final_answer([answer]) == UNKNOWN) == known or notes.misled(question):
         return None
     return [{"role": "user", "content": content}, answer]
 

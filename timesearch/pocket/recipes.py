@@ -152,7 +152,7 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
-        Phase("times", times, plan(400)),
+        Phase("times", times, plan(240)),
         Phase("look-up", Batches([(lookup, 0.35), (reading, 0.35), (clean, 0.2), (times, 0.1)], 24), plan(240)),
         Phase("search", Batches([(clean, 0.35), (short, 0.1), (reading, 0.25), (lookup, 0.3)], 24), plan(240)),
         Phase("skill", Batches([(skilled, 0.4), (short, 0.2), (reading, 0.15), (told_lookup, 0.25)], 24), plan(240)),
