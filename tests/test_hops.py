@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from timesearch.models import run as bring_models
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
-from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, HopTimes, questions_of
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, questions_of
 from timesearch.pocket.hop_traces import (
     HOP_CLEAN,
     HOP_COLD_START,
     RELATIONS,
     HopNotes,
     told_of,
+    window_after,
     write_hop_reanswer,
     write_hop_trace,
 )
@@ -392,53 +392,36 @@ def test_the_tokenizer_reads_tools_questions_and_items_by_their_words():
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
 
 
-@pytest.mark.parametrize("described", [False, True])
-def test_lookups_tell_what_their_frames_show(corpus: Corpus, described: bool):
-    lessons = HopLookup(corpus, 10**6, 0, described)
+def test_lookups_tell_what_their_frames_show(corpus: Corpus):
+    relations = {"points": ">", "colour": "=", "after": "+"}
+    lessons = HopLookup(corpus, 10**6, 0)
     known: list[bool] = []
     for number in range(40):
         shown, *rest = lessons[number].messages
         notes = HopNotes(make_hop_scene("test", int(lessons[number].name.split("-")[2])))
-        told_first = notes.see(shown["content"])
-        said = [text_of(message) for message in ([shown, *rest] if not described else rest[1:])]
-        assert not described or text_of(rest[0]) == told_first
-        *hops, times, windows = said
-        assert len(hops) == 24
-        for asking, told in zip(hops[::2], hops[1::2], strict=True):
-            shape, relation = asking.rpartition(" ")[2][:-1], asking[-1]
-            assert told == f"So {told_of(notes.values, shape, relation)}"
+        notes.see(shown["content"])
+        asking, answered, times, windows = (text_of(message) for message in (shown, *rest))
+        asked = [words.split(" ") for words in asking.partition("From ")[2].split(", ")]
+        told = answered.removeprefix("So ").split(" ")
+        assert len(asked) == len(told) == 12
+        for (shape, word), each in zip(asked, told, strict=True):
+            assert each == told_of(notes.values, shape, relations[word])
             event = notes.scene.event_of(shape)
-            assert not (relation == "+" and event in notes.seen and notes.misleads(event))
-            known.append(f"{shape}{relation}" in notes.values)
-        assert_windows(times, windows)
+            assert not (word == "after" and event in notes.seen and notes.misleads(event))
+            known.append(not each.endswith("?"))
+        pairs = [tuple(map(int, pair.split(", "))) for pair in windows.removesuffix(".").split(". ")]
+        assert pairs == [window_after(float(time.rstrip("s"))) for time in times.split()]
     assert 0.5 < np.mean(known) < 0.9
 
 
-def assert_windows(times: str, windows: str) -> None:
-    pairs = [pair.split(", ") for pair in windows.removesuffix(".").split(". ")]
-    assert [int(start) for start, _ in pairs] == [int(float(time.rstrip("s"))) for time in times.split()]
-    assert all(int(end) - int(start) == WINDOW for start, end in pairs)
-
-
-def test_exercises_without_pictures_tell_what_their_list_says():
-    answers = set()
-    for number in range(60):
-        *hops, times, windows = (str(message["content"]) for message in HopTimes(100, 0)[number].messages)
-        listed = hops[0].partition("I see ")[2].partition(". From ")[0].split(", ")
-        items = [item.split("@") for item in listed if item != "nothing"]
-        shapes, at = [shape for shape, _ in items], dict(items)
-        assert list(at.values()) == sorted(at.values(), key=lambda time: float(time.rstrip("s")))
-        for asking, told in zip(hops[::2], hops[1::2], strict=True):
-            shape, relation = asking.rpartition(" ")[2][:-1], asking[-1]
-            after = dict(pairwise(shapes)).get(shape)
-            if shape not in at:
-                expected = f"{shape}?"
-            else:
-                expected = f"{shape}+{after}" if relation == "+" and after else f"{shape}@{at[shape]}"
-            assert told == f"So {expected}"
-            answers.add(re.sub(r"[a-z]+([?@+]).*", r"\1", expected))
-        assert_windows(times, windows)
-    assert answers == {"?", "@", "+"}
+@pytest.mark.parametrize("seed", range(12))
+def test_the_window_after_any_frame_of_an_event_holds_the_next_one_and_no_other(seed: int):
+    scene = make_hop_scene("test", seed)
+    for event in scene.events[:-1]:
+        for seconds in np.arange(event.start, event.end, 0.25):
+            start, stop = window_after(float(seconds))
+            seen = {scene.visible(time) for time in np.arange(start, stop + 0.01, 0.25)} - {None}
+            assert seen == {scene.following(event)}
 
 
 def test_what_follows_in_time_is_told_only_after_its_window_was_searched(corpus: Corpus):
@@ -450,9 +433,10 @@ def test_what_follows_in_time_is_told_only_after_its_window_was_searched(corpus:
         said = [text_of(message) for message in trace if message["role"] == "assistant"]
         looked = next(place for place, text in enumerate(said) if '"query": "shape"' in text)
         time = said[looked].partition(f"So {before.shape}@")[2] or said[looked].rpartition(f" {before.shape}@")[2]
-        start = float(time.partition("s")[0])
-        assert before.start <= start < before.end
-        assert f'"start_time": {int(start)}, "end_time": {int(start + WINDOW)}' in said[looked]
+        seconds = float(time.partition("s")[0])
+        assert before.start <= seconds < before.end
+        start, stop = window_after(seconds)
+        assert f'"start_time": {start}, "end_time": {stop}' in said[looked]
         assert not any(f"{before.shape}+" in text for text in said[: looked + 1])
         assert f"{before.shape}+{question.events[-1].shape}" in said[-1]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,15 +16,15 @@ from timesearch.pocket.filesystem import parse_url
 from timesearch.pocket.hop_traces import (
     COLOUR_OF,
     RELATION_OF,
-    TIME_OF,
     HopManners,
     HopNotes,
     hop_reanswer,
     told_of,
+    window_after,
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, WINDOW, WORLD, HopScene, Question
+from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopScene, Question
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import Event, generator
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
 
 _LATEST = 150
 """Seconds; no video of the world is longer by much."""
+_WORD_OF = {RELATION_OF["points"]: "points", COLOUR_OF: "colour", RELATION_OF["after"]: "after"}
+_ASKED = 12
+"""Hops an exercise"""
 
 
 @dataclass
@@ -133,15 +135,14 @@ class HopReading(_HopLessons):
 
 @dataclass
 class HopLookup(_HopLessons):
-    """Exercises: frames, single hops that they tell of or do not, then the windows that begin at some times.
+    """Exercises: frames, single hops that they tell of or do not, then the windows to search after some times.
 
     Looking a key up in frames is a skill of its own, which whole episodes teach slowly and dearly: here it is used a
-    dozen times, more than half of them for times and for what follows in time, which are the hardest. Where a window
-    ends is a table. Where it is `described`, what the frames show is told first, as in an episode.
+    dozen times, a third of them for what follows in time, which is the hardest. Where a window begins and ends is a
+    table.
     """
 
     seed: int
-    described: bool = False
 
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop lookup", self.seed, number)
@@ -153,67 +154,32 @@ class HopLookup(_HopLessons):
         search.open({"video": sample.video, "question": question.text})
         content = search.show(search.frames(_frames_of(events, search, scene, rng)))
         notes = HopNotes(scene)
-        told = notes.see(content)
-        messages: list[Message] = []
-        if self.described:
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": told}]
-        relations = (RELATION_OF["points"], COLOUR_OF, TIME_OF, RELATION_OF["after"])
-        for _ in range(12):
-            relation = str(rng.choice(relations, p=[0.25, 0.15, 0.25, 0.35]))
+        notes.see(content)
+        relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
+        asked = []
+        for _ in range(_ASKED):
+            relation = str(rng.choice(relations, p=[0.4, 0.25, 0.35]))
             known = [
                 event.shape for event in notes.seen if relation != RELATION_OF["after"] or not notes.misleads(event)
             ]
             absent = [shape for shape in HOP_SHAPES if shape not in {event.shape for event in notes.seen}]
-            shape = str(rng.choice(known if known and rng.random() < 0.85 else absent))
-            asked: Block = {"type": "text", "text": f"From {shape}{relation}"}
-            messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
-            messages.append({"role": "assistant", "content": f"So {told_of(notes.values, shape, relation)}"})
+            asked.append((str(rng.choice(known if known and rng.random() < 0.85 else absent)), relation))
+        messages = _exercise(content, asked, notes.values)
         times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
         messages += [
             {"role": "user", "content": " ".join(map(format_seconds, times))},
-            {"role": "assistant", "content": " ".join(f"{int(time)}, {int(time + WINDOW)}." for time in times)},
+            {"role": "assistant", "content": " ".join("{}, {}.".format(*window_after(time)) for time in times)},
         ]
         return Example(f"{sample.id}, lookup {number}", messages)
 
 
-@dataclass
-class HopTimes:
-    """Exercises without pictures: a list of shapes and times as a thought tells them, what it says of single hops, and
-    the windows that begin at some of the times.
-
-    Copying a time and finding what follows it are learned from text alone at a tenth of the cost, and before there is
-    anything to read: in whole episodes they are used once or twice.
-    """
-
-    count: int
-    seed: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> Example:
-        rng = generator("hop times", self.seed, number)
-        shapes = [str(shape) for shape in rng.permutation(HOP_SHAPES)[: int(rng.integers(1, 9))]]
-        times = [float(time) for time in np.cumsum(rng.integers(2, 2 * _LATEST // len(shapes), len(shapes))) / 2]
-        values = {f"{shape}@": format_seconds(time) for shape, time in zip(shapes, times, strict=True)}
-        told = [f"{key}{value}" for key, value in values.items()]
-        for _ in range(int(rng.integers(3))):
-            told.insert(int(rng.integers(len(told) + 1)), "nothing")
-        values |= {f"{before}+": after for before, after in pairwise(shapes)}
-        messages: list[Message] = []
-        for turn in range(12):
-            relation = str(rng.choice([TIME_OF, RELATION_OF["after"]]))
-            absent = [shape for shape in HOP_SHAPES if shape not in shapes]
-            shape = str(rng.choice(shapes if rng.random() < 0.85 else absent))
-            asked = f"From {shape}{relation}"
-            messages.append({"role": "user", "content": asked if turn else f"I see {', '.join(told)}. {asked}"})
-            messages.append({"role": "assistant", "content": f"So {told_of(values, shape, relation)}"})
-        picked = [float(time) for time in rng.choice(times, size=4)]
-        messages += [
-            {"role": "user", "content": " ".join(map(format_seconds, picked))},
-            {"role": "assistant", "content": " ".join(f"{int(time)}, {int(time + WINDOW)}." for time in picked)},
-        ]
-        return Example(f"times {number}", messages)
+def _exercise(shown: Sequence[Block], asked: Sequence[tuple[str, str]], values: Mapping[str, str]) -> list[Message]:
+    """A question after what is shown, and what is told of each of the shapes and relations that are asked for."""
+    # A key in the question would be followed by the next one, and not by its value.
+    words = ", ".join(f"{shape} {_WORD_OF[relation]}" for shape, relation in asked)
+    asking: Block = {"type": "text", "text": f"From {words}"}
+    told = " ".join(told_of(values, shape, relation) for shape, relation in asked)
+    return [{"role": "user", "content": [*shown, asking]}, {"role": "assistant", "content": f"So {told}"}]
 
 
 def _frames_of(events: Collection[Event], search: Search, scene: HopScene, rng: np.random.Generator) -> list[int]:

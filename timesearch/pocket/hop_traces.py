@@ -2,7 +2,7 @@
 
 A thought tells what the new frames show and when, and follows the hops as far as the frames go that were seen so far::
 
-    I see star@61.5s, nothing. So star>moon moon?
+    I see star@61.5s. So star>moon moon?
 
 A hop is a pair of a key and a value: the shape that a mark names (``star>moon``), a colour (``star=green``), a time
 (``star@61.5s``), or which shape is right after another (``star+fish``). The key names shape and relation in one token,
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.data.messages import Block, Message, final_answer, format_seconds, times_of
-from timesearch.pocket.hops import HOP_SHAPES, WINDOW, HopEvent, HopScene, Link, Question
+from timesearch.pocket.hops import AHEAD, HOP_SHAPES, WINDOW, HopEvent, HopScene, Link, Question
 from timesearch.pocket.traces import trace_turn
 from timesearch.pocket.world import COLOURS
 from timesearch.training.supervised import UNKNOWN
@@ -83,16 +83,16 @@ class HopNotes:
     values: dict[str, str] = field(default_factory=dict)
     seen: dict[HopEvent, float] = field(default_factory=dict)
 
-    def see(self, blocks: Sequence[Block]) -> str:
-        """Note what frames show, and tell it: ``I see star@61.5s, star, nothing.``"""
-        told = [self._see(seconds) for seconds in times_of(blocks)]
+    def see(self, blocks: Sequence[Block], timed: bool = True) -> str:
+        """Note what frames show, and tell it, with times where it is `timed`: ``I see star@61.5s, star, nothing.``"""
+        told = [self._see(seconds, timed) for seconds in times_of(blocks)]
         for before in self.seen:
             after = self.scene.following(before)
             if after in self.seen:
                 self.values[f"{before.shape}+"] = after.shape
         return f"I see {', '.join(told)}."
 
-    def _see(self, seconds: float) -> str:
+    def _see(self, seconds: float, timed: bool) -> str:
         event = self.scene.visible(seconds)
         if not isinstance(event, HopEvent):
             return "nothing"
@@ -101,7 +101,7 @@ class HopNotes:
         self.seen[event] = seconds
         time = format_seconds(seconds)
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
-        return f"{event.shape}@{time}"
+        return f"{event.shape}@{time}" if timed else event.shape
 
     def follow(
         self, question: Question, hops: int, looked: Collection[HopEvent] | None = None
@@ -144,17 +144,15 @@ class HopNotes:
 
 
 def told_of(values: Mapping[str, str], shape: str, relation: str) -> str:
-    """What is told of one hop: its key and value; its time where nothing comes after; or that no frame shows it.
+    """What is told of one hop: its key and value, or that it is not known.
 
     Args:
         values: what is known, by its keys.
         shape: where the hop begins.
         relation: of `RELATIONS`.
     """
-    for key in (f"{shape}{relation}", f"{shape}{TIME_OF}"):
-        if key in values:
-            return key + values[key]
-    return f"{shape}?"
+    key = f"{shape}{relation}"
+    return key + values[key] if key in values else f"{shape}?"
 
 
 def write_hop_trace(
@@ -255,7 +253,7 @@ def write_hop_reanswer(
 def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what they show, the hops, and the colour or "I don't know"."""
     notes = HopNotes(question.scene)
-    seen = notes.see(content)
+    seen = notes.see(content, timed=False)
     told, found = notes.follow(question, question.hops)
     return trace_turn(f"{seen} {told}" if described else told, answer=found if isinstance(found, str) else UNKNOWN)
 
@@ -264,15 +262,19 @@ def _calls(question: Question, wanted: HopEvent, notes: HopNotes, end: float) ->
     """Arguments of the searches for an event, each to be tried where the one before did not show it."""
     position = question.events.index(wanted)
     if position and question.links[position - 1] == "after":
-        start = int(notes.seen[question.events[position - 1]])
-        stop = start + int(WINDOW)
-        return [{"query": "shape", "start_time": begin, "end_time": stop} for begin in (start, start + 4)]
+        start, stop = window_after(notes.seen[question.events[position - 1]])
+        return [{"query": "shape", "start_time": start, "end_time": stop}]
     half, third = int(end / 2), int(end / 3)
     windows = [(0, half), (half, int(end)), (0, third), (third, 2 * third), (2 * third, int(end))]
     return [
         {"query": wanted.shape},
         *({"query": wanted.shape, "start_time": start, "end_time": stop} for start, stop in windows),
     ]
+
+
+def window_after(seconds: float) -> tuple[int, int]:
+    """Whole seconds between which the event after the one that a frame at a time shows is seen, and no other."""
+    return int(seconds + AHEAD), int(seconds + WINDOW)
 
 
 def _guess(rng: np.random.Generator) -> str:

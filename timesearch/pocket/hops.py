@@ -5,8 +5,8 @@ dark plate that names another shape. Colours and marks are drawn for each event 
 tells them. Questions need one, two or three events (hops):
 
 - *pointer*: "What colour is the shape that the star points to?" The star's mark says what to look for.
-- *after*: "What colour is the shape right after the star?" The star's time says where to look: `WINDOW` seconds from
-  any frame of it on hold the next event and no other.
+- *after*: "What colour is the shape right after the star?" The star's time says where to look: between
+  `AHEAD` and `WINDOW` seconds after any frame of it the next event is seen, and no other.
 
 No event is near an instant of the uniform preview. What a method without search can reach is known by construction:
 `Question.best_guess`, of whoever reads its frames perfectly. That every hop of a question is necessary is not claimed
@@ -40,14 +40,15 @@ from timesearch.pocket.world import (
 WORLD = "hops"
 """Name of the world in `pocket://hops/<split>/<seed>.mp4`."""
 HOP_SHAPES = (*SHAPES, "diamond", "moon", "bolt", "hourglass", "crown", "stairs", "fish", "flag")
-WINDOW = 10.0
-"""Seconds from a frame of an event on that hold the next event, or its beginning, and none after that."""
+AHEAD, WINDOW = 4.0, 10.0
+"""Seconds after a frame of an event between which the next event is seen, or a second of it at least, and no other."""
 PLATE = 36
 """Side of the dark plate in the lower right corner that carries the mark, in pixels of `SIZE`."""
 
 _GAPS = (6.5, 8.5)
-"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 8.5
-seconds from the start of the next, and more than 10 from the one after that: times may be rounded down."""
+"""Seconds from the start of an event to the start of the next. With events of `_LENGTHS`, a frame of one is at most 3
+seconds from its end, 3.5 to 8.5 from the start of the next, and 10.5 from the one after that: times may be rounded
+down."""
 _LENGTHS = (2.0, 2.5, 3.0)
 _PLATE_COLOUR = (14, 14, 18)
 

@@ -228,7 +228,7 @@ def _senses_corpus(prompts: str) -> list[str]:
         "I see it. I see nothing. It shows nothing. nothing, So what? I can guess. From plate= flash= plate? flash?"
         * 4,
         "<answer>I don't know</answer>",
-        *(f'\n{{"name": "{name}", "arguments": {{"query": "shape", "num_frames": 2}}}}\n' for name in tools),
+        *(f'\n{{"name": "{name}", "arguments": {{"query": "shape", "num_frames": 1}}}}\n' for name in tools),
         f'"query": "{SPOKEN}"}}}}\n',
         *(f'{{"time": "1.0s", "query": "{shape}", "start_time": 1, "end_time": 2}}' for shape in SHAPES),
         *(f"={answer} {answer}</answer>" for answer in (*COLOURS, *MARKS)),

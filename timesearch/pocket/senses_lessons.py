@@ -93,8 +93,7 @@ class SensesLookup(_SensesLessons):
             values["flash="] = scene.flash.colour
         messages: list[Message] = []
         for _ in range(10):
-            unknown = f"{rng.choice(SHAPES)}{rng.choice(['=', '@'])}"
-            key = unknown if rng.random() < 0.2 else str(rng.choice(list(values)))
+            key = f"{rng.choice(SHAPES)}=" if rng.random() < 0.2 else str(rng.choice(list(values)))
             asked: Block = {"type": "text", "text": f"From {key}"}
             told = key + values[key] if key in values else f"{key[:-1]}?"
             messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
@@ -115,10 +114,7 @@ class SensesLookup(_SensesLessons):
         for event in events:
             index = int(rng.choice(frames.window(event.start, event.end - 0.5)))
             indices.append(index)
-            values |= {
-                f"{event.shape}=": event.colour,
-                f"{event.shape}@": format_seconds(float(frames.timestamps[index])),
-            }
+            values[f"{event.shape}="] = event.colour
         return search.show(search.frames(indices)), values
 
 

@@ -3,7 +3,7 @@
 A thought tells what was found and what follows, in the words of `timesearch.pocket.hop_traces`::
 
     It says star. So star?
-    I see star@61.5s, nothing. So star=red
+    I see star@61.5s. So star=red
 
 ``star@61.5s`` is where to look closer or to watch, ``plate=ring`` and ``flash=red`` what is seen there. As elsewhere,
 every trace runs through the real search, and traces are imperfect on purpose, in stated shares. The fault of this world
@@ -100,7 +100,7 @@ class SensesQuestion:
 
 
 def seen_in(scene: SensesScene, blocks: Sequence[Block]) -> str:
-    """What cached frames show, as a thought tells it: ``I see star@61.5s, nothing.``"""
+    """What cached frames show, as a thought tells it: ``I see star@61.5s.``"""
     told = []
     seen: set[Event] = set()
     for seconds in times_of([block for block in blocks if "box" not in block]):
@@ -179,7 +179,7 @@ def _call(tool: str, shape: str, seen: float | None, end: float, rng: np.random.
     time = float(rng.integers(int(end) - STRETCH)) if seen is None else seen
     arguments: dict[str, dict[str, Any]] = {
         "search_subtitles": {"query": SPOKEN},
-        "seek_video_frames": {"query": shape, "num_frames": 2},
+        "seek_video_frames": {"query": shape, "num_frames": 1},
         "look_closer": {"time": format_seconds(time), "box": PLATE_BOX},
         "watch": {"start_time": int(time), "end_time": int(time) + STRETCH},
     }
@@ -206,9 +206,9 @@ def write_senses_reanswer(
         search.open(row)
         for message in trace[:-3]:
             if message["role"] == "tool":
-                search.call("seek_video_frames", {"query": str(rng.choice(SHAPES)), "num_frames": 2})
+                search.call("seek_video_frames", {"query": str(rng.choice(SHAPES)), "num_frames": 1})
         if not search.calls:
-            search.call("seek_video_frames", {"query": question.named.shape, "num_frames": 2})
+            search.call("seek_video_frames", {"query": question.named.shape, "num_frames": 1})
     content = search.reanswer()
     if content is None or question.answered_by(content) != known:
         return None
