@@ -293,7 +293,7 @@ def test_clean_traces_name_each_hop_and_answer_rightly(corpus: Corpus):
             calls = [call.arguments for turn in turns for call in parse_turn(turn).calls]
             (window,) = [call for call in calls if call["query"] == "shape"]
             (found,) = set(re.findall(rf"{question.events[-2].shape}@(\d+)\.\ds", " ".join(turns)))
-            assert (window["start_time"], window["end_time"]) == (int(found), int(found) + WINDOW)
+            assert (window["start_time"], window["end_time"]) == window_after(int(found))
 
 
 def test_notes_tell_what_was_seen_and_nothing_else():
