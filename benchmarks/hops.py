@@ -6,7 +6,7 @@ Videos of the split `heldout` are rendered, downloaded, cached and embedded by t
 that is trained for it unless a folder is named (two minutes of one core). No policy plays. Printed by hops:
 
 - *found*: how often the query of a hop, its shape in the whole video or any shape in the window after the hop before,
-  brings a frame of it among the two of a call;
+  brings a frame of it;
 - *ceiling* of each way to choose frames at once: the chance that the best guess is right of one who reads them
   perfectly (`timesearch.pocket.hops.Question.best_guess`);
 - *oracle frames, read*: how often the pixels of the frames of all hops give the right answer;
@@ -29,7 +29,7 @@ from timesearch.data.samples import Sample
 from timesearch.inference.methods import chosen_frames
 from timesearch.pocket.encoder import CURRICULA, train_encoder
 from timesearch.pocket.hop_lessons import questions_of
-from timesearch.pocket.hops import WINDOW, WORLD, Question
+from timesearch.pocket.hops import WORLD, Question, window_after
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, search_by_reading
@@ -37,10 +37,9 @@ from timesearch.profiles import load_profile
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.search.search import Search
 
-FRAMES = (4, 6)
+FRAMES = (5,)
 """Frames of the methods that choose them at once."""
 METHODS = ("uniform", "one_shot_dpp", "one_shot_topk")
-TURNS = 6
 
 
 def found_by_hop(search: Search, row: dict[str, str], question: Question) -> list[bool]:
@@ -50,8 +49,8 @@ def found_by_hop(search: Search, row: dict[str, str], question: Question) -> lis
         search.open(row)
         call: dict[str, object] = {"query": event.shape}
         if position and question.links[position - 1] == "after":
-            start = int(question.events[position - 1].start)
-            call = {"query": "shape", "start_time": start, "end_time": start + WINDOW}
+            start, stop = window_after(question.events[position - 1].start)
+            call = {"query": "shape", "start_time": start, "end_time": stop}
         search.call("seek_video_frames", call)
         seen = [each.seconds for each in search.evidence if each.seconds is not None]
         found.append(any(question.scene.visible(seconds) == event for seconds in seen))
@@ -86,8 +85,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="a trained encoder's folder")
     parser.add_argument("--steps", type=int, default=400, help="of the encoder that is trained without it")
     arguments = parser.parse_args()
-    settings = load_profile("pocket")
-    settings.search.max_turns = TURNS
+    settings = load_profile("hops")
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.encoder or train_encoder(

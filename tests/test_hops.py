@@ -29,11 +29,10 @@ from timesearch.pocket.hop_traces import (
     RELATIONS,
     HopNotes,
     told_of,
-    window_after,
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene
+from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene, window_after
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.policy import hop_parts, make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus

@@ -20,11 +20,10 @@ from timesearch.pocket.hop_traces import (
     HopNotes,
     hop_reanswer,
     told_of,
-    window_after,
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopScene, Question
+from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopScene, Question, window_after
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import Event, generator

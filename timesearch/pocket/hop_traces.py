@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.data.messages import Block, Message, final_answer, format_seconds, times_of
-from timesearch.pocket.hops import AHEAD, HOP_SHAPES, WINDOW, HopEvent, HopScene, Link, Question
+from timesearch.pocket.hops import HOP_SHAPES, HopEvent, HopScene, Link, Question, window_after
 from timesearch.pocket.traces import trace_turn
 from timesearch.pocket.world import COLOURS
 from timesearch.training.supervised import UNKNOWN
@@ -270,11 +270,6 @@ def _calls(question: Question, wanted: HopEvent, notes: HopNotes, end: float) ->
         {"query": wanted.shape},
         *({"query": wanted.shape, "start_time": start, "end_time": stop} for start, stop in windows),
     ]
-
-
-def window_after(seconds: float) -> tuple[int, int]:
-    """Whole seconds between which the event after the one that a frame at a time shows is seen, and no other."""
-    return int(seconds + AHEAD), int(seconds + WINDOW)
 
 
 def _guess(rng: np.random.Generator) -> str:

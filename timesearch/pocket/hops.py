@@ -209,6 +209,11 @@ TEXTS: dict[tuple[Link, ...], str] = {
 """Questions by their links; those that few shapes allow come first."""
 
 
+def window_after(seconds: float) -> tuple[int, int]:
+    """Whole seconds between which the event after the one that a frame at a time shows is seen, and no other."""
+    return int(seconds + AHEAD), int(seconds + WINDOW)
+
+
 def make_hop_scene(split: str, seed: int) -> HopScene:
     """The scene of a video, which follows from its name alone.
 

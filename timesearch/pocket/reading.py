@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from timesearch.data.messages import times_of
-from timesearch.pocket.hops import HOP_SHAPES, PLATE, WINDOW, Link
+from timesearch.pocket.hops import HOP_SHAPES, PLATE, WINDOW, Link, window_after
 from timesearch.pocket.world import COLOURS, SIZE, shape_mask
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def search_by_reading(search: Search, row: dict[str, Any], shape: str, links: Se
             return None
         at = read.mark
         if link == "after":
-            start = int(notes.first_seen(read.shape))
-            windows = [{"start_time": start + late, "end_time": start + WINDOW} for late in (0, 4)]
-            at = seek(partial(notes.next_after, read.shape), "shape", windows)
+            start, stop = window_after(notes.first_seen(read.shape))
+            window: dict[str, float] = {"start_time": start, "end_time": stop}
+            at = seek(partial(notes.next_after, read.shape), "shape", [window])
     return notes.answer(shape, links)
 
 
