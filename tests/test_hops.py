@@ -19,6 +19,7 @@ from timesearch.evaluation.scoring import evaluate_files
 from timesearch.evaluation.table import markdown_table
 from timesearch.models import POCKET_ENCODERS
 from timesearch.models import run as bring_models
+from timesearch.pocket.ceiling import knowable
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
@@ -32,13 +33,13 @@ from timesearch.pocket.hop_traces import (
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, TEXTS, WINDOW, HopScene, Question, make_hop_scene, window_after
+from timesearch.pocket.hops import HOP_SHAPES, LONG, TEXTS, WINDOW, HopScene, Question, make_hop_scene, window_after
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.policy import hop_parts, make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, Read, read_event, search_by_reading
 from timesearch.pocket.wordings import ARGUMENTS, NAMES, draw_wording
-from timesearch.pocket.world import COLOURS
+from timesearch.pocket.world import COLOURS, preview_instants
 from timesearch.profiles import load_profile
 from timesearch.retrieval.encoder import load_encoder
 from timesearch.rewards import format_reward
@@ -411,6 +412,22 @@ def test_lookups_tell_what_their_frames_show(corpus: Corpus):
         pairs = [tuple(map(int, pair.split(", "))) for pair in windows.removesuffix(".").split(". ")]
         assert pairs == [window_after(float(time.rstrip("s"))) for time in times.split()]
     assert 0.5 < np.mean(known) < 0.9
+
+
+@pytest.mark.parametrize("world", LONG)
+def test_a_long_video_holds_the_two_minutes_somewhere_and_shows_none_of_it_at_the_preview(world: str):
+    begins = set()
+    for seed in range(12):
+        scene = parse_url(f"pocket://{world}/heldout/{seed}.mp4")
+        assert isinstance(scene, HopScene)
+        assert scene.duration == LONG[world]
+        assert not any(map(scene.visible, preview_instants(scene.duration)))
+        assert len(scene.events) == len(HOP_SHAPES)
+        assert scene.events[-1].end - scene.events[0].start < 140
+        assert len(scene.questions) == 5
+        assert knowable(scene.url, scene.questions[0].text, [event.start for event in scene.events]) == 1.0
+        begins.add(scene.events[0].start // (LONG[world] / 4))
+    assert len(begins) > 2
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -13,8 +13,7 @@ from pathlib import Path
 from timesearch.base.files import write_jsonl
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import scene_of
-from timesearch.pocket.hops import WORLD as HOPS
-from timesearch.pocket.hops import HopScene, Question
+from timesearch.pocket.hops import HOP_WORLDS, HopScene, Question
 from timesearch.pocket.senses import WORLD as SENSES
 from timesearch.pocket.senses import SensesScene
 from timesearch.pocket.world import WORLDS, Scene, question
@@ -83,7 +82,7 @@ def main() -> None:
     """Write `train.jsonl` and `test.jsonl`."""
     parser = argparse.ArgumentParser(description="Write the pocket profile's sample files.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder that gets train.jsonl and test.jsonl")
-    parser.add_argument("--world", choices=sorted((*WORLDS, HOPS, SENSES)), default="demo")
+    parser.add_argument("--world", choices=sorted((*WORLDS, *HOP_WORLDS, SENSES)), default="demo")
     parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS)
     parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS)
     parser.add_argument("--first-test-video", type=int, default=1000, help="settings were chosen on those below 1000")

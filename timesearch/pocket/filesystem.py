@@ -20,8 +20,8 @@ from timesearch.base.errors import RequestError
 from timesearch.pocket import hops, senses
 from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, make_scene
 
-_PATH = re.compile(r"(?P<world>[a-z-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")
-_WORLDS = (*WORLDS, hops.WORLD, senses.WORLD)
+_PATH = re.compile(r"(?P<world>[a-z0-9-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")
+_WORLDS = (*WORLDS, *hops.HOP_WORLDS, senses.WORLD)
 _KEPT = 8
 """Rendered videos kept in memory (some hundred KB each), for readers that ask for the size first."""
 
@@ -91,7 +91,9 @@ def scene_of(world: str, split: str, seed: int) -> Scene:
     """
     if world == senses.WORLD:
         return senses.make_senses_scene(split, seed)
-    return hops.make_hop_scene(split, seed) if world == hops.WORLD else make_scene(world, split, seed)
+    if world in hops.HOP_WORLDS:
+        return hops.make_hop_scene(split, seed, world)
+    return make_scene(world, split, seed)
 
 
 def encode(scene: Scene) -> bytes:
@@ -110,6 +112,11 @@ def encode(scene: Scene) -> bytes:
             *("-threads", "1", "-fflags", "+bitexact", "-flags", "+bitexact", "-map_metadata", "-1"),
             *("-movflags", "+faststart", str(target)),
         ]
-        frames = b"".join(scene.frame(index / FPS).tobytes() for index in range(int(scene.duration * FPS)))
-        subprocess.run(command, input=frames, check=True, capture_output=True)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
+            assert ffmpeg.stdin is not None
+            for index in range(int(scene.duration * FPS)):
+                ffmpeg.stdin.write(scene.frame(index / FPS).tobytes())
+            _, said = ffmpeg.communicate()
+        if ffmpeg.returncode:
+            raise subprocess.CalledProcessError(ffmpeg.returncode, command, stderr=said)
         return target.read_bytes()

@@ -23,7 +23,7 @@ from timesearch.pocket.hop_traces import (
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopScene, Question, window_after
+from timesearch.pocket.hops import HOP_SHAPES, HOP_WORLDS, HopScene, Question, window_after
 from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import Event, generator
@@ -216,4 +216,4 @@ def _by_text(source: str) -> dict[str, Question]:
 
 def is_of_hops(sample: Sample) -> bool:
     """Whether a sample's video is one of the hop world."""
-    return (sample.source or "").startswith(f"pocket://{WORLD}/")
+    return (sample.source or "").startswith(tuple(f"pocket://{world}/" for world in HOP_WORLDS))

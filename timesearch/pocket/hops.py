@@ -39,6 +39,9 @@ from timesearch.pocket.world import (
 
 WORLD = "hops"
 """Name of the world in `pocket://hops/<split>/<seed>.mp4`."""
+LONG: dict[str, float] = {f"{WORLD}-10min": 600.0, f"{WORLD}-60min": 3600.0}
+"""Worlds of longer videos, and their seconds: the same two minutes somewhere, and backgrounds around them."""
+HOP_WORLDS = (WORLD, *LONG)
 HOP_SHAPES = (*SHAPES, "diamond", "moon", "bolt", "hourglass", "crown", "stairs", "fish", "flag")
 AHEAD, WINDOW = 4.0, 10.0
 """Seconds after a frame of an event between which the next event is seen, or a second of it at least, and no other."""
@@ -214,15 +217,15 @@ def window_after(seconds: float) -> tuple[int, int]:
     return int(seconds + AHEAD), int(seconds + WINDOW)
 
 
-def make_hop_scene(split: str, seed: int) -> HopScene:
+def make_hop_scene(split: str, seed: int, world: str = WORLD) -> HopScene:
     """The scene of a video, which follows from its name alone.
 
     Raises:
         RequestError: an unknown split.
     """
-    rng = scene_generator(WORLD, split, seed)
+    rng = scene_generator(world, split, seed)
     shapes = [str(shape) for shape in rng.permutation(HOP_SHAPES)]
-    starts, lengths, duration = _draw_times(len(shapes), rng)
+    starts, lengths, duration = _draw_times(len(shapes), rng, LONG.get(world))
     events = [
         HopEvent(
             start=start,
@@ -237,17 +240,21 @@ def make_hop_scene(split: str, seed: int) -> HopScene:
         )
         for shape, start, length in zip(shapes, starts, lengths, strict=True)
     ]
-    return HopScene(WORLD, split, seed, duration, draw_backgrounds(duration, rng), events)
+    return HopScene(world, split, seed, duration, draw_backgrounds(duration, rng), events)
 
 
-def _draw_times(count: int, rng: np.random.Generator) -> tuple[list[float], list[float], float]:
-    """Starts and lengths of events (s), in quarters of a second, and a duration whose preview shows none of them."""
+def _draw_times(count: int, rng: np.random.Generator, long: float | None) -> tuple[list[float], list[float], float]:
+    """Starts and lengths of events (s), in quarters of a second, and a duration, `long` if that is given, whose preview
+    shows none of them."""
     while True:
         lengths = [float(length) for length in rng.choice(_LENGTHS, size=count)]
         gaps = rng.integers(int(_GAPS[0] * 4), int(_GAPS[1] * 4) + 1, size=count - 1) / 4
         first = float(rng.integers(4, 25)) / 4
         starts = [first, *(first + np.cumsum(gaps)).tolist()]
         duration = float(np.ceil(starts[-1] + lengths[-1] + rng.integers(1, 9)))
+        if long is not None:
+            before = float(rng.integers(int(4 * (long - duration)))) / 4
+            starts, duration = [start + before for start in starts], long
         if not any(
             start - PREVIEW_MARGIN < instant < start + length + PREVIEW_MARGIN
             for instant in preview_instants(duration)

@@ -1,0 +1,103 @@
+"""Longer videos without a further training: the hop world's two minutes, alone, in ten minutes, and in an hour.
+
+    uv run python benchmarks/long_videos.py [--train runs/train] [--models models] [--videos 20] [--out runs/long]
+
+A trained policy of the profile `hops` is asked about held-out videos in which the same two minutes stand somewhere
+among backgrounds. Printed by length are right answers by kind of question, calls, and what a question costs. The small
+policy has tokens for the times of its world, up to 200 seconds: later ones it cannot write, as a window in time takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from timesearch.base.files import write_jsonl
+from timesearch.data.messages import exchanges
+from timesearch.data.rows import read_rows
+from timesearch.data.samples import Prediction
+from timesearch.pocket.dataset import samples_of
+from timesearch.pocket.filesystem import scene_of
+from timesearch.pocket.hops import HOP_WORLDS
+from timesearch.profiles import load_profile
+from timesearch.settings import Settings
+
+
+def settings_of(out: Path, world: str, models: Path, train: Path) -> Settings:
+    """The profile, with all that is made in `out`."""
+    settings = load_profile("hops")
+    root, paths = out / world, settings.paths
+    paths.test_samples, paths.train_samples = root / "test.jsonl", root / "train.jsonl"
+    paths.videos, paths.frames, paths.features = root / "videos", root / "frames", root / "features"
+    paths.models, paths.train, paths.results = models, train, root / "results"
+    settings.tracking.uri = f"sqlite:///{(out / 'mlflow.db').absolute()}"
+    return settings
+
+
+def play(settings: Settings, world: str, videos: range) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Right answers by kind of question, and calls, seconds of preparing and of playing."""
+    from timesearch.inference import infer
+    from timesearch.retrieval import features
+    from timesearch.video import download, frames
+
+    samples = [sample for number in videos for sample in samples_of(scene_of(world, "heldout", number))]
+    rows = [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples]
+    write_jsonl(settings.paths.test_samples, rows)
+    write_jsonl(settings.paths.train_samples, [])
+    begun = time.monotonic()
+    for stage in (download, frames, features):
+        result = stage.run(settings)
+        if result.failures:
+            raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+    prepared = time.monotonic()
+    result = infer.run(settings, ["grpo_csv"])
+    if result.failures:
+        raise SystemExit(result.failures[0].message)
+    played = time.monotonic()
+    right: dict[str, list[float]] = defaultdict(list)
+    calls: list[int] = []
+    for _, row in read_rows(settings.paths.results / "predictions" / "grpo_csv.jsonl"):
+        prediction = Prediction.model_validate(row)
+        kind = f"{prediction.meta['hops']}, {prediction.meta['family']}"
+        right[kind].append(float(prediction.predicted_answer == prediction.answer))
+        calls.append(len(list(exchanges(prediction.prediction))))
+    costs = {
+        "calls": float(np.mean(calls)),
+        "s to prepare a video": (prepared - begun) / len(videos),
+        "s a question": (played - prepared) / len(samples),
+    }
+    return right, costs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Play and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, default=Path("runs/train"), help="the trained policy")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="with the encoder of its training")
+    parser.add_argument("--videos", type=int, default=20)
+    parser.add_argument("--first", type=int, default=1000, help="first held-out video")
+    parser.add_argument("--out", type=Path, default=Path("runs/long"))
+    given = parser.parse_args(arguments)
+    measured = {}
+    for world in HOP_WORLDS:
+        settings = settings_of(given.out, world, given.models, given.train)
+        measured[world] = play(settings, world, range(given.first, given.first + given.videos))
+    kinds = sorted({kind for right, _ in measured.values() for kind in right})
+    table = Table(title=f"{given.videos} videos of each length, five questions a video; right answers in per cent")
+    for head in ("", *kinds, *next(iter(measured.values()))[1]):
+        table.add_column(head, justify="right")
+    for world, (right, costs) in measured.items():
+        shares = (f"{100 * np.mean(right[kind]):.0f}" for kind in kinds)
+        table.add_row(world, *shares, *(f"{cost:.1f}" for cost in costs.values()))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
