@@ -23,7 +23,7 @@ from timesearch.pocket.ceiling import knowable
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import CURRICULA
 from timesearch.pocket.filesystem import encode, parse_url
-from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, questions_of
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, HopWindows, questions_of
 from timesearch.pocket.hop_traces import (
     HOP_CLEAN,
     HOP_COLD_START,
@@ -38,6 +38,7 @@ from timesearch.pocket.lessons import Corpus
 from timesearch.pocket.policy import hop_parts, make_hop_tokenizer, tools_block
 from timesearch.pocket.pretrain import cached_corpus
 from timesearch.pocket.reading import Notes, Read, read_event, search_by_reading
+from timesearch.pocket.traces import trace_turn
 from timesearch.pocket.wordings import ARGUMENTS, NAMES, draw_wording
 from timesearch.pocket.world import COLOURS, preview_instants
 from timesearch.profiles import load_profile
@@ -393,25 +394,31 @@ def test_the_tokenizer_reads_tools_questions_and_items_by_their_words():
 
 
 def test_lookups_tell_what_their_frames_show(corpus: Corpus):
-    relations = {"points": ">", "colour": "=", "after": "+"}
     lessons = HopLookup(corpus, 10**6, 0)
     known: list[bool] = []
     for number in range(40):
         shown, *rest = lessons[number].messages
         notes = HopNotes(make_hop_scene("test", int(lessons[number].name.split("-")[2])))
         notes.see(shown["content"])
-        asking, answered, times, windows = (text_of(message) for message in (shown, *rest))
-        asked = [words.split(" ") for words in asking.partition("From ")[2].split(", ")]
-        told = answered.removeprefix("So ").split(" ")
-        assert len(asked) == len(told) == 12
-        for (shape, word), each in zip(asked, told, strict=True):
-            assert each == told_of(notes.values, shape, relations[word])
+        *hops, times, windows = (text_of(message) for message in (shown, *rest))
+        assert len(hops) == 24
+        for asking, told in zip(hops[::2], hops[1::2], strict=True):
+            shape, relation = asking.partition("From ")[2][:-1], asking[-1]
+            assert told == f"So {told_of(notes.values, shape, relation)}"
             event = notes.scene.event_of(shape)
-            assert not (word == "after" and event in notes.seen and notes.misleads(event))
-            known.append(not each.endswith("?"))
+            assert not (relation == "+" and event in notes.seen and notes.misleads(event))
+            known.append(not told.endswith("?"))
         pairs = [tuple(map(int, pair.split(", "))) for pair in windows.removesuffix(".").split(". ")]
         assert pairs == [window_after(float(time.rstrip("s"))) for time in times.split()]
     assert 0.5 < np.mean(known) < 0.9
+
+
+def test_exercises_of_windows_say_them_as_calls_do():
+    told = [str(message["content"]) for number in range(5) for message in HopWindows(10, 0)[number].messages]
+    for time, window in zip(told[::2], told[1::2], strict=True):
+        start, stop = window_after(float(time.removesuffix("s")))
+        call = {"query": "shape", "start_time": start, "end_time": stop}
+        assert f"{window}}}" in text_of(trace_turn("", call=call))
 
 
 @pytest.mark.parametrize("world", LONG)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _LATEST = 150
 """Seconds; no video of the world is longer by much."""
-_WORD_OF = {RELATION_OF["points"]: "points", COLOUR_OF: "colour", RELATION_OF["after"]: "after"}
 _ASKED = 12
 """Hops an exercise"""
 
@@ -155,15 +154,17 @@ class HopLookup(_HopLessons):
         notes = HopNotes(scene)
         notes.see(content)
         relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
-        asked = []
+        messages: list[Message] = []
         for _ in range(_ASKED):
             relation = str(rng.choice(relations, p=[0.4, 0.25, 0.35]))
             known = [
                 event.shape for event in notes.seen if relation != RELATION_OF["after"] or not notes.misleads(event)
             ]
             absent = [shape for shape in HOP_SHAPES if shape not in {event.shape for event in notes.seen}]
-            asked.append((str(rng.choice(known if known and rng.random() < 0.85 else absent)), relation))
-        messages = _exercise(content, asked, notes.values)
+            shape = str(rng.choice(known if known and rng.random() < 0.85 else absent))
+            asking: Block = {"type": "text", "text": f"From {shape}{relation}"}
+            messages.append({"role": "user", "content": [asking] if messages else [*content, asking]})
+            messages.append({"role": "assistant", "content": f"So {told_of(notes.values, shape, relation)}"})
         times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
         messages += [
             {"role": "user", "content": " ".join(map(format_seconds, times))},
@@ -172,13 +173,24 @@ class HopLookup(_HopLessons):
         return Example(f"{sample.id}, lookup {number}", messages)
 
 
-def _exercise(shown: Sequence[Block], asked: Sequence[tuple[str, str]], values: Mapping[str, str]) -> list[Message]:
-    """A question after what is shown, and what is told of each of the shapes and relations that are asked for."""
-    # A key in the question would be followed by the next one, and not by its value.
-    words = ", ".join(f"{shape} {_WORD_OF[relation]}" for shape, relation in asked)
-    asking: Block = {"type": "text", "text": f"From {words}"}
-    told = " ".join(told_of(values, shape, relation) for shape, relation in asked)
-    return [{"role": "user", "content": [*shown, asking]}, {"role": "assistant", "content": f"So {told}"}]
+@dataclass
+class HopWindows:
+    """Exercises without pictures: the window to search after a time, as a call has it, a dozen times."""
+
+    count: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Example:
+        rng = generator("hop windows", self.seed, number)
+        messages: list[Message] = []
+        for time in (int(each) / 2 for each in rng.integers(2 * _LATEST, size=_ASKED)):
+            start, stop = window_after(time)
+            messages.append({"role": "user", "content": format_seconds(time)})
+            messages.append({"role": "assistant", "content": f'"start_time": {start}, "end_time": {stop}'})
+        return Example(f"windows {number}", messages)
 
 
 def _frames_of(events: Collection[Event], search: Search, scene: HopScene, rng: np.random.Generator) -> list[int]:

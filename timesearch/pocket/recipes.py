@@ -14,10 +14,10 @@ questions that the frames do not answer, faulty episodes among good ones).
 (faulty episodes among good ones, and such as lack a tool).
 
 *pocket-hops*: *look-up* (what frames tell of each shape, again and again, beside some whole questions), *search*
-(episodes that follow every hop, the tools said in many ways), *skill* (faulty episodes and re-answers to what was
-searched), *order* (re-answers that also tell what one frame after another shows, from which the order in time is
-learned; told from the first, hops would be read off what was told, which is learned late), *settle* (the same as the
-rate falls).
+(episodes that follow every hop, the tools said in many ways), *skill* (faulty episodes, re-answers to what was
+searched, and windows in time), *order* (re-answers that also tell what one frame after another shows, from which the
+order in time is learned; told from the first, hops would be read off what was told, which is learned late), *settle*
+(the same as the rate falls).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading
+from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, HopWindows
 from timesearch.pocket.hop_traces import HOP_BASE, HOP_CLEAN, HOP_SKILLED
 from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent
 from timesearch.pocket.lessons import Batches, Corpus, Episodes, Lessons, Lookup, Mixture, Reading
@@ -143,7 +143,8 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     def plan(steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
         return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
 
-    lookup = HopLookup(corpus, _COUNT, seed)
+    settled = plan(160, decay=True)
+    lookup, windows = HopLookup(corpus, _COUNT, seed), HopWindows(_COUNT, seed)
     reading, told = (HopReading(corpus, _COUNT, 0.25, seed, described) for described in (False, True))
     clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
     skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
@@ -153,9 +154,17 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     return [
         Phase("look-up", Batches([(lookup, 0.4), (reading, 0.35), (clean, 0.25)], 24), plan(240)),
         Phase("search", Batches([(clean, 0.35), (short, 0.1), (reading, 0.3), (lookup, 0.25)], 24), plan(240)),
-        Phase("skill", Batches([(skilled, 0.4), (short, 0.2), (reading, 0.2), (lookup, 0.2)], 24), plan(240)),
-        Phase("order", Batches([(told, 0.35), (skilled, 0.3), (searched, 0.2), (lookup, 0.15)], 24), plan(240)),
-        Phase("settle", Batches([(skilled, 0.4), (searched, 0.3), (told, 0.3)], 24), plan(160, decay=True)),
+        Phase(
+            "skill",
+            Batches([(skilled, 0.4), (short, 0.15), (reading, 0.2), (lookup, 0.1), (windows, 0.15)], 24),
+            plan(240),
+        ),
+        Phase(
+            "order",
+            Batches([(told, 0.3), (skilled, 0.3), (searched, 0.2), (lookup, 0.1), (windows, 0.1)], 24),
+            plan(240),
+        ),
+        Phase("settle", Batches([(skilled, 0.4), (searched, 0.25), (told, 0.25), (windows, 0.1)], 24), settled),
         Phase("base", base, plan(40, 4e-4, decay=True)),
     ]
 
