@@ -197,7 +197,7 @@ RECIPES = {
     "pocket-senses": Recipe(
         world=SENSES,
         videos=300,
-        align_steps=600,
+        align_steps=300,
         tokenizer=make_senses_tokenizer,
         words=(_SENSES_KEYS, _SENSES_VALUES),
         pictures=_senses_pictures,
