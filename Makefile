@@ -70,8 +70,8 @@ format: .venv/.synced  ## Put the code in shape
 	$(RUN) ruff format .
 
 data: .venv/.synced  ## Put data/ and pretrained/, as they are now, under DVC
-	$(RUN) dvc add data pretrained/pocket pretrained/hops
-	$(RUN) dvc push data.dvc pretrained/pocket.dvc pretrained/hops.dvc
+	$(RUN) dvc add data pretrained/pocket pretrained/hops pretrained/senses
+	$(RUN) dvc push data.dvc pretrained/pocket.dvc pretrained/hops.dvc pretrained/senses.dvc
 	@echo "commit data.dvc, pretrained/*.dvc and dvcstore/"
 
 ui: .venv/.synced  ## The Prefect and MLflow pages of what the demo left

@@ -60,11 +60,11 @@ def make_project(folder: Path) -> Path:
     (project / "data").mkdir()
     for split in ("train", "test"):
         (project / "data" / f"{split}.jsonl").write_text('{"id": "1", "video": "a.mp4", "question": "?"}\n')
-    for name in ("pocket", "hops"):
+    for name in ("pocket", "hops", "senses"):
         (project / "pretrained" / name).mkdir(parents=True)
         (project / "pretrained" / name / "config.json").write_text("{}")
     run(project, "git", "init", "-q", "-b", "main")
-    run(project, "dvc", "add", "-q", "data", "pretrained/pocket", "pretrained/hops")
+    run(project, "dvc", "add", "-q", "data", *(f"pretrained/{name}" for name in ("pocket", "hops", "senses")))
     run(project, "dvc", "push", "-q")
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-q", "-m", "project")

@@ -23,7 +23,8 @@ from timesearch.settings import Settings
 
 _OURS = ("run.json", "source.json", "recipe.json")
 """Records of this project beside a checkpoint, with names and paths of its own."""
-_OWN_POLICIES, _OWN_LICENCE = (Path("pretrained/pocket"), Path("pretrained/hops")), "apache-2.0"
+_OWN_POLICIES = tuple(Path("pretrained") / name for name in ("pocket", "hops", "senses"))
+_OWN_LICENCE = "apache-2.0"
 
 
 def write_hub_folder(settings: Settings, policy: Path, out: Path, licence: str | None = None) -> list[Path]:
