@@ -89,7 +89,7 @@ def test_a_profile_becomes_params_yaml(tmp_path: Path) -> None:
     one_sentence(timesearch("profile", "nope", cwd=tmp_path), 2, "unknown profile 'nope'", "pocket")
     assert (tmp_path / "params.yaml").read_text() == before
     listed = timesearch("profile", cwd=tmp_path).stdout.split()
-    assert listed == ["hops", "paper-7b", "pocket", "single-gpu", "timesearch-r"]
+    assert listed == ["hops", "paper-7b", "pocket", "senses", "single-gpu", "timesearch-r"]
 
 
 @pytest.mark.parametrize(

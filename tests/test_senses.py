@@ -91,7 +91,8 @@ def test_traces_take_the_tool_that_the_question_needs_and_answer_from_what_it_sh
         "brief": [*first, "watch"],
     }
     seen = set()
-    for example in (SensesEpisodes(corpus, 60, 1, SENSES_CLEAN)[number] for number in range(60)):
+    lessons = SensesEpisodes(corpus, 60, 1, SENSES_CLEAN)
+    for example in (lessons[number] for number in range(60)):
         sample = by_id[example.name.partition(",")[0]]
         calls, answer = act(example)
         assert format_reward(example.messages) == 1.0
@@ -118,7 +119,8 @@ def test_a_wrong_tool_shows_nothing_and_then_the_right_one_or_a_guess(corpus: Co
     habits = SensesHabits(good=0.0, other=1.0, guess=0.0, give_up=0.5)
     by_id = {sample.id: sample for sample in corpus.samples}
     right = []
-    for example in (SensesEpisodes(corpus, 60, 3, habits)[number] for number in range(60)):
+    lessons = SensesEpisodes(corpus, 60, 3, habits)
+    for example in (lessons[number] for number in range(60)):
         sample = by_id[example.name.partition(",")[0]]
         calls, answer = act(example)
         special = [call for call in calls if call != "seek_video_frames"]
