@@ -162,6 +162,23 @@ def piece(out: Path, *name: str) -> Iterator[bool]:
     console.print(f"{'/'.join(name)}: {time.monotonic() - started:.0f} s")
 
 
+def carry_out(settings: Settings, *stages: Any) -> None:
+    """Run stages over a batch of items, all of which have to succeed."""
+    for stage in stages:
+        result = stage.run(settings)
+        if result.failures:
+            raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+
+
+def play(settings: Settings, method: str) -> None:
+    """Play the held-out episodes of a method, all of which have to succeed."""
+    from timesearch.inference import infer
+
+    result = infer.run(settings, [method])
+    if result.failures:
+        raise SystemExit(f"{method}: {result.failures[0].message}")
+
+
 def prepare(bench: Bench) -> None:
     """Encoder and base policy, and for each world the questions, videos and caches."""
     from timesearch.models import run
@@ -187,15 +204,11 @@ def prepare(bench: Bench) -> None:
             from timesearch.retrieval import features
             from timesearch.video import download, frames
 
-            for stage in (download, frames, features):
-                result = stage.run(settings)
-                if result.failures:
-                    raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+            carry_out(settings, download, frames, features)
 
 
 def chain(bench: Bench, world: str, seed: int) -> None:
     """Cold start, both trainings and all held-out episodes of one world and seed."""
-    from timesearch.inference import infer
     from timesearch.training import coldstart, launch
 
     here = (world, f"seed-{seed}")
@@ -211,9 +224,7 @@ def chain(bench: Bench, world: str, seed: int) -> None:
         with piece(bench.out, *here, f"episodes-{method}") as todo:
             if todo:
                 settings = bench.settings(world, seed, method if method in trained else "grpo_csv")
-                result = infer.run(settings, [played_as(method)])
-                if result.failures:
-                    raise SystemExit(f"{method}: {result.failures[0].message}")
+                play(settings, played_as(method))
 
 
 def played_as(method: str) -> str:
@@ -416,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = list(sys.argv[1:] if arguments is None else arguments)
     todo = [(world, str(seed)) for seed in bench.seeds for world in bench.worlds]
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(lambda pair: _in_process(bench, [*own, "--only", *pair], pair), todo))
+        list(pool.map(lambda pair: in_process(__file__, [*own, "--only", *pair], bench.out, *pair), todo))
     summary = {
         world: {method: summarise(values, columns(world)) for method, values in score(bench, world).items()}
         for world in bench.worlds
@@ -432,16 +443,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def _in_process(bench: Bench, arguments: list[str], pair: tuple[str, str]) -> None:
+def in_process(script: str, arguments: Sequence[str], out: Path, *name: str) -> None:
     """One chain in a process of its own, its output in a log."""
-    log = bench.out / f"{'-'.join(pair)}.log"
+    log = out / f"{'-'.join(name)}.log"
     with log.open("ab") as handle:
         code = subprocess.run(
-            [sys.executable, __file__, *arguments], stdout=handle, stderr=handle, check=False
+            [sys.executable, script, *arguments], stdout=handle, stderr=handle, check=False
         ).returncode
     if code:
-        raise SystemExit(f"{' seed '.join(pair)} ended with exit code {code}: see {log}; the same command goes on")
-    console.print(f"{' seed '.join(pair)}: done")
+        raise SystemExit(f"{' seed '.join(name)} ended with exit code {code}: see {log}; the same command goes on")
+    console.print(f"{' seed '.join(name)}: done")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from timesearch.base.files import write_jsonl
+from benchmarks.learning import carry_out, play
 from timesearch.data.messages import exchanges
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction
-from timesearch.pocket.dataset import samples_of
-from timesearch.pocket.filesystem import scene_of
+from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.hops import HOP_WORLDS
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
@@ -41,25 +40,17 @@ def settings_of(out: Path, world: str, models: Path, train: Path) -> Settings:
     return settings
 
 
-def play(settings: Settings, world: str, videos: range) -> tuple[dict[str, list[float]], dict[str, float]]:
+def measure(settings: Settings, world: str, videos: range) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Right answers by kind of question, and calls, seconds of preparing and of playing."""
-    from timesearch.inference import infer
     from timesearch.retrieval import features
     from timesearch.video import download, frames
 
-    samples = [sample for number in videos for sample in samples_of(scene_of(world, "heldout", number))]
-    rows = [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples]
-    write_jsonl(settings.paths.test_samples, rows)
-    write_jsonl(settings.paths.train_samples, [])
+    asked = write_samples(settings.paths.test_samples, world, "heldout", len(videos), videos.start)
+    write_samples(settings.paths.train_samples, world, "train", 0)
     begun = time.monotonic()
-    for stage in (download, frames, features):
-        result = stage.run(settings)
-        if result.failures:
-            raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+    carry_out(settings, download, frames, features)
     prepared = time.monotonic()
-    result = infer.run(settings, ["grpo_csv"])
-    if result.failures:
-        raise SystemExit(result.failures[0].message)
+    play(settings, "grpo_csv")
     played = time.monotonic()
     right: dict[str, list[float]] = defaultdict(list)
     calls: list[int] = []
@@ -71,7 +62,7 @@ def play(settings: Settings, world: str, videos: range) -> tuple[dict[str, list[
     costs = {
         "calls": float(np.mean(calls)),
         "s to prepare a video": (prepared - begun) / len(videos),
-        "s a question": (played - prepared) / len(samples),
+        "s a question": (played - prepared) / asked,
     }
     return right, costs
 
@@ -88,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = {}
     for world in HOP_WORLDS:
         settings = settings_of(given.out, world, given.models, given.train)
-        measured[world] = play(settings, world, range(given.first, given.first + given.videos))
+        measured[world] = measure(settings, world, range(given.first, given.first + given.videos))
     kinds = sorted({kind for right, _ in measured.values() for kind in right})
     table = Table(title=f"{given.videos} videos of each length, five questions a video; right answers in per cent")
     for head in ("", *kinds, *next(iter(measured.values()))[1]):

@@ -14,7 +14,6 @@ writes `table.md` and `metrics.json` there, and with `--docs FILE` the table bet
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,20 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning import piece, write_between
-from timesearch.base.files import write_json, write_jsonl
+from benchmarks.learning import carry_out, in_process, piece, play, write_between
+from timesearch.base.files import write_json
 from timesearch.data.messages import exchanges
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction
-from timesearch.pocket.dataset import samples_of
-from timesearch.pocket.filesystem import scene_of
+from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.senses import TOOL_OF, WORLD
 from timesearch.profiles import load_profile
 from timesearch.settings import Settings
 
-CHANCE = 1 / 6
 SEEK = "seek_video_frames"
-ALL = "all tools"
 
 
 @dataclass(frozen=True)
@@ -83,21 +79,13 @@ def prepare(bench: Bench) -> None:
     with piece(bench.out, "caches") as todo:
         if not todo:
             return
-        for split, videos, path in (
-            ("train", range(bench.train_videos), settings.paths.train_samples),
-            ("heldout", range(bench.first, bench.first + bench.heldout), settings.paths.test_samples),
-        ):
-            samples = [sample for number in videos for sample in samples_of(scene_of(WORLD, split, number))]
-            write_jsonl(path, [sample.model_dump(mode="json", exclude_defaults=True) for sample in samples])
-        for stage in (download, subtitles, frames, features):
-            result = stage.run(settings)
-            if result.failures:
-                raise SystemExit(f"{stage.__name__}: {result.failures[0].message}")
+        write_samples(settings.paths.train_samples, WORLD, "train", bench.train_videos)
+        write_samples(settings.paths.test_samples, WORLD, "heldout", bench.heldout, bench.first)
+        carry_out(settings, download, subtitles, frames, features)
 
 
 def chain(bench: Bench, seed: int) -> None:
     """Cold start, training and all held-out episodes of one seed."""
-    from timesearch.inference import infer
     from timesearch.training import coldstart, launch
 
     here = f"seed-{seed}"
@@ -110,9 +98,7 @@ def chain(bench: Bench, seed: int) -> None:
     for method, without in plays():
         with piece(bench.out, here, f"episodes-{method}-{without or 'all'}") as todo:
             if todo:
-                result = infer.run(bench.settings(seed, without), [method])
-                if result.failures:
-                    raise SystemExit(f"{method}: {result.failures[0].message}")
+                play(bench.settings(seed, without), method)
 
 
 def plays() -> list[tuple[str, str | None]]:
@@ -179,15 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare(bench)
     own = list(sys.argv[1:] if arguments is None else arguments)
 
-    def in_process(seed: int) -> None:
-        log = bench.out / f"seed-{seed}.log"
-        with log.open("ab") as handle:
-            command = [sys.executable, __file__, *own, "--only", str(seed)]
-            if subprocess.run(command, stdout=handle, stderr=handle, check=False).returncode:
-                raise SystemExit(f"seed {seed} failed: see {log}; the same command goes on")
-
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(in_process, bench.seeds))
+        seeds = map(str, bench.seeds)
+        list(pool.map(lambda seed: in_process(__file__, [*own, "--only", seed], bench.out, "senses", seed), seeds))
     labels = {"coldstart": "cold start", "grpo_csv": "GRPO-CSV"}
     measured: dict[str, Any] = {
         f"{labels[method]}, without {without}" if without else labels[method]: [

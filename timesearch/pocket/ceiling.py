@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from timesearch.base.errors import RequestError
 from timesearch.pocket.filesystem import parse_url
-from timesearch.pocket.hops import HOP_WORLDS, HopScene, Question
+from timesearch.pocket.hops import HopScene, Question, is_from_hops
 
 
 def knowable(source: str | None, question: str, seconds: Collection[float]) -> float | None:
@@ -21,7 +21,7 @@ def knowable(source: str | None, question: str, seconds: Collection[float]) -> f
     Returns:
         `timesearch.pocket.hops.Question.best_guess`; None of what is no question of the hop world.
     """
-    if not (source or "").startswith(tuple(f"pocket://{world}/" for world in HOP_WORLDS)):
+    if not is_from_hops(source):
         return None
     asked = _questions(str(source)).get(question)
     return asked.best_guess(seconds) if asked else None

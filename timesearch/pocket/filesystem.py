@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -18,7 +17,7 @@ from fsspec.spec import AbstractFileSystem
 
 from timesearch.base.errors import RequestError
 from timesearch.pocket import hops, senses
-from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, make_scene
+from timesearch.pocket.world import FPS, SIZE, SPLITS, WORLDS, Scene, encode_pictures, make_scene
 
 _PATH = re.compile(r"(?P<world>[a-z0-9-]+)/(?P<split>[a-z]+)/(?P<seed>\d{1,9})\.mp4")
 _WORLDS = (*WORLDS, *hops.HOP_WORLDS, senses.WORLD)
@@ -112,11 +111,5 @@ def encode(scene: Scene) -> bytes:
             *("-threads", "1", "-fflags", "+bitexact", "-flags", "+bitexact", "-map_metadata", "-1"),
             *("-movflags", "+faststart", str(target)),
         ]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as ffmpeg:
-            assert ffmpeg.stdin is not None
-            for index in range(int(scene.duration * FPS)):
-                ffmpeg.stdin.write(scene.frame(index / FPS).tobytes())
-            _, said = ffmpeg.communicate()
-        if ffmpeg.returncode:
-            raise subprocess.CalledProcessError(ffmpeg.returncode, command, stderr=said)
+        encode_pictures(command, (scene.frame(index / FPS) for index in range(int(scene.duration * FPS))))
         return target.read_bytes()

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from timesearch.base.errors import RequestError
 from timesearch.data.messages import Block, Message, format_seconds
 from timesearch.data.samples import Sample
@@ -23,13 +21,15 @@ from timesearch.pocket.hop_traces import (
     write_hop_reanswer,
     write_hop_trace,
 )
-from timesearch.pocket.hops import HOP_SHAPES, HOP_WORLDS, HopScene, Question, window_after
-from timesearch.pocket.lessons import Corpus
+from timesearch.pocket.hops import HOP_SHAPES, HopScene, Question, is_from_hops, window_after
+from timesearch.pocket.lessons import Corpus, dialogue
 from timesearch.pocket.wordings import Wording, draw_wording
 from timesearch.pocket.world import Event, generator
 from timesearch.training.supervised import Example
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from timesearch.search.search import Search
 
 _LATEST = 150
@@ -154,23 +154,19 @@ class HopLookup(_HopLessons):
         notes = HopNotes(scene)
         notes.see(content)
         relations = (RELATION_OF["points"], COLOUR_OF, RELATION_OF["after"])
-        messages: list[Message] = []
+        absent = [shape for shape in HOP_SHAPES if shape not in {event.shape for event in notes.seen}]
+        said = []
         for _ in range(_ASKED):
             relation = str(rng.choice(relations, p=[0.4, 0.25, 0.35]))
             known = [
                 event.shape for event in notes.seen if relation != RELATION_OF["after"] or not notes.misleads(event)
             ]
-            absent = [shape for shape in HOP_SHAPES if shape not in {event.shape for event in notes.seen}]
             shape = str(rng.choice(known if known and rng.random() < 0.85 else absent))
-            asking: Block = {"type": "text", "text": f"From {shape}{relation}"}
-            messages.append({"role": "user", "content": [asking] if messages else [*content, asking]})
-            messages.append({"role": "assistant", "content": f"So {told_of(notes.values, shape, relation)}"})
+            said.append((f"From {shape}{relation}", f"So {told_of(notes.values, shape, relation)}"))
         times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
-        messages += [
-            {"role": "user", "content": " ".join(map(format_seconds, times))},
-            {"role": "assistant", "content": " ".join("{}, {}.".format(*window_after(time)) for time in times)},
-        ]
-        return Example(f"{sample.id}, lookup {number}", messages)
+        windows = " ".join("{}, {}.".format(*window_after(time)) for time in times)
+        said.append((" ".join(map(format_seconds, times)), windows))
+        return Example(f"{sample.id}, lookup {number}", dialogue(content, said))
 
 
 @dataclass
@@ -228,4 +224,4 @@ def _by_text(source: str) -> dict[str, Question]:
 
 def is_of_hops(sample: Sample) -> bool:
     """Whether a sample's video is one of the hop world."""
-    return (sample.source or "").startswith(tuple(f"pocket://{world}/" for world in HOP_WORLDS))
+    return is_from_hops(sample.source)

@@ -212,6 +212,11 @@ TEXTS: dict[tuple[Link, ...], str] = {
 """Questions by their links; those that few shapes allow come first."""
 
 
+def is_from_hops(source: str | None) -> bool:
+    """Whether a video's URL is one of the hop worlds."""
+    return (source or "").startswith(tuple(f"pocket://{world}/" for world in HOP_WORLDS))
+
+
 def window_after(seconds: float) -> tuple[int, int]:
     """Whole seconds between which the event after the one that a frame at a time shows is seen, and no other."""
     return int(seconds + AHEAD), int(seconds + WINDOW)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from timesearch.base.errors import RequestError
+from timesearch.base.files import inside
 from timesearch.data.messages import Block, Message
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
@@ -70,14 +71,13 @@ class Corpus:
         return {}
 
     def _search(self, settings: SearchSettings) -> Search:
-        videos = self.videos
         return Search(
             settings,
             self.encoder,
             self.frames,
             self.features,
             subtitles=self.subtitles,
-            source_of=lambda name: videos / name if videos is not None else None,
+            source_of=partial(inside, self.videos) if self.videos is not None else lambda name: None,
         )
 
     @cached_property
@@ -218,6 +218,16 @@ class Episodes:
             function = {key: value for key, value in tools[0]["function"].items() if key != "return"}
             tools = [{**tools[0], "function": function}]
         return Example(f"{asked.sample.id}, episode {number}", [self._corpus.system, *trace], tools)
+
+
+def dialogue(shown: Sequence[Block], said: Sequence[tuple[str, str]]) -> list[Message]:
+    """Questions with their answers, the first after what is shown."""
+    messages: list[Message] = []
+    for asking, answering in said:
+        asked: Block = {"type": "text", "text": asking}
+        messages.append({"role": "user", "content": [asked] if messages else [*shown, asked]})
+        messages.append({"role": "assistant", "content": answering})
+    return messages
 
 
 class Lessons(Protocol):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from timesearch.pocket.hop_lessons import HopEpisodes, HopLookup, HopReading, HopWindows
@@ -31,7 +32,7 @@ from timesearch.pocket.hop_traces import HOP_BASE, HOP_CLEAN, HOP_SKILLED
 from timesearch.pocket.hops import HOP_SHAPES, WORLD, HopEvent
 from timesearch.pocket.lessons import Batches, Corpus, Episodes, Lessons, Lookup, Mixture, Reading
 from timesearch.pocket.policy import Parts, hop_parts, make_hop_tokenizer, make_senses_tokenizer, make_tokenizer
-from timesearch.pocket.senses import MARKS, Marked, SensesScene
+from timesearch.pocket.senses import MARKS, SensesScene
 from timesearch.pocket.senses import WORLD as SENSES
 from timesearch.pocket.senses_lessons import SensesEpisodes, SensesLookup, readings_of
 from timesearch.pocket.senses_traces import SENSES_BASE, SENSES_CLEAN, SENSES_SKILLED
@@ -115,14 +116,8 @@ _SENSES_VALUES = (*COLOURS, *MARKS)
 def _senses_pictures(scene: Scene, search: Search, rng: np.random.Generator) -> list[Read]:
     assert isinstance(scene, SensesScene)
     return [
-        (
-            picture,
-            (
-                _SENSES_KEYS.index(f"Ġ{key}"),
-                _SENSES_VALUES.index(event.mark if key == "plate=" and isinstance(event, Marked) else event.colour),
-            ),
-        )
-        for picture, event, key in readings_of(scene, search, rng)
+        (picture, (_SENSES_KEYS.index(f"Ġ{key}"), _SENSES_VALUES.index(value)))
+        for picture, key, value in readings_of(scene, search, rng)
     ]
 
 
@@ -139,10 +134,13 @@ def _pocket_phases(corpus: Corpus, seed: int) -> list[Phase]:
     ]
 
 
-def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
-    def plan(steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
-        return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
+def _plan(seed: int, steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
+    """Batches of one kind each, as `Batches` makes them."""
+    return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
 
+
+def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
+    plan = partial(_plan, seed)
     settled = plan(160, decay=True)
     lookup, windows = HopLookup(corpus, _COUNT, seed), HopWindows(_COUNT, seed)
     reading, told = (HopReading(corpus, _COUNT, 0.25, seed, described) for described in (False, True))
@@ -170,9 +168,7 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
 
 
 def _senses_phases(corpus: Corpus, seed: int) -> list[Phase]:
-    def plan(steps: int, rate: float = 1.5e-3, decay: bool = False) -> Plan:
-        return Plan(steps, 24, rate, warmup=20, decay=decay, seed=seed, save_steps=50, in_order=True)
-
+    plan = partial(_plan, seed)
     lookup = SensesLookup(corpus, _COUNT, seed)
     clean = SensesEpisodes(corpus, _COUNT, seed, SENSES_CLEAN, reanswer_share=0.3)
     skilled = SensesEpisodes(corpus, _COUNT, seed + 1, SENSES_SKILLED, reanswer_share=0.3, withheld=0.1)

@@ -16,7 +16,6 @@ that the tools return and by nothing else (tests/test_senses.py).
 from __future__ import annotations
 
 import math
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from timesearch.pocket.world import (
     Event,
     Scene,
     draw_backgrounds,
+    encode_pictures,
     preview_instants,
     read_colour,
     scene_generator,
@@ -233,8 +233,7 @@ def encode(scene: SensesScene) -> bytes:
             *("-threads", "1", "-fflags", "+bitexact", "-flags", "+bitexact", "-map_metadata", "-1"),
             *("-movflags", "+faststart", str(target)),
         ]
-        frames = b"".join(scene.frame(index / RATE).tobytes() for index in range(int(scene.duration * RATE)))
-        subprocess.run(command, input=frames, check=True, capture_output=True)
+        encode_pictures(command, (scene.frame(index / RATE) for index in range(int(scene.duration * RATE))))
         return target.read_bytes()
 
 

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import RequestError
-from timesearch.data.messages import Block, Message, format_seconds
+from timesearch.data.messages import Block, format_seconds
 from timesearch.data.samples import Sample
 from timesearch.pocket.filesystem import parse_url
-from timesearch.pocket.lessons import Corpus
+from timesearch.pocket.hop_traces import told_of
+from timesearch.pocket.lessons import Corpus, dialogue
 from timesearch.pocket.senses import FLASH, PLATE_BOX, TOOL_OF, WORLD, Marked, SensesScene
 from timesearch.pocket.senses_traces import (
     STRETCH,
@@ -19,11 +20,13 @@ from timesearch.pocket.senses_traces import (
     write_senses_reanswer,
     write_senses_trace,
 )
-from timesearch.pocket.world import SHAPES, Event, generator
+from timesearch.pocket.world import SHAPES, generator
 from timesearch.training.supervised import Example
+from timesearch.video.glimpses import WHOLE
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from timesearch.search.search import Search
 
@@ -91,19 +94,14 @@ class SensesLookup(_SensesLessons):
         elif extra < 0.8:
             content += _flash(scene, search, rng)
             values["flash="] = scene.flash.colour
-        messages: list[Message] = []
+        said = []
         for _ in range(10):
             key = f"{rng.choice(SHAPES)}=" if rng.random() < 0.2 else str(rng.choice(list(values)))
-            asked: Block = {"type": "text", "text": f"From {key}"}
-            told = key + values[key] if key in values else f"{key[:-1]}?"
-            messages.append({"role": "user", "content": [asked] if messages else [*content, asked]})
-            messages.append({"role": "assistant", "content": f"So {told}"})
+            said.append((f"From {key}", f"So {told_of(values, key[:-1], key[-1])}"))
         times = [int(each) / 2 for each in rng.integers(200, size=4)]
-        messages += [
-            {"role": "user", "content": " ".join(map(format_seconds, times))},
-            {"role": "assistant", "content": " ".join(f"{int(time)}, {int(time) + STRETCH}." for time in times)},
-        ]
-        return Example(f"{sample.id}, lookup {number}", messages)
+        windows = " ".join(f"{int(time)}, {int(time) + STRETCH}." for time in times)
+        said.append((" ".join(map(format_seconds, times)), windows))
+        return Example(f"{sample.id}, lookup {number}", dialogue(content, said))
 
     def _frames(
         self, events: list[Marked], search: Search, rng: np.random.Generator
@@ -129,22 +127,23 @@ def _flash(scene: SensesScene, search: Search, rng: np.random.Generator) -> list
     return search.call("watch", stretch)[:-1]
 
 
-def readings_of(scene: SensesScene, search: Search, rng: np.random.Generator) -> list[tuple[Any, Event, str]]:
+def readings_of(scene: SensesScene, search: Search, rng: np.random.Generator) -> list[tuple[Image, str, str]]:
     """A picture of each kind from each event of an opened video: of the cache, and of the source where one looks closer
     or watches.
 
     Returns:
-        Pictures with the event that they show and the key whose value they tell.
+        Pictures with the key and the value that they tell.
     """
-    found: list[tuple[Any, Event, str]] = []
+    found: list[tuple[Image, str, str]] = []
     frames = search.video.frames
     for event in scene.events:
         index = int(rng.choice(frames.window(event.start, event.end - 0.5)))
-        found.append((frames[index], event, f"{event.shape}="))
+        found.append((frames[index], f"{event.shape}=", event.colour))
     marked = scene.events[int(rng.integers(len(scene.events)))]
-    found += [(block["image"], marked, "plate=") for block in _plate(marked, search, rng) if block["type"] == "image"]
-    flash = search.call("look_closer", {"time": scene.flash.start + FLASH / 2, "box": [0.0, 0.0, 1.0, 1.0]})
-    found += [(block["image"], scene.flash, "flash=") for block in flash if block["type"] == "image"]
+    plate = _plate(marked, search, rng)
+    flash = search.call("look_closer", {"time": scene.flash.start + FLASH / 2, "box": list(WHOLE)})
+    for blocks, key, value in ((plate, "plate=", marked.mark), (flash, "flash=", scene.flash.colour)):
+        found += [(block["image"], key, value) for block in blocks if block["type"] == "image"]
     return found
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from timesearch.data.messages import Block, Message, format_seconds, times_of
-from timesearch.dialects.qwen import write_turn
 from timesearch.pocket.senses import MARKS, PLATE_BOX, TEXTS, TOOL_OF, Sense, SensesScene
+from timesearch.pocket.traces import trace_turn
 from timesearch.pocket.world import COLOURS, SHAPES, Event
 from timesearch.training.supervised import UNKNOWN
 
@@ -101,13 +101,8 @@ class SensesQuestion:
 
 def seen_in(scene: SensesScene, blocks: Sequence[Block]) -> str:
     """What cached frames show, as a thought tells it: ``I see star@61.5s.``"""
-    told = []
-    seen: set[Event] = set()
-    for seconds in times_of([block for block in blocks if "box" not in block]):
-        event = scene.visible(seconds)
-        new = event is not None and event not in seen
-        told.append("nothing" if event is None else f"{event.shape}@{format_seconds(seconds)}" if new else event.shape)
-        seen |= {event} if event else set()
+    shown = ((time, scene.visible(time)) for time in times_of([block for block in blocks if "box" not in block]))
+    told = (f"{event.shape}@{format_seconds(time)}" if event else "nothing" for time, event in shown)
     return f"I see {', '.join(told)}."
 
 
@@ -131,7 +126,7 @@ def write_senses_trace(
     messages: list[Message] = [{"role": "user", "content": search.preview()}]
     kind = str(rng.choice(["good", "other", "guess"], p=[habits.good, habits.other, habits.guess]))
     needed = TOOL_OF[question.sense]
-    guess = _turn("I can guess.", answer=_guess(question.sense, rng))
+    guess = trace_turn("I can guess.", answer=_guess(question.sense, rng))
     if kind == "guess" or needed not in search.tools:
         return [*messages, guess]
     useless = [tool for tool in TOOL_OF.values() if tool != needed and tool in search.tools]
@@ -144,10 +139,10 @@ def write_senses_trace(
     seen: float | None = None
     while not search.spent:
         tool, stray = (stray, None) if stray and wanted == needed else (wanted, stray)
-        call = _call(tool, shape, seen, search.video.frames.end, rng)
-        messages.append(_turn(thought, call=call))
-        blocks = search.call(call["name"], call["arguments"])
-        messages.append({"role": "tool", "name": call["name"], "content": blocks})
+        call = _arguments(tool, shape, seen, search.video.frames.end, rng)
+        messages.append(trace_turn(thought, call=call, tool=tool))
+        blocks = search.call(tool, call)
+        messages.append({"role": "tool", "name": tool, "content": blocks})
         found += blocks
         if tool != wanted:
             if rng.random() < habits.give_up:
@@ -155,7 +150,7 @@ def write_senses_trace(
             thought = f"It shows nothing. {_again(thought)}"
         elif question.answered_by(found):
             told = seen_in(question.scene, blocks) if question.sense == "said" else "I see it."
-            return [*messages, _turn(f"{told} So {question.told}", answer=question.answer)]
+            return [*messages, trace_turn(f"{told} So {question.told}", answer=question.answer)]
         elif tool == "search_subtitles":
             thought, wanted = f"It says {shape}. So {shape}?", "seek_video_frames"
         elif tool == "seek_video_frames":
@@ -174,8 +169,8 @@ def _again(thought: str) -> str:
     return f"So {thought.rpartition('So ')[2]}"
 
 
-def _call(tool: str, shape: str, seen: float | None, end: float, rng: np.random.Generator) -> dict[str, Any]:
-    """A call of a tool as far as is known: a wrong tool is used at some time if none was seen."""
+def _arguments(tool: str, shape: str, seen: float | None, end: float, rng: np.random.Generator) -> dict[str, Any]:
+    """What a tool is called with as far as is known: a wrong one is used at some time if none was seen."""
     time = float(rng.integers(int(end) - STRETCH)) if seen is None else seen
     arguments: dict[str, dict[str, Any]] = {
         "search_subtitles": {"query": SPOKEN},
@@ -183,7 +178,7 @@ def _call(tool: str, shape: str, seen: float | None, end: float, rng: np.random.
         "look_closer": {"time": format_seconds(time), "box": PLATE_BOX},
         "watch": {"start_time": int(time), "end_time": int(time) + STRETCH},
     }
-    return {"name": tool, "arguments": arguments[tool]}
+    return arguments[tool]
 
 
 def write_senses_reanswer(
@@ -214,12 +209,8 @@ def write_senses_reanswer(
         return None
     answer = question.answer if known else UNKNOWN
     thought = f"So {question.told}" if known else "So what?"
-    return [{"role": "user", "content": content}, _turn(thought, answer=answer)]
+    return [{"role": "user", "content": content}, trace_turn(thought, answer=answer)]
 
 
 def _guess(sense: Sense, rng: np.random.Generator) -> str:
     return str(rng.choice(MARKS if sense == "small" else list(COLOURS)))
-
-
-def _turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
-    return {"role": "assistant", "content": write_turn(thought, call, answer=answer)}

@@ -195,12 +195,13 @@ def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
     return any(scene.visible(seconds) == target for seconds in times_of(blocks))
 
 
-def trace_turn(thought: str, answer: str | None = None, call: dict[str, Any] | None = None) -> Message:
-    """An assistant turn that answers, or calls the search with these arguments."""
+def trace_turn(
+    thought: str, answer: str | None = None, call: dict[str, Any] | None = None, tool: str = "seek_video_frames"
+) -> Message:
+    """An assistant turn that answers, or calls a tool with these arguments."""
     if call is None:
         return {"role": "assistant", "content": write_turn(thought, answer=answer)}
-    text = write_turn(thought, {"name": "seek_video_frames", "arguments": call})
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": write_turn(thought, {"name": tool, "arguments": call})}
 
 
 def _window_without(target: Event, end: float, rng: np.random.Generator) -> dict[str, int]:

@@ -12,7 +12,9 @@ where it is often right, guessing pays, which is what completeness self-verifica
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -205,6 +207,22 @@ def draw_backgrounds(duration: float, rng: np.random.Generator) -> list[Backgrou
         )
         change += float(rng.integers(8, 21))
     return backgrounds
+
+
+def encode_pictures(command: Sequence[str], pictures: Iterable[Image.Image]) -> None:
+    """Run an encoder that reads raw pictures from its standard input, one after another as they are drawn.
+
+    Raises:
+        CalledProcessError: it failed; with what it said.
+    """
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as encoder:
+        assert encoder.stdin is not None
+        with suppress(BrokenPipeError):  # it gave up, and says why
+            for picture in pictures:
+                encoder.stdin.write(picture.tobytes())
+        _, said = encoder.communicate()
+    if encoder.returncode:
+        raise subprocess.CalledProcessError(encoder.returncode, command, stderr=said)
 
 
 def preview_instants(duration: float) -> list[float]:

@@ -145,6 +145,7 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     """The dataset that the settings ask for, and the traces that were turned away."""
     paths, options = settings.paths, settings.coldstart
     count = options.steps * options.batch_size
+    make_search = search_maker(settings, encoder)
     if options.traces == "pocket":
         from timesearch.pocket.hop_lessons import HopEpisodes, is_of_hops
         from timesearch.pocket.hop_traces import HOP_COLD_START
@@ -170,7 +171,7 @@ def _examples(settings: Settings, samples: Sequence[Sample], encoder: Encoder) -
     if not traces:
         first = f" The first: {rejected[0].message}" if rejected else ""
         raise RequestError(f"{file} has no well-formed and right trace ({len(rejected)} left out).{first}")
-    search = search_maker(settings, encoder)()
+    search = make_search()
     traces = list(_carried_out(traces, search, rejected))
     if not traces:
         raise RequestError(f"no trace of {file} can be carried out. The first: {rejected[-1].message}")

@@ -17,7 +17,7 @@ from timesearch.base.progress import Bar, console
 from timesearch.data.messages import final_answer
 from timesearch.data.rows import read_rows
 from timesearch.data.samples import Prediction
-from timesearch.rewards import REWARDS
+from timesearch.rewards import REWARDS, calls
 from timesearch.search.environment import PREVIEW_FRAMES
 from timesearch.search.episode import without_pixels
 
@@ -185,7 +185,7 @@ def to_prediction(episode: Episode) -> Prediction:
         reanswer=episode.reanswer,
         rewards=episode.scores,
         turns=sum(message["role"] == "assistant" for message in episode.messages),
-        tool_calls=sum(message["role"] == "tool" for message in episode.messages),
+        tool_calls=calls(episode.messages),
     )
 
 
