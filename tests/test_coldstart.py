@@ -39,7 +39,7 @@ from timesearch.video.frames import run as make_frames
 def project(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Two videos through the real stages, a hardly trained encoder and an untrained policy."""
     root = tmp_path_factory.mktemp("project")
-    names = ("videos", "frames", "features", "models", "coldstart", "train", "results")
+    names = ("videos", "frames", "features", "subtitles", "models", "coldstart", "train", "results")
     paths = Paths(
         **{name: root / name for name in names},
         train_samples=root / "train.jsonl",
@@ -403,6 +403,7 @@ def test_without_a_teacher_the_base_policy_plays_and_its_episodes_are_kept_by_or
         ("coldstart", {"traces": "teacher"}, "coldstart.teacher_url .* 'policy'"),
         ("search", {"protocol": "text"}, "search.protocol is 'text'"),
         ("search", {"patch": 28}, "set search.patch to 32"),
+        ("search", {"tools": ["seek_video_frames", "search_subtitles"]}, "subtitles is missing"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(project: Settings, section: str, values: dict[str, Any], says: str):
