@@ -3,8 +3,10 @@
     uv run python benchmarks/long_videos.py [--train runs/train] [--models models] [--videos 20] [--out runs/long]
 
 A trained policy of the profile `hops` is asked about held-out videos in which the same two minutes stand somewhere
-among backgrounds. Printed by length are right answers by kind of question, calls, and what a question costs. The small
-policy has tokens for the times of its world, up to 200 seconds: later ones it cannot write, as a window in time takes.
+among backgrounds, and so is the search that goes by the pixels of what it finds (`timesearch.pocket.reading`), which
+tells what the tools can do at that length. Printed by length are right answers by kind of question, calls, and what a
+question costs. The small policy has tokens for the times of its world, up to 200 seconds: later ones it cannot write,
+as a window in time takes.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ from rich.table import Table
 
 from benchmarks.learning import carry_out, play
 from timesearch.data.messages import exchanges
-from timesearch.data.rows import read_rows
+from timesearch.data.rows import read_rows, read_samples
 from timesearch.data.samples import Prediction
+from timesearch.inference.playing import search_maker
 from timesearch.pocket.dataset import write_samples
+from timesearch.pocket.hop_lessons import questions_of
 from timesearch.pocket.hops import HOP_WORLDS
+from timesearch.pocket.reading import search_by_reading
 from timesearch.profiles import load_profile
+from timesearch.retrieval.features import default_encoder
 from timesearch.settings import Settings
 
 
@@ -40,8 +46,12 @@ def settings_of(out: Path, world: str, models: Path, train: Path) -> Settings:
     return settings
 
 
-def measure(settings: Settings, world: str, videos: range) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Right answers by kind of question, and calls, seconds of preparing and of playing."""
+Measured = tuple[dict[str, list[float]], dict[str, float]]
+"""Right answers by kind of question, and what else is told."""
+
+
+def measure(settings: Settings, world: str, videos: range) -> tuple[Measured, Measured]:
+    """Of the trained policy, with calls and seconds of preparing and of playing; and of the scripted search."""
     from timesearch.retrieval import features
     from timesearch.video import download, frames
 
@@ -64,7 +74,20 @@ def measure(settings: Settings, world: str, videos: range) -> tuple[dict[str, li
         "s to prepare a video": (prepared - begun) / len(videos),
         "s a question": (played - prepared) / asked,
     }
-    return right, costs
+    return (right, costs), read(settings)
+
+
+def read(settings: Settings) -> Measured:
+    """The same questions, answered by a search that reads pixels."""
+    search = search_maker(settings, default_encoder(settings))()
+    right: dict[str, list[float]] = defaultdict(list)
+    calls: list[int] = []
+    for sample, question in questions_of(read_samples(settings.paths.test_samples)):
+        row = {"video": sample.video, "question": sample.question}
+        answer = search_by_reading(search, row, question.events[0].shape, question.links)
+        right[f"{question.hops}, {question.family}"].append(float(answer == sample.answer))
+        calls.append(search.calls)
+    return right, {"calls": float(np.mean(calls))}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,17 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=1000, help="first held-out video")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     given = parser.parse_args(arguments)
-    measured = {}
+    measured: dict[str, Measured] = {}
     for world in HOP_WORLDS:
         settings = settings_of(given.out, world, given.models, given.train)
-        measured[world] = measure(settings, world, range(given.first, given.first + given.videos))
+        videos = range(given.first, given.first + given.videos)
+        measured[world], measured[f"{world}, scripted"] = measure(settings, world, videos)
     kinds = sorted({kind for right, _ in measured.values() for kind in right})
     table = Table(title=f"{given.videos} videos of each length, five questions a video; right answers in per cent")
-    for head in ("", *kinds, *next(iter(measured.values()))[1]):
+    costs = list(next(iter(measured.values()))[1])
+    for head in ("", *kinds, *costs):
         table.add_column(head, justify="right")
-    for world, (right, costs) in measured.items():
+    for world, (right, told) in measured.items():
         shares = (f"{100 * np.mean(right[kind]):.0f}" for kind in kinds)
-        table.add_row(world, *shares, *(f"{cost:.1f}" for cost in costs.values()))
+        table.add_row(world, *shares, *(f"{told[cost]:.1f}" if cost in told else "–" for cost in costs))
     Console(width=140).print(table)
 
 

@@ -26,6 +26,7 @@ from timesearch.base.errors import RequestError
 from timesearch.base.extras import python_with_vllm
 from timesearch.base.machine import inspect_machine
 from timesearch.data.messages import blocks_of
+from timesearch.search import protocol
 from timesearch.training.launch import load_trainer
 
 if TYPE_CHECKING:
@@ -640,8 +641,10 @@ def test_a_step_with_what_a_policy_may_write_finishes(play: Callable[..., Any]) 
     assert math.isfinite(row["reward"])
     for written in ("[" * 100_000, '{"a":' * 5_000, '"' + "9" * 5_000):
         with pytest.raises((ValueError, TypeError)):  # for which TRL takes the turn as plain text
-            rollouts._parsed_response(lambda text: {"tool_calls": json.loads(text)}, written)
-    parsed = rollouts._parsed_response(lambda: {"content": "\ud83d", "tool_calls": [{"function": {"name": "\ud83d"}}]})
+            rollouts._parsed_response(lambda text: {"tool_calls": json.loads(text)}, 8, written)
+    parsed = rollouts._parsed_response(
+        lambda: {"content": "\ud83d", "tool_calls": [{"function": {"name": "\ud83d"}}]}, 8
+    )
     json.dumps(parsed, ensure_ascii=False).encode()
 
 
@@ -650,6 +653,21 @@ def test_a_wrong_call_is_answered_as_in_inference(play: Callable[..., Any]) -> N
     trainer = play([[odd], [ANSWER]], steps=1)
     replies = [m["content"] for m in trainer.episodes[0].messages if m["role"] == "tool"]
     assert "Wrong call" in replies[0][0]["text"]
+
+
+@pytest.mark.parametrize("bound", [1, 8])
+def test_a_turn_has_as_many_calls_as_its_protocol_allows(
+    bound: int, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(steps=1)
+    own = project / "prompts"
+    shutil.copytree(Path(protocol.__file__).parent / "prompt_sets/pocket", own)
+    (own / "protocol.yaml").write_text(f"calls_per_turn: {bound}\n")
+    settings.search.prompts = str(own)
+    made = script(monkeypatch, [[CALL + CALL], [ANSWER]])
+    train_stage.run(settings)
+    roles = [message["role"] for message in made[0].episodes[0].messages]
+    assert roles.count("tool") == min(bound, 2)
 
 
 def test_tool_messages_become_the_tokens_that_trl_makes_of_them(learned: tuple[Any, dict[str, Any]]) -> None:

@@ -465,7 +465,7 @@ def test_what_follows_in_time_is_told_only_after_its_window_was_searched(corpus:
 
 
 def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
-    lessons = HopReading(corpus, 10**6, 0.25, 0)
+    lessons = HopReading(corpus, 10**6, 0.25, 0.25, 0)
     unknown: list[bool] = []
     for number in range(60):
         example = lessons[number]
@@ -479,6 +479,23 @@ def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
             unknown.append(final_answer([telling]) == UNKNOWN)
             assert final_answer([telling]) == (asked.answer if sure else UNKNOWN)
     assert 0.05 < np.mean(unknown) < 0.6
+
+
+@pytest.mark.parametrize("alone", [0.0, 1.0])
+def test_a_hop_in_time_stands_in_what_the_frames_were_said_to_show(alone: float, corpus: Corpus):
+    lessons, found = HopReading(corpus, 10**6, 0.25, alone, 0), 0
+    for number in range(40):
+        example = lessons[number]
+        sample = next(each for each in corpus.samples if example.name.startswith(f"{each.id},"))
+        visible = map(make_hop_scene("test", _seed(sample)).visible, times_of(example.messages[0]["content"]))
+        shown = [event.shape if event else "nothing" for event in visible]
+        listed, _, hops = text_of(example.messages[1]).partition("I see ")[2].partition(". So ")
+        items = listed.split(", ")
+        assert [item.rpartition("+")[2] for item in items] == shown
+        for key in re.findall(r"\b\w+\+\w+", hops):
+            assert items.count(key) == 1
+            found += 1
+    assert found > 3
 
 
 def _seed(sample: Any) -> int:

@@ -92,10 +92,12 @@ class HopReading(_HopLessons):
     """Re-answers to frames that were not searched but drawn: those of the hops of a question, others, and empty ones.
 
     Further questions follow about the same frames, each a lesson in looking up what they show. In a share of `unknown`
-    a hop of the first question is left out. Where it is `described`, the first answer tells what the frames show.
+    a hop of the first question is left out, and a share of `alone` shows no other events. Where it is `described`, the
+    first answer tells what the frames show.
     """
 
     unknown: float
+    alone: float
     seed: int
     described: bool = True
     asked: int = 6
@@ -124,7 +126,8 @@ class HopReading(_HopLessons):
             events = list(question.events)
             if rng.random() < self.unknown:
                 events.pop(int(rng.integers(len(events))))
-            events += [scene.events[place] for place in rng.permutation(len(scene.events))[: int(rng.integers(4))]]
+            more = 0 if rng.random() < self.alone else int(rng.integers(1, 4))
+            events += [scene.events[place] for place in rng.permutation(len(scene.events))[:more]]
             content, notes = search.ask_from(search.frames(_frames_of(events, search, scene, rng))), HopNotes(scene)
             notes.see(content)
             if not notes.misled(question):

@@ -83,16 +83,16 @@ class HopNotes:
     values: dict[str, str] = field(default_factory=dict)
     seen: dict[HopEvent, float] = field(default_factory=dict)
 
-    def see(self, blocks: Sequence[Block], timed: bool = True) -> str:
-        """Note what frames show, and tell it, with times where it is `timed`: ``I see star@61.5s, star, nothing.``"""
-        told = [self._see(seconds, timed) for seconds in times_of(blocks)]
+    def see(self, blocks: Sequence[Block]) -> str:
+        """Note what frames show, and tell it, with the times of what is new: ``I see star@61.5s, star, nothing.``"""
+        told = [self._see(seconds) for seconds in times_of(blocks)]
         for before in self.seen:
             after = self.scene.following(before)
             if after in self.seen:
                 self.values[f"{before.shape}+"] = after.shape
         return f"I see {', '.join(told)}."
 
-    def _see(self, seconds: float, timed: bool) -> str:
+    def _see(self, seconds: float) -> str:
         event = self.scene.visible(seconds)
         if not isinstance(event, HopEvent):
             return "nothing"
@@ -101,7 +101,23 @@ class HopNotes:
         self.seen[event] = seconds
         time = format_seconds(seconds)
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
-        return f"{event.shape}@{time}" if timed else event.shape
+        return f"{event.shape}@{time}"
+
+    def in_order(self, blocks: Sequence[Block]) -> str:
+        """Tell what frames show, each shape behind a key of the one before: ``I see star, star+fish, fish, nothing.``
+
+        The key is the one that a hop in time asks for: it is found again by looking for it, where a plain list would
+        have to be searched for the neighbour of an item, which so small a policy does not learn.
+        """
+        told: list[str] = []
+        before: HopEvent | None = None
+        for event in map(self.scene.visible, times_of(blocks)):
+            if not isinstance(event, HopEvent):
+                told.append("nothing")
+                continue
+            told.append(event.shape if before in (None, event) else f"{before.shape}+{event.shape}")
+            before = event
+        return f"I see {', '.join(told)}."
 
     def follow(
         self, question: Question, hops: int, looked: Collection[HopEvent] | None = None
@@ -253,9 +269,10 @@ def write_hop_reanswer(
 def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
     """The right answer from frames alone: what they show, the hops, and the colour or "I don't know"."""
     notes = HopNotes(question.scene)
-    seen = notes.see(content, timed=False)
+    notes.see(content)
     told, found = notes.follow(question, question.hops)
-    return trace_turn(f"{seen} {told}" if described else told, answer=found if isinstance(found, str) else UNKNOWN)
+    thought = f"{notes.in_order(content)} {told}" if described else told
+    return trace_turn(thought, answer=found if isinstance(found, str) else UNKNOWN)
 
 
 def _calls(question: Question, wanted: HopEvent, notes: HopNotes, end: float) -> list[dict[str, Any]]:

@@ -24,10 +24,7 @@ from timesearch.search.environment import PREVIEW_FRAMES
 from timesearch.search.protocol import Rules, SearchProtocol
 from timesearch.settings import SearchSettings, Settings
 
-_INFERENCE_ALONE = (
-    *("dialect", "tools", "template", "preview", "calls_per_turn", "last_turn", "last_call", "context"),
-    "reanswer_reply",
-)
+_INFERENCE_ALONE = ("dialect", "tools", "template", "preview", "last_turn", "last_call", "context", "reanswer_reply")
 """Rules that TRL's loop, its chat template or its images leave no choice about."""
 
 

@@ -110,8 +110,10 @@ class _Tools(dict[str, Any]):
         return call
 
 
-def _parsed_response(parse: Callable[..., dict[str, Any]], *arguments: Any, **keywords: Any) -> dict[str, Any]:
-    """A turn as the tokenizer's parser reads it, within the bounds of `parse_json`.
+def _parsed_response(
+    parse: Callable[..., dict[str, Any]], calls: int, *arguments: Any, **keywords: Any
+) -> dict[str, Any]:
+    """A turn as the tokenizer's parser reads it, within the bounds of `parse_json`, with its first `calls` calls.
 
     TRL takes a turn that raises ValueError here for plain text; of deep nesting and of half surrogate pairs it dies.
     """
@@ -119,6 +121,8 @@ def _parsed_response(parse: Callable[..., dict[str, Any]], *arguments: Any, **ke
         parsed: dict[str, Any] = parse_json(json.dumps(parse(*arguments, **keywords)))
     except RecursionError as error:
         raise UntrustedError("nested too deeply") from error
+    if parsed.get("tool_calls"):
+        parsed["tool_calls"] = parsed["tool_calls"][:calls]
     return parsed
 
 
@@ -138,11 +142,12 @@ class RolloutTrainer(GRPOTrainer):
 
     Args:
         mask_truncated: episodes cut by the length limit carry no loss.
+        calls_per_turn: calls of a turn that are carried out at most, the first ones.
         clock: shared with the environments, which time their decoding in it.
         **arguments: those of `GRPOTrainer`.
     """
 
-    def __init__(self, *, mask_truncated: bool, clock: Clock, **arguments: Any) -> None:
+    def __init__(self, *, mask_truncated: bool, calls_per_turn: int, clock: Clock, **arguments: Any) -> None:
         self._mask_truncated = mask_truncated
         self.clock = clock
         self.episodes: list[Episode] = []
@@ -152,7 +157,7 @@ class RolloutTrainer(GRPOTrainer):
         super().__init__(**arguments)
         multiply_patches(self.model)
         self._vision_tokens = set(vision_token_ids(self._tokenizer))
-        self._tokenizer.parse_response = partial(_parsed_response, self._tokenizer.parse_response)
+        self._tokenizer.parse_response = partial(_parsed_response, self._tokenizer.parse_response, calls_per_turn)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(

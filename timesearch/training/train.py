@@ -73,7 +73,7 @@ def run(settings: Settings) -> Path:
     clock = Clock()
     encoder = default_encoder(settings)
     environment = environment_factory(search_maker(settings, encoder), settings.search.tools, partial(clock, "decode"))
-    system = SearchProtocol.load(settings.search.prompts).texts["system"]
+    protocol = SearchProtocol.load(settings.search.prompts)
     rank = settings.train.lora_rank
     with ExitStack() as stack:
         callbacks = []
@@ -88,11 +88,12 @@ def run(settings: Settings) -> Path:
             weights=settings.train.rewards,
             zero_advantage=settings.train.zero_advantage,
             mask_truncated=settings.train.mask_truncated,
+            calls_per_turn=protocol.rules.calls_per_turn,
             format_tokens=settings.train.format_tokens,
             clock=clock,
             model=str(policy),
             args=config,
-            train_dataset=Dataset.from_list(training_rows(samples, settings, system)),
+            train_dataset=Dataset.from_list(training_rows(samples, settings, protocol.texts["system"])),
             processing_class=load_processor(policy),
             environment_factory=environment,
             callbacks=callbacks,
