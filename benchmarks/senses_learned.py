@@ -1,9 +1,9 @@
 """Which tool to take, learned: the world of senses by a policy that is trained, with all tools and without each.
 
-    uv run python benchmarks/senses_learned.py [--out runs/senses] [--seeds 0 1 2] [--steps 30] [--workers 2]
+    uv run python benchmarks/senses_learned.py [--out runs/senses] [--seeds 0 1 2] [--steps 40] [--workers 2]
 
 From one base policy, for each seed a cold start that often takes the wrong tool, and GRPO-CSV. Both play held-out
-questions that no choice of setting has seen (those about videos numbered below 1000 were for such choices), and the
+questions that no choice of setting has seen (those about videos numbered below 2000 were for such choices), and the
 trained policy plays them again without each tool. Every piece is kept in `--out`: a run that was stopped goes on. It
 writes `table.md` and `metrics.json` there, and with `--docs FILE` the table between the marks ``<!-- senses -->`` and
 ``<!-- /senses -->`` of that file. The smallest try-out:
@@ -149,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/senses"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=30, help="of GRPO-CSV")
+    parser.add_argument("--steps", type=int, default=40, help="of GRPO-CSV")
     parser.add_argument("--train-videos", type=int, default=60)
-    parser.add_argument("--heldout", type=int, default=100, help="held-out videos, three questions each")
-    parser.add_argument("--first", type=int, default=1000, help="first held-out video")
+    parser.add_argument("--heldout", type=int, default=60, help="held-out videos, three questions each")
+    parser.add_argument("--first", type=int, default=2000, help="first held-out video")
     parser.add_argument("--workers", type=int, default=2, help="seeds at the same time, a core each")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
