@@ -8,7 +8,7 @@ take twice the steps. In the
 world the commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned.
 From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), and
 in the guessable world by GRPO with what others propose against tool use that dies, with equal steps and settings. All
-are scored on held-out videos that no choice of setting has seen; those numbered below 2000 were for such choices.
+are scored on held-out videos that no choice of setting has seen; those numbered below 3000 were for such choices.
 
 Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
 or methods cost only themselves. It writes `table.md`, `curves.png` and `metrics.json` there, and with `--docs FILE` the
@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coldstart-steps", type=int, default=100, help="where one search answers")
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
-    parser.add_argument("--first", type=int, default=2000, help="first held-out video")
+    parser.add_argument("--first", type=int, default=3000, help="first held-out video")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the held-out episodes")
     parser.add_argument("--workers", type=int, default=2, help="worlds and seeds at the same time, a core each")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table, and learning.png beside it")

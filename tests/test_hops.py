@@ -481,21 +481,26 @@ def test_readings_ask_what_their_frames_tell_or_do_not(corpus: Corpus):
     assert 0.05 < np.mean(unknown) < 0.6
 
 
-@pytest.mark.parametrize("alone", [0.0, 1.0])
-def test_a_hop_in_time_stands_in_what_the_frames_were_said_to_show(alone: float, corpus: Corpus):
-    lessons, found = HopReading(corpus, 10**6, 0.25, alone, 0), 0
+def test_what_follows_in_time_is_recited_frame_by_frame(corpus: Corpus):
+    lessons = HopReading(corpus, 10**6, 0.25, 0.3, 0, in_time=True)
+    ends = {"+": 0, "?": 0}
     for number in range(40):
         example = lessons[number]
         sample = next(each for each in corpus.samples if example.name.startswith(f"{each.id},"))
         visible = map(make_hop_scene("test", _seed(sample)).visible, times_of(example.messages[0]["content"]))
         shown = [event.shape if event else "nothing" for event in visible]
-        listed, _, hops = text_of(example.messages[1]).partition("I see ")[2].partition(". So ")
-        items = listed.split(", ")
-        assert [item.rpartition("+")[2] for item in items] == shown
-        for key in re.findall(r"\b\w+\+\w+", hops):
-            assert items.count(key) == 1
-            found += 1
-    assert found > 3
+        for asking, telling in zip(example.messages[::2], example.messages[1::2], strict=True):
+            assert "right after" in text_of(asking)
+            hops = text_of(telling).partition("So ")[2].partition("</think>")[0]
+            *before, last = [word.strip(",") for word in hops.split() if ">" not in word and "=" not in word]
+            assert before == shown[: len(before)]
+            shape, mark, following = last.partition("+") if "+" in last else (last[:-1], "?", "")
+            assert shape not in before
+            ends[mark] += 1
+            if following:
+                later = [each for each in shown[len(before) :] if each not in (shape, "nothing")]
+                assert (shown[len(before)], following) == (shape, later[0])
+    assert min(ends.values()) > 20
 
 
 def _seed(sample: Any) -> int:

@@ -63,7 +63,7 @@ class HopEpisodes(_HopLessons):
         manners: how the traces behave.
         reanswer_share: in [0, 1].
         seed: decides everything.
-        described: whether re-answers tell what their frames show.
+        recited: whether re-answers tell what follows in time by what one frame after another shows.
         reworded: say the tools in words drawn anew, each time.
     """
 
@@ -71,14 +71,14 @@ class HopEpisodes(_HopLessons):
     reanswer_share: float
     seed: int
     reworded: bool = False
-    described: bool = True
+    recited: bool = True
 
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop episode", self.seed, number)
         sample, question = self._asked[int(rng.integers(len(self._asked)))]
         search, row = self.corpus.search, {"video": sample.video, "question": sample.question}
         if rng.random() < self.reanswer_share:
-            pair = write_hop_reanswer(search, row, question, bool(rng.random() < 0.6), rng, self.described)
+            pair = write_hop_reanswer(search, row, question, bool(rng.random() < 0.6), rng, self.recited)
             if pair is not None:
                 return Example(f"{sample.id}, re-answer {number}", pair)
         trace = write_hop_trace(search, row, question, self.manners, rng)
@@ -92,16 +92,24 @@ class HopReading(_HopLessons):
     """Re-answers to frames that were not searched but drawn: those of the hops of a question, others, and empty ones.
 
     Further questions follow about the same frames, each a lesson in looking up what they show. In a share of `unknown`
-    a hop of the first question is left out, and a share of `alone` shows no other events. Where it is `described`, the
-    first answer tells what the frames show.
+    a hop of the first question is left out, and a share of `alone` shows no other events. Answers are `recited` or not.
+    Where they are `in_time`, all questions have a hop in time, and the other events follow one another.
     """
 
     unknown: float
     alone: float
     seed: int
-    described: bool = True
+    recited: bool = True
+    in_time: bool = False
     asked: int = 6
     """questions an example"""
+
+    @cached_property
+    def _asked(self) -> list[tuple[Sample, Question]]:
+        return [(sample, question) for sample, question in super()._asked if self._fits(question)]
+
+    def _fits(self, question: Question) -> bool:
+        return "after" in question.links or not self.in_time
 
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop reading", self.seed, number)
@@ -110,13 +118,16 @@ class HopReading(_HopLessons):
         search.open({"video": sample.video, "question": question.text})
         content, notes = self._shown(question, search, rng)
         others = [question.scene.every_question[place] for place in rng.permutation(len(question.scene.every_question))]
-        others = [each for each in others if not notes.misled(each)]
+        others = [each for each in others if self._fits(each) and not notes.misled(each)]
         known = [each for each in others if set(each.events) <= notes.seen.keys()]
+        if self.in_time:
+            known = [each for each in known if each != question]
+            others = [each for each in others if each not in (question, *known)][:1]
         asked = [question, *known[: self.asked - 2], *others][: self.asked]
         messages: list[Message] = [{"role": "user", "content": content}]
-        messages.append(hop_reanswer(question, content, self.described))
+        messages.append(hop_reanswer(question, content, self.recited))
         for each in asked[1:]:
-            messages += [{"role": "user", "content": each.text}, hop_reanswer(each, content, described=False)]
+            messages += [{"role": "user", "content": each.text}, hop_reanswer(each, content, self.recited)]
         return Example(f"{sample.id}, reading {number}", messages)
 
     def _shown(self, question: Question, search: Search, rng: np.random.Generator) -> tuple[list[Block], HopNotes]:
@@ -127,7 +138,11 @@ class HopReading(_HopLessons):
             if rng.random() < self.unknown:
                 events.pop(int(rng.integers(len(events))))
             more = 0 if rng.random() < self.alone else int(rng.integers(1, 4))
-            events += [scene.events[place] for place in rng.permutation(len(scene.events))[:more]]
+            if self.in_time:
+                first = int(rng.integers(len(scene.events)))
+                events += scene.events[first : first + more]
+            else:
+                events += [scene.events[place] for place in rng.permutation(len(scene.events))[:more]]
             content, notes = search.ask_from(search.frames(_frames_of(events, search, scene, rng))), HopNotes(scene)
             notes.see(content)
             if not notes.misled(question):

@@ -103,24 +103,26 @@ class HopNotes:
         self.values |= {f"{event.shape}>": event.mark, f"{event.shape}=": event.colour, f"{event.shape}@": time}
         return f"{event.shape}@{time}"
 
-    def in_order(self, blocks: Sequence[Block]) -> str:
-        """Tell what frames show, each shape behind a key of the one before: ``I see star, star+fish, fish, nothing.``
+    def recite(self, shape: str, blocks: Sequence[Block]) -> str:
+        """Tell what follows a shape in time by what one frame after another shows: ``moon, nothing, star+fish``.
 
-        The key is the one that a hop in time asks for: it is found again by looking for it, where a plain list would
-        have to be searched for the neighbour of an item, which so small a policy does not learn.
+        Frames are told from the first on, until one shows the shape; the next thing to be told is what follows. So the
+        order is read as it is, where what stands behind a key would have to be found by its neighbour, which so small a
+        policy does not learn.
         """
         told: list[str] = []
-        before: HopEvent | None = None
         for event in map(self.scene.visible, times_of(blocks)):
-            if not isinstance(event, HopEvent):
-                told.append("nothing")
-                continue
-            told.append(event.shape if before in (None, event) else f"{before.shape}+{event.shape}")
-            before = event
-        return f"I see {', '.join(told)}."
+            if isinstance(event, HopEvent) and event.shape == shape:
+                break
+            told.append(f"{event.shape if isinstance(event, HopEvent) else 'nothing'},")
+        return " ".join([*told, told_of(self.values, shape, RELATION_OF["after"])])
 
     def follow(
-        self, question: Question, hops: int, looked: Collection[HopEvent] | None = None
+        self,
+        question: Question,
+        hops: int,
+        looked: Collection[HopEvent] | None = None,
+        recited: Sequence[Block] | None = None,
     ) -> tuple[str, HopEvent | str]:
         """The hops of a question as far as is known.
 
@@ -129,6 +131,7 @@ class HopNotes:
             hops: the last one that is followed.
             looked: events after which a window was searched: only then is it sure what follows them in time. None
                 where no search is left, and the frames are all that there is.
+            recited: the frames, where what follows in time is told by `recite`.
 
         Returns:
             What is told of it, and the answer; where a hop is not known, its event.
@@ -136,7 +139,10 @@ class HopNotes:
         told = ["So"]
         for place, (event, link) in enumerate(zip(question.events, question.links[: hops - 1], strict=False)):
             sure = link == "points" or looked is None or event in looked
-            told.append(told_of(self.values, event.shape, RELATION_OF[link] if sure else TIME_OF))
+            if link == "after" and recited is not None:
+                told.append(self.recite(event.shape, recited))
+            else:
+                told.append(told_of(self.values, event.shape, RELATION_OF[link] if sure else TIME_OF))
             if event not in self.seen:
                 return " ".join(told), event
             if link == "after" and not (sure and f"{event.shape}+" in self.values):
@@ -232,7 +238,7 @@ def write_hop_reanswer(
     question: Question,
     known: bool,
     rng: np.random.Generator,
-    described: bool = True,
+    recited: bool = True,
 ) -> list[Message] | None:
     """One example of the re-answer task: searched frames alone, the question, and the answer or "I don't know".
 
@@ -242,7 +248,7 @@ def write_hop_reanswer(
         question: the truth about it.
         known: whether the frames are to show every hop.
         rng: decides what is searched.
-        described: tell what the frames show before the hops.
+        recited: tell what follows in time by what one frame after another shows.
 
     Returns:
         A user and an assistant message; None where the search did not give what `known` asks for, or found frames that
@@ -260,19 +266,18 @@ def write_hop_reanswer(
         return None
     notes = HopNotes(question.scene)
     notes.see(content)
-    answer = hop_reanswer(question, content, described)
+    answer = hop_reanswer(question, content, recited)
     if (final_answer([answer]) == UNKNOWN) == known or notes.misled(question):
         return None
     return [{"role": "user", "content": content}, answer]
 
 
-def hop_reanswer(question: Question, content: Sequence[Block], described: bool = True) -> Message:
-    """The right answer from frames alone: what they show, the hops, and the colour or "I don't know"."""
+def hop_reanswer(question: Question, content: Sequence[Block], recited: bool = True) -> Message:
+    """The right answer from frames alone: the hops, in time `recited` or not, and the colour or "I don't know"."""
     notes = HopNotes(question.scene)
     notes.see(content)
-    told, found = notes.follow(question, question.hops)
-    thought = f"{notes.in_order(content)} {told}" if described else told
-    return trace_turn(thought, answer=found if isinstance(found, str) else UNKNOWN)
+    told, found = notes.follow(question, question.hops, recited=content if recited else None)
+    return trace_turn(told, answer=found if isinstance(found, str) else UNKNOWN)
 
 
 def _calls(question: Question, wanted: HopEvent, notes: HopNotes, end: float) -> list[dict[str, Any]]:

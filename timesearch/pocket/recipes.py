@@ -141,13 +141,13 @@ def _plan(seed: int, steps: int, rate: float = 1.5e-3, decay: bool = False) -> P
 
 def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     plan = partial(_plan, seed)
-    settled = plan(160, decay=True)
     lookup, windows = HopLookup(corpus, _COUNT, seed), HopWindows(_COUNT, seed)
-    reading = HopReading(corpus, _COUNT, 0.25, 0.25, seed, described=False)
-    told = HopReading(corpus, _COUNT, 0.25, 0.6, seed)
+    reading = HopReading(corpus, _COUNT, 0.25, 0.25, seed, recited=False)
+    recited = HopReading(corpus, _COUNT, 0.25, 0.4, seed)
+    in_time = HopReading(corpus, _COUNT, 0.15, 0.4, seed + 1, in_time=True)
     clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
     skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
-    short = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, described=False)
+    short = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, recited=False)
     searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
     base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
     return [
@@ -160,10 +160,16 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
         ),
         Phase(
             "order",
-            Batches([(told, 0.3), (skilled, 0.3), (searched, 0.2), (lookup, 0.1), (windows, 0.1)], 24),
+            Batches(
+                [(recited, 0.15), (in_time, 0.2), (skilled, 0.3), (searched, 0.15), (lookup, 0.1), (windows, 0.1)], 24
+            ),
             plan(240),
         ),
-        Phase("settle", Batches([(skilled, 0.4), (searched, 0.25), (told, 0.25), (windows, 0.1)], 24), settled),
+        Phase(
+            "settle",
+            Batches([(skilled, 0.35), (in_time, 0.35), (searched, 0.2), (windows, 0.1)], 24),
+            plan(280, decay=True),
+        ),
         Phase("base", base, plan(40, 4e-4, decay=True)),
     ]
 

@@ -52,7 +52,7 @@ SENSES_SKILLED = SensesHabits(good=0.8, other=0.15, guess=0.05, give_up=0.2)
 SENSES_BASE = SensesHabits(good=0.1, other=0.45, guess=0.45, give_up=0.8)
 """A base model that knows the tools and seldom takes the right one."""
 SENSES_COLD_START = SensesHabits(good=0.4, other=0.45, guess=0.15, give_up=0.9)
-"""The imperfect traces of a cold start: who takes the wrong tool seldom goes on, so that it matters which comes first."""
+"""The imperfect traces of a cold start: the wrong tool mostly ends in a guess, so that it matters which comes first."""
 
 
 @dataclass(frozen=True)
