@@ -8,7 +8,9 @@ A hop is a pair of a key and a value: the shape that a mark names (``star>moon``
 (``star@61.5s``), or which shape is right after another (``star+fish``). The key names shape and relation in one token,
 so that a hop is one look at the frame that shows the shape. ``moon?`` says that no frame shows it yet: it is searched
 for, as is what comes after a time: in the window that begins there, before it is said what follows. Times are told of
-an event's first frame alone.
+an event's first frame alone. A re-answer has all frames before it at once, and recites them up to what follows in time::
+
+    So star>moon star, moon+fish fish=red
 
 As in `timesearch.pocket.traces`, every trace runs through the real search, and traces are imperfect on purpose, in
 stated shares; here by the number of hops. The fault of its own kind is to stop at an earlier hop, and to answer with

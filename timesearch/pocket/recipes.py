@@ -15,9 +15,8 @@ questions that the frames do not answer, faulty episodes among good ones).
 
 *pocket-hops*: *look-up* (what frames tell of each shape, again and again, beside some whole questions), *search*
 (episodes that follow every hop, the tools said in many ways), *skill* (faulty episodes, re-answers to what was
-searched, and windows in time), *order* (re-answers that also tell what one frame after another shows, from which the
-order in time is learned; told from the first, hops would be read off what was told, which is learned late), *settle*
-(the same as the rate falls).
+searched, and windows in time), *order* (re-answers that recite one frame after another up to what follows in time), and
+*settle* (the same as the rate falls, most of it about time).
 """
 
 from __future__ import annotations
