@@ -8,7 +8,7 @@ A hop is a pair of a key and a value: the shape that a mark names (``star>moon``
 (``star@61.5s``), or which shape is right after another (``star+fish``). The key names shape and relation in one token,
 so that a hop is one look at the frame that shows the shape. ``moon?`` says that no frame shows it yet: it is searched
 for, as is what comes after a time: in the window that begins there, before it is said what follows. Times are told of
-an event's first frame alone. A re-answer has all frames before it at once, and recites them up to what follows in time::
+an event's first frame alone. A re-answer has all frames before it, and recites them up to what follows in time::
 
     So star>moon star, moon+fish fish=red
 
