@@ -69,8 +69,8 @@ def new_search(settings: Settings, encoded: bool = False) -> Search:
     return Search(settings.search, OracleEncoder(), paths.frames, paths.features, encoded)
 
 
-def search_turn(query: str = "star", thought: str = "Look.", **arguments: Any) -> str:
-    call = json.dumps({"name": "seek_video_frames", "arguments": {"query": query, **arguments}})
+def search_turn(query: str = "star", thought: str = "Look.", tool: str = "seek_video_frames", **arguments: Any) -> str:
+    call = json.dumps({"name": tool, "arguments": {"query": query, **arguments}})
     return f"<think>{thought}</think>\n<tool_call>\n{call}\n</tool_call>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -203,6 +204,37 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(
     assert out == "" or any("--save" in argument for argument in arguments)
     assert len(err.strip().splitlines()) == 1
     assert len(err) < 6500  # a path may be as long as that
+
+
+SAID = search_turn("bottle", tool="search_subtitles")
+SEEN = search_turn("a bottle", start_time=10, end_time=16, num_frames=2)
+
+
+@pytest.mark.parametrize(
+    ("turns", "rests"),
+    [
+        ([SAID], ["said at   12.0s; from"]),
+        ([SEEN], ["seen at   10.0s, 13.5s; from"]),
+        ([SAID, SEEN], ["seen at   10.0s, 13.5s", "said at   12.0s; from"]),
+    ],
+)
+def test_what_is_said_beside_a_real_clip_supports_the_answer(
+    turns: list[str], rests: list[str], footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    video = Path(shutil.copy(footage / "bottle-detection.mp4", tmp_path))
+    video.with_suffix(".srt").write_text("1\n00:00:12,000 --> 00:00:14,500\nHere comes the <i>green</i> bottle.\n")
+    frames = {"factor": 32, "min_pixels": 4096, "max_pixels": 4096}
+    search = {"patch": 32, "tools": ["seek_video_frames", "search_subtitles"]}
+    settings = Settings.model_validate({"frames": frames, "search": search})
+    policy = Puppet(script(*turns, answer_turn("green")))
+    asker = Asker(settings, policy, MeanColour(), tmp_path / "cache")
+    monkeypatch.setattr(commands, "_open_asker", lambda *_: nullcontext((asker, policy)))
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", str(video), "What colour is the bottle?"])
+    out = capsys.readouterr().out
+    assert ended.value.code in (0, None)
+    assert [line.partition(" what")[0] for line in out.splitlines() if line[:7] in ("seen at", "said at")] == rests
+    assert ("12.0s Here comes the green bottle." in out) == (SAID in turns)
 
 
 def test_no_contact_sheet_without_frames(tmp_path: Path) -> None:

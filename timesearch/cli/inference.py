@@ -281,8 +281,11 @@ class _Live:
             self.line("seen at", "nothing was found: this is a guess from the preview", "dim")
         else:
             verdict = "the same answer" if evidence.agrees else f"{evidence.alone or 'no answer'}"
-            where = _times(evidence.times) if evidence.times else "no frame, only words"
-            self.line("seen at", f"{where}; from what was found alone: {verdict}", "bold")
+            parts = (("seen at", evidence.times), ("said at", evidence.said_at))
+            places = [(label, _times(times)) for label, times in parts if times] or [("found in", "what is said")]
+            places[-1] = (places[-1][0], f"{places[-1][1]}; from what was found alone: {verdict}")
+            for label, where in places:
+                self.line(label, where, "bold")
         unseen = (
             "" if evidence.unseen is None else f"; nothing from {evidence.unseen[0]:.1f}s to {evidence.unseen[1]:.1f}s"
         )

@@ -61,6 +61,11 @@ class Statement(BaseModel):
         return sorted({each.seconds for each in self.support if each.words is None and each.seconds is not None})
 
     @property
+    def said_at(self) -> list[float]:
+        """Times (s) of the words that support the answer, each once, in order."""
+        return sorted({each.seconds for each in self.support if each.words is not None and each.seconds is not None})
+
+    @property
     def holds(self) -> bool:
         """Whether the answer is one, and follows from what was found alone."""
         return bool(self.support) and self.agrees is True
@@ -72,13 +77,12 @@ class Statement(BaseModel):
         elif not self.support:
             said = ["Nothing was found: this is a guess from the preview."]
         elif self.agrees is None:
-            said = [f"Found at {_times(self.times)}." if self.times else "Found in what is said."]
+            said = [f"{self._where()}."]
         else:
-            where = f"Seen at {_times(self.times)}" if self.times else "Found in what is said"
             verdict = (
                 "the same answer" if self.agrees else f"another answer, {self.alone}" if self.alone else "no answer"
             )
-            said = [f"{where}; from this alone: {verdict}."]
+            said = [f"{self._where()}; from this alone: {verdict}."]
         if self.video:
             said.append(f"{share(self.looked_at)} of the video was looked at{self._rest()}.")
         if self.in_vain:
@@ -86,6 +90,11 @@ class Statement(BaseModel):
         if self.others:
             said.append(f"Asked before, without an answer that agreed: {'; '.join(self.others)}.")
         return said
+
+    def _where(self) -> str:
+        parts = (("seen", self.times), ("said", self.said_at))
+        where = " and ".join(f"{how} at {_times(times)}" for how, times in parts if times)
+        return where.capitalize() or "Found in what is said"
 
     def _rest(self) -> str:
         return "" if self.unseen is None else f", and nothing from {self.unseen[0]:.1f}s to {self.unseen[1]:.1f}s"
