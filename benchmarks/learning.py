@@ -362,7 +362,7 @@ def draw_curves(bench: Bench, path: Path) -> None:
                 axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
             axis.set(title=f"{world}: {label}", xlabel="step", ylim=(-0.02, 1.02))
             axis.grid(alpha=0.3)
-        axes[row][0].legend(fontsize=8)
+        axes[row][1].legend(fontsize=8, loc="lower right")  # where no curve of accuracy goes
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
