@@ -249,7 +249,7 @@ const onWatch = {
   "[": () => asking.step(-1),
   "]": () => asking.step(1),
   c: copyLink,
-  Escape: () => { location.hash = "#"; },
+  Escape: () => { history.pushState(null, "", "#"); route(); }, // at once: what is typed next is not for the old view
 };
 const everywhere = { "/": () => { get("query").focus(); get("query").select(); }, "?": () => get("help").showModal() };
 
