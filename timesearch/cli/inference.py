@@ -281,11 +281,10 @@ class _Live:
             self.line("seen at", "nothing was found: this is a guess from the preview", "dim")
         else:
             verdict = "the same answer" if evidence.agrees else f"{evidence.alone or 'no answer'}"
-            parts = (("seen at", evidence.times), ("said at", evidence.said_at))
-            places = [(label, _times(times)) for label, times in parts if times] or [("found in", "what is said")]
-            places[-1] = (places[-1][0], f"{places[-1][1]}; from what was found alone: {verdict}")
-            for label, where in places:
-                self.line(label, where, "bold")
+            places = {f"{how} at": _times(times) for how, times in evidence.places.items()}
+            *before, (label, last) = (places or {"found in": "what is said"}).items()
+            for each in (*before, (label, f"{last}; from what was found alone: {verdict}")):
+                self.line(*each, "bold")
         unseen = (
             "" if evidence.unseen is None else f"; nothing from {evidence.unseen[0]:.1f}s to {evidence.unseen[1]:.1f}s"
         )

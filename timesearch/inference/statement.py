@@ -56,14 +56,14 @@ class Statement(BaseModel):
     )
 
     @property
-    def times(self) -> list[float]:
-        """Times (s) of the frames that support the answer, each once, in order."""
-        return sorted({each.seconds for each in self.support if each.words is None and each.seconds is not None})
-
-    @property
-    def said_at(self) -> list[float]:
-        """Times (s) of the words that support the answer, each once, in order."""
-        return sorted({each.seconds for each in self.support if each.words is not None and each.seconds is not None})
+    def places(self) -> dict[str, list[float]]:
+        """Times (s) of what supports the answer, each once, in order: of frames, `seen`, and of words, `said`; without
+        those of which there are none."""
+        times: dict[str, set[float]] = {"seen": set(), "said": set()}
+        for each in self.support:
+            if each.seconds is not None:
+                times["seen" if each.words is None else "said"].add(each.seconds)
+        return {how: sorted(found) for how, found in times.items() if found}
 
     @property
     def holds(self) -> bool:
@@ -92,8 +92,7 @@ class Statement(BaseModel):
         return said
 
     def _where(self) -> str:
-        parts = (("seen", self.times), ("said", self.said_at))
-        where = " and ".join(f"{how} at {_times(times)}" for how, times in parts if times)
+        where = " and ".join(f"{how} at {_times(times)}" for how, times in self.places.items())
         return where.capitalize() or "Found in what is said"
 
     def _rest(self) -> str:

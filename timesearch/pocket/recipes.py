@@ -141,9 +141,9 @@ def _plan(seed: int, steps: int, rate: float = 1.5e-3, decay: bool = False) -> P
 def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     plan = partial(_plan, seed)
     lookup, windows = HopLookup(corpus, _COUNT, seed), HopWindows(_COUNT, seed)
-    reading = HopReading(corpus, _COUNT, 0.25, 0.25, seed, recited=False)
-    recited = HopReading(corpus, _COUNT, 0.25, 0.4, seed)
-    in_time = HopReading(corpus, _COUNT, 0.15, 0.4, seed + 1, in_time=True)
+    reading = HopReading(corpus, _COUNT, unknown=0.25, alone=0.25, seed=seed, recited=False)
+    recited = HopReading(corpus, _COUNT, unknown=0.25, alone=0.4, seed=seed)
+    in_time = HopReading(corpus, _COUNT, unknown=0.15, alone=0.4, seed=seed + 1, in_time=True)
     clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
     skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
     short = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, recited=False)
