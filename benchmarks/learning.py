@@ -7,8 +7,9 @@ take twice the steps. In the
 *guess-proof* world one search answers, and every answer is equally likely, so that only search pays. In the *guessable*
 world the commonest answer is nearly always right, so that guessing pays, and with plain GRPO searching is unlearned.
 From one cold start a seed, the policy is trained by GRPO (format and accuracy) and by GRPO-CSV (and completeness), and
-in the guessable world by GRPO with what others propose against tool use that dies, with equal steps and settings. All
-are scored on held-out videos that no choice of setting has seen; those numbered below 3000 were for such choices.
+in the guessable world by GRPO with what others propose against tool use that dies, with equal steps and settings; where
+that is to call the tool twice in one turn, the cold start is another one, which shows how. All are scored on held-out
+videos that no choice of setting has seen; those numbered below 4000 were for such choices.
 
 Every piece (caches, cold start, training, episodes) is kept in `--out`: a run that was stopped goes on, and more seeds
 or methods cost only themselves. It writes `table.md`, `curves.png` and `metrics.json` there, and with `--docs FILE` the
@@ -29,7 +30,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ CURES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo_cost": ("GRPO, -0.05 a call", {"rewards": {"calls": -0.05}}),
     "grpo_marks": ("GRPO, format at the marks", {"format_tokens": "marks"}),
     "grpo_preview": ("GRPO, preview of chance", {"random_preview": True}),
+    "grpo_parallel": ("GRPO, two calls a turn", {}),
 }
 """What others propose where tool use dies in training, each a switch of the trainer: of the guessable world, where it
 does."""
@@ -84,6 +86,7 @@ COLOURS = {
     "grpo_cost": "tab:red",
     "grpo_marks": "tab:purple",
     "grpo_preview": "tab:brown",
+    "grpo_parallel": "tab:pink",
 }
 """Of the curves of trainings."""
 RESAMPLES = 2000
@@ -130,7 +133,7 @@ class Bench:
         paths.train_samples, paths.test_samples = root / "train.jsonl", root / "heldout.jsonl"
         paths.videos, paths.frames, paths.features = root / "videos", root / "frames", root / "features"
         paths.models = self.out / f"models-{self.profile(world)}"
-        paths.coldstart, paths.train = run / "coldstart", run / method
+        paths.coldstart, paths.train = run / coldstart_of(method), run / method
         paths.results = run / (f"results-{method}" if method in CURES else "results")
         if world != HOPS:
             settings.coldstart.steps = self.coldstart_steps
@@ -212,10 +215,13 @@ def chain(bench: Bench, world: str, seed: int) -> None:
     from timesearch.training import coldstart, launch
 
     here = (world, f"seed-{seed}")
-    with piece(bench.out, *here, "coldstart") as todo:
-        if todo:
-            coldstart.run(bench.settings(world, seed))
     trained = [method for method in bench.methods(world) if method.startswith("grpo")]
+    for method in ("coldstart", *trained):
+        name = coldstart_of(method)
+        with piece(bench.out, *here, name) as todo:
+            if todo:
+                with manners(world, name):
+                    coldstart.run(bench.settings(world, seed, method))
     for method in trained:
         with piece(bench.out, *here, method) as todo:
             if todo:
@@ -225,6 +231,25 @@ def chain(bench: Bench, world: str, seed: int) -> None:
             if todo:
                 settings = bench.settings(world, seed, method if method in trained else "grpo_csv")
                 play(settings, played_as(method))
+
+
+def coldstart_of(method: str) -> str:
+    """The name of the cold start that a method begins with."""
+    return "coldstart-halves" if method == "grpo_parallel" else "coldstart"
+
+
+@contextmanager
+def manners(world: str, name: str) -> Iterator[None]:
+    """The manners of a world's cold start; where it is to, it searches both halves of a video in one turn."""
+    from timesearch.pocket.traces import COLD_STARTS
+
+    if name == "coldstart":
+        yield
+        return
+    before = COLD_STARTS[world]
+    COLD_STARTS[world] = {shape: replace(habits, halves=True) for shape, habits in before.items()}
+    yield
+    COLD_STARTS[world] = before
 
 
 def played_as(method: str) -> str:
@@ -401,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coldstart-steps", type=int, default=100, help="where one search answers")
     parser.add_argument("--train-videos", type=int, default=100)
     parser.add_argument("--heldout", type=int, default=300, help="held-out videos, one question each")
-    parser.add_argument("--first", type=int, default=3000, help="first held-out video")
+    parser.add_argument("--first", type=int, default=4000, help="first held-out video")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the held-out episodes")
     parser.add_argument("--workers", type=int, default=2, help="worlds and seeds at the same time, a core each")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table, and learning.png beside it")

@@ -15,7 +15,7 @@ import torch
 
 from timesearch.base.errors import ItemError, RequestError
 from timesearch.base.files import write_jsonl
-from timesearch.data.messages import blocks_of, searched_seconds
+from timesearch.data.messages import blocks_of, parse_turn, searched_seconds, text_of, times_of
 from timesearch.data.rows import read_samples
 from timesearch.pocket.dataset import write_samples
 from timesearch.pocket.encoder import train_encoder
@@ -113,6 +113,26 @@ def test_ids_are_those_of_inference(corpus: Corpus, processor: Any):
         before = example.messages[:turn]
         text = processor.apply_chat_template(before, tools=example.tools, tokenize=False, add_generation_prompt=True)
         assert processor(text=[text], images=images_of(before))["input_ids"][0] == ids[:start]
+
+
+def test_a_trace_may_search_both_halves_of_a_video_in_one_turn(corpus: Corpus, processor: Any):
+    """Two calls, their results in order before the next turn, and ids as an engine would render them."""
+    manners = dict.fromkeys(SHAPES, Habits(1.0, 0.0, 0.0, 0.0, halves=True))
+    example = Episodes(corpus, 100, manners, 0.0, seed=0)[0]
+    first, *results = example.messages[2:5]
+    calls = parse_turn(text_of(first)).calls
+    assert [message["role"] for message in results] == ["tool", "tool"]
+    assert calls[0].arguments["start_time"] == 0
+    assert calls[0].arguments["end_time"] == calls[1].arguments["start_time"] < calls[1].arguments["end_time"]
+    for call, result in zip(calls, results, strict=True):
+        window = (call.arguments["start_time"], call.arguments["end_time"])
+        assert all(window[0] <= seconds <= window[1] for seconds in times_of(result["content"]))
+    batch = Collator(processor)([example])
+    ids = batch["input_ids"][0].tolist()
+    start, _ = Collator(processor).assistant_spans(ids)[1]
+    before = example.messages[:5]
+    text = processor.apply_chat_template(before, tools=example.tools, tokenize=False, add_generation_prompt=True)
+    assert processor(text=[text], images=images_of(before))["input_ids"][0] == ids[:start]
 
 
 def test_the_tokenizer_holds_any_text(processor: Any):

@@ -94,11 +94,13 @@ def act_of(text: str) -> Literal["call", "answer"] | None:
     return "answer" if turn.group("act").startswith("<answer>") else "call"
 
 
-def write_turn(thought: str, call: dict[str, Any] | None = None, answer: str | None = None) -> str:
-    """A well-formed turn: the thought, and the `call` (`name` and `arguments`) or the answer."""
-    if call is None:
+def write_turn(thought: str, *calls: dict[str, Any], answer: str | None = None) -> str:
+    """A well-formed turn: the thought, and the `calls` (`name` and `arguments`) or the answer."""
+    if not calls:
         return f"<think>{thought}</think>\n<answer>{answer}</answer>"
-    return f"<think>{thought}</think>\n<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    return "\n".join(
+        [f"<think>{thought}</think>", *(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)]
+    )
 
 
 def system_text(text: str, tools: Sequence[dict[str, Any] | str]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timesearch.base.errors import RequestError
 from timesearch.data.messages import Block, Message, format_seconds
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _LATEST = 150
 """Seconds; no video of the world is longer by much."""
+_LATER = 36
+"""Hundreds of seconds by which times are later at most, in an hour."""
 _ASKED = 12
 """Hops an exercise"""
 
@@ -65,6 +68,7 @@ class HopEpisodes(_HopLessons):
         seed: decides everything.
         recited: whether re-answers tell what follows in time by what one frame after another shows.
         reworded: say the tools in words drawn anew, each time.
+        later: share whose times are later by hundreds of seconds, as in a long video.
     """
 
     manners: HopManners
@@ -72,6 +76,7 @@ class HopEpisodes(_HopLessons):
     seed: int
     reworded: bool = False
     recited: bool = True
+    later: float = 0.0
 
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop episode", self.seed, number)
@@ -80,11 +85,17 @@ class HopEpisodes(_HopLessons):
         if rng.random() < self.reanswer_share:
             pair = write_hop_reanswer(search, row, question, bool(rng.random() < 0.6), rng, self.recited)
             if pair is not None:
-                return Example(f"{sample.id}, re-answer {number}", pair)
-        trace = write_hop_trace(search, row, question, self.manners, rng)
+                return Example(f"{sample.id}, re-answer {number}", self._later(pair, rng))
+        trace = self._later(write_hop_trace(search, row, question, self.manners, rng), rng)
         wording = draw_wording(rng, self.corpus.tools) if self.reworded else Wording(self.corpus.tools)
         messages = [self.corpus.system, *wording.say(trace)]
         return Example(f"{sample.id}, episode {number}", messages, wording.tools)
+
+    def _later(self, messages: Sequence[Message], rng: np.random.Generator) -> list[Message]:
+        if rng.random() >= self.later:
+            return list(messages)
+        seconds = 100 * int(rng.integers(1, _LATER + 1))
+        return [{**message, "content": _shifted(message["content"], seconds)} for message in messages]
 
 
 @dataclass
@@ -181,7 +192,7 @@ class HopLookup(_HopLessons):
             ]
             shape = str(rng.choice(known if known and rng.random() < 0.85 else absent))
             said.append((f"From {shape}{relation}", f"So {told_of(notes.values, shape, relation)}"))
-        times = [int(each) / 2 for each in rng.integers(2 * _LATEST, size=4)]
+        times = _times(rng, 4)
         windows = " ".join("{}, {}.".format(*window_after(time)) for time in times)
         said.append((" ".join(map(format_seconds, times)), windows))
         return Example(f"{sample.id}, lookup {number}", dialogue(content, said))
@@ -200,11 +211,28 @@ class HopWindows:
     def __getitem__(self, number: int) -> Example:
         rng = generator("hop windows", self.seed, number)
         messages: list[Message] = []
-        for time in (int(each) / 2 for each in rng.integers(2 * _LATEST, size=_ASKED)):
+        for time in _times(rng, _ASKED):
             start, stop = window_after(time)
             messages.append({"role": "user", "content": format_seconds(time)})
             messages.append({"role": "assistant", "content": f'"start_time": {start}, "end_time": {stop}'})
         return Example(f"windows {number}", messages)
+
+
+def _times(rng: np.random.Generator, count: int) -> list[float]:
+    """So many half seconds, half of them of this world's videos and half of an hour."""
+    latest = (2 * _LATEST, 200 * _LATER)
+    return [int(rng.integers(latest[int(rng.integers(2))])) / 2 for _ in range(count)]
+
+
+_TIME = re.compile(r"(?<![\d.])\d+(?=\.\ds)|(?<=_time\": )\d+")
+"""Whole seconds of a time in text, or of one in a call."""
+
+
+def _shifted(content: str | list[Block], seconds: int) -> Any:
+    """A message's text with all times so much later."""
+    if isinstance(content, str):
+        return _TIME.sub(lambda found: str(int(found[0]) + seconds), content)
+    return [{**block, "text": _shifted(block["text"], seconds)} if "text" in block else block for block in content]
 
 
 def _frames_of(events: Collection[Event], search: Search, scene: HopScene, rng: np.random.Generator) -> list[int]:

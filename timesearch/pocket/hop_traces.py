@@ -228,7 +228,7 @@ def write_hop_trace(
             call, tried[wanted] = calls[attempt], attempt + 1
             place = question.events.index(wanted)
             looked |= {question.events[place - 1]} if place and question.links[place - 1] == "after" else set()
-        messages.append(trace_turn(thought, call=call))
+        messages.append(trace_turn(thought, call))
         found = search.call("seek_video_frames", call)
         messages.append({"role": "tool", "name": "seek_video_frames", "content": found})
         seen = f"{notes.see(found)} "

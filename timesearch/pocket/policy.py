@@ -78,14 +78,12 @@ _SCHEMA = (
 """Marks of any tool's JSON schema; the first opens it."""
 # Words with their leading space, integers whole, and the tenth of a second with its unit, as in "112.5s".
 _WORDS = r" ?\p{L}+|\p{N}{1,3}|\.\p{N}s(?!\p{L})| ?[^\s\p{L}\p{N}]+|\s"
-# The same, but a name such as start_time is one word, and so are a key of a note (hop_traces), a time such as 112.5s,
-# and what stands between two words of JSON.
+# The same, but a name such as start_time is one word, and so are a key of a note (hop_traces), a time such as 12.5s,
+# and what stands between two words of JSON. Hundreds stand apart: an hour's times are told by those of 100 seconds.
 _HOP_WORDS = (
-    r" ?[\p{L}_]+[>=@+?]?|\p{N}{1,3}\.\p{N}s(?!\p{L})|\p{N}{1,3}|\.\p{N}s(?!\p{L})"
+    r" ?[\p{L}_]+[>=@+?]?|\p{N}+(?=\p{N}{2})|\p{N}{1,2}\.\p{N}s(?!\p{L})|\p{N}{1,2}|\.\p{N}s(?!\p{L})"
     r"| ?[^\s\p{L}\p{N}_]+(?: [^\s\p{L}\p{N}_]+)*|\s"
 )
-_TIMES = 200
-"""Whole seconds, from 0, that are a token each in the hop world, as are the half seconds among them."""
 
 
 def make_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
@@ -120,7 +118,8 @@ def make_senses_tokenizer(prompts: str = "pocket") -> PreTrainedTokenizerFast:
 def hop_parts(token: str) -> tuple[str, ...]:
     """What a token of the hop world is made of, as a name for each part; none where it is a word like any other.
 
-    A key is its shape and its relation, a number its digits, a time those and its half second.
+    A key is its shape and its relation, a number its digits, a time those and its half second; one that begins with a
+    zero is what hundreds are followed by.
     """
     if token.startswith("\u0120"):  # a space, in a byte-level BPE
         shape, relation = (token[1:-1], token[-1]) if token[-1] in RELATIONS else (token[1:], "")
@@ -129,6 +128,7 @@ def hop_parts(token: str) -> tuple[str, ...]:
     if not whole.isdecimal() or not whole.isascii() or len(whole) > 3 or not (rest or token == whole):
         return ()
     hundreds, tens, units = tuple(whole.zfill(3))
+    hundreds = "some" if len(whole) == 2 and tens == "0" else hundreds
     digits = (f"{hundreds} hundreds", f"{tens} tens", f"{units} units")
     return (*digits, f"{rest} tenths") if rest else (*digits, "number")
 
@@ -213,7 +213,7 @@ def _hop_corpus(prompts: str) -> list[str]:
         tools_block(),
         *(f"{phrase} {phrase}" for phrase in phrases()),
     ]
-    numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(_TIMES) for tenth in (0, 5)]
+    numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(110) for tenth in (0, 5)]
     return words * 8 + numbers * 8 + [f".{tenth}s" for tenth in range(10)] * 400
 
 

@@ -144,11 +144,11 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
     reading = HopReading(corpus, _COUNT, unknown=0.25, alone=0.25, seed=seed, recited=False)
     recited = HopReading(corpus, _COUNT, unknown=0.25, alone=0.4, seed=seed)
     in_time = HopReading(corpus, _COUNT, unknown=0.15, alone=0.4, seed=seed + 1, in_time=True)
-    clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True)
-    skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True)
+    clean = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 0.0, seed, reworded=True, later=0.25)
+    skilled = HopEpisodes(corpus, _COUNT, HOP_SKILLED, 0.0, seed + 1, reworded=True, later=0.25)
     short = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, recited=False)
-    searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2)
-    base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True)
+    searched = HopEpisodes(corpus, _COUNT, HOP_CLEAN, 1.0, seed + 2, later=0.25)
+    base = HopEpisodes(corpus, _COUNT, HOP_BASE, 0.2, seed + 3, reworded=True, later=0.25)
     return [
         Phase("look-up", Batches([(lookup, 0.4), (reading, 0.35), (clean, 0.25)], 24), plan(240)),
         Phase("search", Batches([(clean, 0.35), (short, 0.1), (reading, 0.3), (lookup, 0.25)], 24), plan(240)),
@@ -167,7 +167,7 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
         Phase(
             "settle",
             Batches([(skilled, 0.35), (in_time, 0.35), (searched, 0.2), (windows, 0.1)], 24),
-            plan(280, decay=True),
+            plan(360, decay=True),
         ),
         Phase("base", base, plan(40, 4e-4, decay=True)),
     ]

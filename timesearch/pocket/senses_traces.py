@@ -141,7 +141,7 @@ def write_senses_trace(
     while not search.spent:
         tool, stray = (stray, None) if stray and wanted == needed else (wanted, stray)
         call = _arguments(tool, shape, seen, search.video.frames.end, rng)
-        messages.append(trace_turn(thought, call=call, tool=tool))
+        messages.append(trace_turn(thought, call, tool=tool))
         blocks = search.call(tool, call)
         messages.append({"role": "tool", "name": tool, "content": blocks})
         found += blocks

@@ -38,6 +38,8 @@ class Habits:
     """chance that a narrow or wrong search that did not show the shape ends in a guess instead of a good search"""
     misread: float = 0.0
     """chance that the colour of a shape that was found is told wrong"""
+    halves: bool = False
+    """searches both halves of the video by two calls of one turn, where else it searches the whole"""
 
 
 Manners = dict[str, Habits]
@@ -95,16 +97,15 @@ def write_trace(
     if kind == "guess":
         return [*messages, trace_turn("I can guess.", answer=draw_guess(scene.world, rng))]
     end = scene.duration
+    searches = _searches(target, end, habits)
     if kind == "wrong":
         other = str(rng.choice([shape for shape in SHAPES if shape != target.shape]))
-        first = trace_turn(f"I need to see the {other}.", call={"query": other})
+        first = trace_turn(f"I need to see the {other}.", {"query": other})
     elif kind == "narrow":
         window = _window_without(target, end, rng)
-        first = trace_turn(f"I need to see the {target.shape}.", call={"query": target.shape, **window})
+        first = trace_turn(f"I need to see the {target.shape}.", {"query": target.shape, **window})
     else:
-        first = trace_turn(f"I need to see the {target.shape}.", call={"query": target.shape})
-    # Windows for the searches after one that did not show the shape: halves of the video, then its thirds.
-    windows = [(0.0, end), (0.0, end / 2), (end / 2, end), (0.0, end / 3), (end / 3, 2 * end / 3), (2 * end / 3, end)]
+        first = trace_turn(f"I need to see the {target.shape}.", *searches[0])
     tried = 1 if kind == "good" else 0
     turn = first
     for remaining in range(max_turns - 1, -1, -1):
@@ -112,20 +113,21 @@ def write_trace(
         calls = parse_turn(text_of(turn)).calls
         if not calls:
             break
-        found = search.call(calls[0].name, calls[0].arguments)
-        messages.append({"role": "tool", "name": calls[0].name, "content": found})
+        found: list[Block] = []
+        for call in calls:
+            blocks = search.call(call.name, call.arguments)
+            messages.append({"role": "tool", "name": call.name, "content": blocks})
+            found += blocks
         seen = describe(scene, found)
         if sees(scene, target, found):
             colour = target.colour
             if rng.random() < habits.misread:
                 colour = str(rng.choice([other for other in COLOURS if other != target.colour]))
             turn = trace_turn(f"{seen} The {target.shape} {colour}.", answer=colour)
-        elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(windows):
+        elif remaining <= 1 or (kind != "good" and rng.random() < habits.give_up) or tried == len(searches):
             turn = trace_turn(f"{seen} The {target.shape} nothing. I can guess.", answer=draw_guess(scene.world, rng))
         else:
-            start, stop = windows[tried]
-            limits = {} if tried == 0 else {"start_time": int(start), "end_time": int(stop)}
-            turn = trace_turn(f"{seen} The {target.shape} nothing.", call={"query": target.shape, **limits})
+            turn = trace_turn(f"{seen} The {target.shape} nothing.", *searches[tried])
             tried += 1
     return messages
 
@@ -196,12 +198,21 @@ def sees(scene: Scene, target: Event, blocks: list[Block]) -> bool:
 
 
 def trace_turn(
-    thought: str, answer: str | None = None, call: dict[str, Any] | None = None, tool: str = "seek_video_frames"
+    thought: str, *calls: dict[str, Any], answer: str | None = None, tool: str = "seek_video_frames"
 ) -> Message:
-    """An assistant turn that answers, or calls a tool with these arguments."""
-    if call is None:
-        return {"role": "assistant", "content": write_turn(thought, answer=answer)}
-    return {"role": "assistant", "content": write_turn(thought, {"name": tool, "arguments": call})}
+    """An assistant turn that answers, or calls a tool, once with each of these arguments."""
+    written = write_turn(thought, *({"name": tool, "arguments": call} for call in calls), answer=answer)
+    return {"role": "assistant", "content": written}
+
+
+def _searches(target: Event, end: float, habits: Habits) -> list[list[dict[str, Any]]]:
+    """Calls of the turns that look for an event, each after the one before did not show it: the whole video, its
+    halves, its thirds; the halves at once instead of the first three where these are the habits."""
+    windows = [(0.0, end / 2), (end / 2, end), (0.0, end / 3), (end / 3, 2 * end / 3), (2 * end / 3, end)]
+    query = {"query": target.shape}
+    within = [{**query, "start_time": int(start), "end_time": int(stop)} for start, stop in windows]
+    first = [within[:2]] if habits.halves else [[query], within[:1], within[1:2]]
+    return [*first, *([call] for call in within[2:])]
 
 
 def _window_without(target: Event, end: float, rng: np.random.Generator) -> dict[str, int]:

@@ -41,6 +41,12 @@ _SAID: dict[str, tuple[tuple[str, ...], ...]] = {
     "num_frames": (("How many", "Number of", "At most so many"), ("frames to return.", "frames.", "pictures.")),
 }
 """What is said of each argument, part by part."""
+_SYLLABLE = (
+    ("", "b", "c", "ch", "d", "f", "g", "h", "l", "m", "n", "p", "pr", "qu", "r", "s", "st", "t", "th", "tr", "v"),
+    ("a", "e", "ea", "i", "io", "o", "ou", "u", "y"),
+    ("", "", "ck", "d", "ll", "m", "n", "ng", "nt", "r", "rs", "s", "t", "tch"),
+)
+"""Parts of words of no meaning: they stand for all that the tokenizer has not met."""
 
 
 def phrases() -> list[str]:
@@ -75,31 +81,69 @@ class Wording:
         if turn is None or not turn.calls:
             return message
         names = self.arguments or {}
-        arguments = {names.get(name, name): value for name, value in turn.calls[0].arguments.items()}
-        return {**message, "content": write_turn(turn.thought or "", {"name": self.name, "arguments": arguments})}
+        calls = [{names.get(name, name): value for name, value in call.arguments.items()} for call in turn.calls]
+        written = write_turn(turn.thought or "", *({"name": self.name, "arguments": call} for call in calls))
+        return {**message, "content": written}
 
 
 def draw_wording(rng: np.random.Generator, tools: Sequence[dict[str, Any]]) -> Wording:
-    """The tools in words drawn by chance: half of the time as they are, alone or beside one that is of no use."""
+    """The tools in words drawn by chance: often as they are, alone or beside one that is of no use.
+
+    A third of the others is described in words of no meaning, some by such names too: what is not understood is to be
+    passed over, and a name copied as it stands. Arguments keep their order and their types.
+    """
     draw = rng.random()
     shown = list(tools)
     if rng.random() < 0.2:
         shown.insert(int(rng.integers(len(shown) + 1)), schema_of(search_subtitles))
-    if draw < 0.5:
+    if draw < 0.4:
         return Wording(shown)
+    strange, renamed = draw >= 0.8, 0.6 <= draw < 0.8 or draw >= 0.9
     place = shown.index(schema_of(seek_video_frames))
     schema = copy.deepcopy(shown[place])
     function = schema["function"]
     function.pop("return", None)  # a server may leave it out
-    function["description"] = " ".join(str(rng.choice(some)) for some in _SEEKING).strip()
     properties = function["parameters"]["properties"]
+    function["description"] = _strange_text(rng, 16) if strange else _drawn(rng, _SEEKING)
     for name, described in properties.items():
-        described["description"] = " ".join(str(rng.choice(some)) for some in _SAID[name])
+        described["description"] = _strange_text(rng, 7) if strange else _drawn(rng, _SAID[name])
     shown[place] = schema
-    if draw < 0.7:
+    if not renamed:
         return Wording(shown)
-    names = {name: str(rng.choice(others)) for name, others in ARGUMENTS.items()}
-    function["name"] = str(rng.choice(NAMES))
+    if strange:
+        function["name"], *others = _strange_names(rng, 1 + len(ARGUMENTS))
+        names = dict(zip(ARGUMENTS, others, strict=True))
+    else:
+        function["name"] = str(rng.choice(NAMES))
+        names = {name: str(rng.choice(others)) for name, others in ARGUMENTS.items()}
     function["parameters"]["properties"] = {names[name]: described for name, described in properties.items()}
     function["parameters"]["required"] = [names[name] for name in function["parameters"]["required"]]
     return Wording(shown, function["name"], names)
+
+
+def _drawn(rng: np.random.Generator, parts: Sequence[Sequence[str]]) -> str:
+    return " ".join(str(rng.choice(some)).strip() for some in parts).strip()
+
+
+def _strange_word(rng: np.random.Generator) -> str:
+    return "".join(str(rng.choice(some)) for _ in range(int(rng.integers(1, 4))) for some in _SYLLABLE)
+
+
+def _strange_text(rng: np.random.Generator, most: int) -> str:
+    """Up to so many words of which some have no meaning, with a capital, and some commas and full stops."""
+    known = sorted({word for phrase in phrases() for word in phrase.split() if word.isalpha()})
+    share = rng.uniform(0.4, 1.0)
+    words = [
+        (_strange_word(rng) if rng.random() < share else str(rng.choice(known)))
+        + str(rng.choice(["", ",", ".", ";"], p=[0.85, 0.08, 0.05, 0.02]))
+        for _ in range(int(rng.integers(2, most + 1)))
+    ]
+    return f"{' '.join(words).rstrip(',.;').capitalize()}."
+
+
+def _strange_names(rng: np.random.Generator, count: int) -> list[str]:
+    """So many names, no two the same, of one or two words."""
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["_".join(_strange_word(rng) for _ in range(int(rng.integers(1, 3))))] = None
+    return list(names)
