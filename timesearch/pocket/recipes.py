@@ -166,8 +166,8 @@ def _hop_phases(corpus: Corpus, seed: int) -> list[Phase]:
         ),
         Phase(
             "settle",
-            Batches([(skilled, 0.35), (in_time, 0.35), (searched, 0.2), (windows, 0.1)], 24),
-            plan(360, decay=True),
+            Batches([(skilled, 0.3), (in_time, 0.38), (searched, 0.17), (windows, 0.15)], 24),
+            plan(440, decay=True),
         ),
         Phase("base", base, plan(40, 4e-4, decay=True)),
     ]

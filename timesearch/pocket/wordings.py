@@ -89,8 +89,7 @@ class Wording:
 def draw_wording(rng: np.random.Generator, tools: Sequence[dict[str, Any]]) -> Wording:
     """The tools in words drawn by chance: often as they are, alone or beside one that is of no use.
 
-    A third of the others is described in words of no meaning, some by such names too: what is not understood is to be
-    passed over, and a name copied as it stands. Arguments keep their order and their types.
+    A third of the others is described in words of no meaning: what is not understood is to be passed over.
     """
     draw = rng.random()
     shown = list(tools)
@@ -110,12 +109,8 @@ def draw_wording(rng: np.random.Generator, tools: Sequence[dict[str, Any]]) -> W
     shown[place] = schema
     if not renamed:
         return Wording(shown)
-    if strange:
-        function["name"], *others = _strange_names(rng, 1 + len(ARGUMENTS))
-        names = dict(zip(ARGUMENTS, others, strict=True))
-    else:
-        function["name"] = str(rng.choice(NAMES))
-        names = {name: str(rng.choice(others)) for name, others in ARGUMENTS.items()}
+    names = {name: str(rng.choice(others)) for name, others in ARGUMENTS.items()}
+    function["name"] = str(rng.choice(NAMES))
     function["parameters"]["properties"] = {names[name]: described for name, described in properties.items()}
     function["parameters"]["required"] = [names[name] for name in function["parameters"]["required"]]
     return Wording(shown, function["name"], names)
@@ -139,11 +134,3 @@ def _strange_text(rng: np.random.Generator, most: int) -> str:
         for _ in range(int(rng.integers(2, most + 1)))
     ]
     return f"{' '.join(words).rstrip(',.;').capitalize()}."
-
-
-def _strange_names(rng: np.random.Generator, count: int) -> list[str]:
-    """So many names, no two the same, of one or two words."""
-    names: dict[str, None] = {}
-    while len(names) < count:
-        names["_".join(_strange_word(rng) for _ in range(int(rng.integers(1, 3))))] = None
-    return list(names)
