@@ -5,8 +5,7 @@
 A trained policy of the profile `hops` is asked about held-out videos in which the same two minutes stand somewhere
 among backgrounds, and so is the search that goes by the pixels of what it finds (`timesearch.pocket.reading`), which
 tells what the tools can do at that length. Printed by length are right answers by kind of question, calls, and what a
-question costs. The small policy has tokens for the times of its world, up to 200 seconds: later ones it cannot write,
-as a window in time takes.
+question costs. That small policy knows times of an hour from exercises of its pretraining; no training had such videos.
 """
 
 from __future__ import annotations
