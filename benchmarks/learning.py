@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from rich.console import Console
@@ -54,8 +55,8 @@ CURES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo_preview": ("GRPO, preview of chance", {"random_preview": True}),
     "grpo_parallel": ("GRPO, two calls a turn", {}),
 }
-"""What others propose where tool use dies in training, each a switch of the trainer: of the guessable world, where it
-does."""
+"""What others propose where tool use dies in training, each a switch of the trainer, or another cold start
+(`coldstart_of`): of the guessable world, where it does."""
 COLUMNS = {
     "qa_accuracy": "accuracy",
     "temporal_f1": "temporal F1 (2 s)",
@@ -246,10 +247,9 @@ def manners(world: str, name: str) -> Iterator[None]:
     if name == "coldstart":
         yield
         return
-    before = COLD_STARTS[world]
-    COLD_STARTS[world] = {shape: replace(habits, halves=True) for shape, habits in before.items()}
-    yield
-    COLD_STARTS[world] = before
+    both = {shape: replace(habits, halves=True) for shape, habits in COLD_STARTS[world].items()}
+    with patch.dict(COLD_STARTS, {world: both}):
+        yield
 
 
 def played_as(method: str) -> str:

@@ -213,6 +213,7 @@ def _hop_corpus(prompts: str) -> list[str]:
         tools_block(),
         *(f"{phrase} {phrase}" for phrase in phrases()),
     ]
+    # Hundreds are tokens apart: the ten above them bring what begins with a zero, such as 05.5s in 105.5s.
     numbers = [f"{seconds}, {seconds} {seconds}.{tenth}s," for seconds in range(110) for tenth in (0, 5)]
     return words * 8 + numbers * 8 + [f".{tenth}s" for tenth in range(10)] * 400
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -120,14 +121,18 @@ def _drawn(rng: np.random.Generator, parts: Sequence[Sequence[str]]) -> str:
     return " ".join(str(rng.choice(some)).strip() for some in parts).strip()
 
 
+@cache
+def _known_words() -> list[str]:
+    return sorted({word for phrase in phrases() for word in phrase.split() if word.isalpha()})
+
+
 def _strange_word(rng: np.random.Generator) -> str:
     return "".join(str(rng.choice(some)) for _ in range(int(rng.integers(1, 4))) for some in _SYLLABLE)
 
 
 def _strange_text(rng: np.random.Generator, most: int) -> str:
     """Up to so many words of which some have no meaning, with a capital, and some commas and full stops."""
-    known = sorted({word for phrase in phrases() for word in phrase.split() if word.isalpha()})
-    share = rng.uniform(0.4, 1.0)
+    known, share = _known_words(), rng.uniform(0.4, 1.0)
     words = [
         (_strange_word(rng) if rng.random() < share else str(rng.choice(known)))
         + str(rng.choice(["", ",", ".", ";"], p=[0.85, 0.08, 0.05, 0.02]))
